@@ -1,0 +1,125 @@
+"""Decay, step and scale of each head, measured against the teacher's attention on a few sequences.
+
+Weights carry over from attention, but attention has no decay, and its softmax fixes a scale that linear attention
+lacks. Both are found by least squares against what the teacher's heads read (before o_proj): for each head, the
+half-life out of a grid whose output explains the teacher's best, and with it the scale. The teacher's mean look-back
+E[sum_s a(t,s) (t-s)] is reported beside it; as a source of the decay it does worse (docs/results/calibrate.md).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..students import HybridForCausalLM, Mamba2Mixer
+from ..students.cache import document_index
+from ..teachers import AttentionView, attention_view
+from .objectives import attention_pairs
+
+HALF_LIVES = tuple(2.0**i for i in range(-1, 12))  # tokens
+SMALLEST_SCALE = 1e-3  # a step must be positive, though the best scale of a head may not be
+
+
+@dataclass
+class _Sums:
+    """Sums over tokens, for each channel of a layer: of candidates u against the target o."""
+
+    uo: Tensor  # (candidates, H*P)
+    uu: Tensor
+    oo: Tensor  # (H*P,)
+    lookback: Tensor  # (H,)
+    tokens: int = 0
+
+
+@torch.no_grad()
+def calibrate(
+    teacher: PreTrainedModel, student: HybridForCausalLM, batches: list[dict[str, Tensor]], half_lives=HALF_LIVES
+) -> dict[str, dict]:
+    """Sets dt_bias, A_log and the norm's weight of every mixer; returns what was found, by layer.
+
+    Args:
+        batches: each {"input_ids", "position_ids"}, (B, L).
+
+    Returns:
+        {layer: {"error": mean over heads of ||scaled output - attention's||^2 / ||attention's||^2,
+        "half_life": tokens by head, "lookback": the teacher's, tokens by head}}.
+    """
+    mixers = {layer: mixer for layer, mixer in enumerate(student.mixer_layers()) if mixer is not None}
+    views = [view for view in attention_view(teacher) if view.layer in mixers]
+    sums: dict[int, _Sums] = {}
+    for batch in batches:
+        pairs = attention_pairs(teacher, views, batch)
+        for view in views:
+            _accumulate(sums, view, mixers[view.layer], pairs[view.layer], batch["position_ids"], half_lives)
+    return {f"layer_{layer}": _settle(mixer, sums[layer], half_lives) for layer, mixer in mixers.items()}
+
+
+def set_half_life(mixer: Mamba2Mixer, half_life: Tensor, step: Tensor) -> None:
+    """Gives each head (H) this half-life in tokens at this step size, when no input moves the step."""
+    mixer.dt_bias.copy_(torch.where(step > 20, step, step.expm1().log()))  # softplus backwards
+    mixer.A_log.copy_((math.log(2) / (half_life * step)).log())
+
+
+def _accumulate(
+    sums: dict[int, _Sums], view: AttentionView, mixer: Mamba2Mixer, pair: tuple, position_ids: Tensor, half_lives
+) -> None:
+    hidden, _, position_embeddings = pair
+    seq_idx = document_index(position_ids)
+    target, lookback = _attention_heads(view, hidden, position_embeddings, seq_idx)
+    channels, heads = target.shape[-1], mixer.num_heads
+    if view.layer not in sums:
+        zeros = target.new_zeros(len(half_lives), channels)
+        sums[view.layer] = _Sums(zeros, zeros.clone(), zeros[0].clone(), target.new_zeros(heads))
+    total = sums[view.layer]
+    ones = torch.ones(heads, device=target.device)
+    read: list[Tensor] = []
+    handle = mixer.out_proj.register_forward_pre_hook(lambda module, args: read.append(args[0].float()))
+    try:
+        for i, half_life in enumerate(half_lives):
+            set_half_life(mixer, half_life * ones, ones)
+            mixer(hidden, position_embeddings, seq_idx=seq_idx)
+            output = read.pop()
+            total.uo[i] += (output * target).sum((0, 1))
+            total.uu[i] += (output * output).sum((0, 1))
+    finally:
+        handle.remove()
+    total.oo += (target * target).sum((0, 1))
+    total.lookback += lookback
+    total.tokens += position_ids.numel()
+
+
+def _attention_heads(view: AttentionView, hidden, position_embeddings, seq_idx) -> tuple[Tensor, Tensor]:
+    """What the teacher's heads read, (B,L,H*P) in float32, and their summed look-back (H,), within documents."""
+    q, k, v = view.project(hidden, position_embeddings)
+    elsewhere = (seq_idx[:, :, None] != seq_idx[:, None, :])[:, None]
+    weights = view.weights(q, k).masked_fill(elsewhere, 0)
+    weights = weights / weights.sum(-1, keepdim=True)
+    t = torch.arange(hidden.shape[1], device=hidden.device)
+    distance = (t[:, None] - t[None, :]).clamp(min=0)
+    return view.attend(weights, v).flatten(2).float(), (weights * distance).sum((0, 2, 3))
+
+
+def _settle(mixer: Mamba2Mixer, sums: _Sums, half_lives) -> dict:
+    """Chooses each head's half-life and scale from the sums, and sets the parameters."""
+    by_head = (len(half_lives), mixer.num_heads, mixer.head_dim)
+    uo, uu, oo = sums.uo.view(by_head), sums.uu.view(by_head), sums.oo.view(by_head[1:])
+    if mixer.norm is None:  # one scale for a head, as its step
+        uo, uu = uo.sum(-1, keepdim=True), uu.sum(-1, keepdim=True)
+    gain = uo**2 / uu.clamp(min=1e-20)  # what the best scale takes off the squared error
+    best = gain.sum(-1).argmax(0)
+    heads = torch.arange(mixer.num_heads, device=uo.device)
+    scale = (uo / uu.clamp(min=1e-20))[best, heads]
+    half_life = torch.tensor(half_lives, device=uo.device)[best]
+    error = 1 - gain[best, heads].sum(-1) / oo.sum(-1)
+    if mixer.norm is None:
+        set_half_life(mixer, half_life, scale[:, 0].clamp(min=SMALLEST_SCALE))
+    else:
+        set_half_life(mixer, half_life, torch.ones_like(half_life))
+        mixer.norm.weight.copy_(scale.flatten())
+    return {
+        "error": error.mean().item(),
+        "half_life": half_life.tolist(),
+        "lookback": (sums.lookback / sums.tokens).tolist(),
+    }

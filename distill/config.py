@@ -1,0 +1,285 @@
+"""A recipe: YAML onto typed dataclasses, checked before anything loads.
+
+`load_recipe("configs/tiny.yaml", ["align.steps=10"])`. A file may begin with `defaults: [other.yaml, ...]`, files it
+builds on, in order. A relative path in a file is looked up beside that file first, one on the command line in the
+current directory. `Recipe` below documents every key; `transpoint config` prints them.
+"""
+
+import dataclasses
+import difflib
+import glob
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ..students import StudentConfig, StudentError
+from .data import DataConfig
+
+STAGES = ("transfer", "calibrate", "align", "distill", "export", "evaluate")
+
+
+class ConfigError(ValueError):
+    """A recipe that cannot be run. One line: the key, the value, what was expected."""
+
+
+def setting(default: Any, help: str, **metadata) -> Any:
+    """A dataclass field with its documentation; `metadata` may hold `choices`, `minimum`, `maximum`, `above`."""
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclass
+class RunConfig:
+    dir: str = setting("runs/default", "folder of the run: everything the recipe produces")
+    seed: int = setting(0, "of data order and initialisation", minimum=0)
+    device: str = setting("auto", "auto (a GPU where there is one), cpu or cuda", choices=("auto", "cpu", "cuda"))
+    precision: str = setting(
+        "auto", "of the matrix products in training: fp32, bf16, or auto (bf16 on a GPU)", choices=("auto", "fp32", "bf16")
+    )
+
+
+@dataclass
+class TeacherConfig:
+    source: str = setting("smollm2-135m", "registry name, random-FAMILY, hub id, folder, or .gguf file")
+    dtype: str = setting("float32", "of the teacher's weights", choices=("float32", "bfloat16", "float16"))
+    trust_remote_code: bool = setting(False, "whether code that travels with the teacher may run")
+
+
+@dataclass
+class CalibrateConfig:
+    sequences: int = setting(8, "training sequences the teacher's attention is measured on", minimum=1)
+
+
+@dataclass
+class TrainConfig:
+    steps: int = setting(100, "optimizer steps", minimum=0)
+    batch_size: int = setting(8, "sequences in a step, over all processes and accumulation", minimum=1)
+    micro_batch_size: int | None = setting(
+        None, "sequences in one forward pass of one process; null: the whole share of a step", minimum=1
+    )
+    lr: float = setting(1e-3, "learning rate of the mixers, at its highest", above=0)
+    warmup: float = setting(0.05, "fraction of the steps in which the learning rate rises", minimum=0, maximum=1)
+    final_lr: float = setting(0.1, "fraction of the learning rate left at the end of its cosine", minimum=0, maximum=1)
+    weight_decay: float = setting(0.0, "of AdamW, on matrices only", minimum=0)
+    betas: list[float] = field(
+        default_factory=lambda: [0.9, 0.95], metadata={"help": "of AdamW", "length": 2, "minimum": 0, "maximum": 1}
+    )
+    clip: float = setting(1.0, "largest norm of the gradient", above=0)
+    log_every: int = setting(10, "steps between lines of metrics.jsonl", minimum=1)
+    checkpoint_every: int = setting(100, "steps between checkpoints", minimum=1)
+    keep_checkpoints: int = setting(2, "how many checkpoints to keep", minimum=1)
+
+
+@dataclass
+class AlignConfig(TrainConfig):
+    pass
+
+
+@dataclass
+class DistillConfig(TrainConfig):
+    lr: float = setting(5e-4, "learning rate of the mixers, at its highest", above=0)
+    teacher_lr: float = setting(
+        0.0, "learning rate of the parameters that were the teacher's; 0 leaves them frozen", minimum=0
+    )
+    temperature: float = setting(1.0, "of both softmaxes in the KL", above=0)
+
+
+@dataclass
+class ExportConfig:
+    format: str = setting(
+        "native",
+        "native (loads in plain transformers, vLLM, llama.cpp) or custom (any student; needs trust_remote_code)",
+        choices=("native", "custom"),
+    )
+    dtype: str = setting("float32", "of the exported weights", choices=("float32", "bfloat16", "float16"))
+
+
+@dataclass
+class EvaluateConfig:
+    sequences: int = setting(16, "held-out sequences that quality is measured on", minimum=1)
+    prompts: list[str] = field(
+        default_factory=lambda: ["What is the capital of France?"],
+        metadata={"help": "chat questions that teacher and student answer"},
+    )
+    max_new_tokens: int = setting(40, "of each answer", minimum=1)
+
+
+@dataclass
+class Recipe:
+    """Everything a run depends on."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    student: StudentConfig = field(default_factory=StudentConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
+    align: AlignConfig = field(default_factory=AlignConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+    def to_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+    def save(self, path: Path) -> None:
+        path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True))
+
+
+def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
+    """The recipe in a YAML file, with `key=value` overrides, checked.
+
+    Raises:
+        ConfigError: no such file, a key that does not exist (the nearest valid one is named), a value of the wrong
+            type, or one that is impossible.
+    """
+    values = _read(Path(path), ())
+    for override in overrides:
+        key, separator, value = override.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"'{override}' is no override; expected key=value, as in align.steps=100")
+        try:
+            parsed = yaml.safe_load(value) if value else None
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{key}: '{value}' is not a YAML value ({_one_line(error)})") from error
+        nested: Any = parsed
+        for part in reversed(key.split(".")):
+            nested = {part: nested}
+        _check_keys(nested, Recipe, "")
+        values = _merge(values, nested)
+    recipe = _typed(values)
+    _check_values(recipe, "")
+    try:
+        recipe.student.check()
+    except StudentError as error:
+        raise ConfigError(str(error)) from error
+    return recipe
+
+
+def describe_keys() -> list[tuple[str, str, str]]:
+    """(key, default, help) of every setting, in order."""
+
+    def walk(kind: type, prefix: str) -> typing.Iterator[tuple[str, str, str]]:
+        for entry in dataclasses.fields(kind):
+            key = prefix + entry.name
+            if dataclasses.is_dataclass(entry.type):
+                yield from walk(entry.type, key + ".")
+            else:
+                default = entry.default_factory() if entry.default is dataclasses.MISSING else entry.default
+                yield key, "null" if default is None else str(default), entry.metadata["help"]
+
+    return list(walk(Recipe, ""))
+
+
+def _read(path: Path, chain: tuple[Path, ...]) -> dict:
+    """The values of a file on top of those of its defaults, its paths made absolute."""
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=1)
+        raise ConfigError(f"no config file '{path}'" + (f"; did you mean '{path.with_name(near[0])}'?" if near else ""))
+    if path.resolve() in chain:
+        raise ConfigError(f"{path}: its defaults lead back to itself")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not readable as YAML: {_one_line(error)}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds a {type(values).__name__}; expected keys and values")
+    defaults = values.pop("defaults", None) or []
+    if not (isinstance(defaults, list) and all(isinstance(name, str) for name in defaults)):
+        raise ConfigError(f"{path}: defaults is {defaults!r}; expected a list of files")
+    _check_keys(values, Recipe, "")
+    _anchor(values, path.parent)
+    merged: dict = {}
+    for name in defaults:
+        merged = _merge(merged, _read(path.parent / name, (*chain, path.resolve())))
+    return _merge(merged, values)
+
+
+def _check_keys(values: dict, kind: type, prefix: str) -> None:
+    names = {entry.name: entry.type for entry in dataclasses.fields(kind)}
+    for key, value in values.items():
+        if key not in names:
+            every = [known for known, _, _ in describe_keys()]
+            near = difflib.get_close_matches(prefix + str(key), [*every, *(prefix + name for name in names)], n=1, cutoff=0.5)
+            hint = f"; did you mean '{near[0]}'?" if near else f"; expected one of {', '.join(names)}"
+            raise ConfigError(f"unknown key '{prefix}{key}' (value {value!r}){hint}")
+        if dataclasses.is_dataclass(names[key]):
+            if not isinstance(value, dict):
+                raise ConfigError(f"{prefix}{key} is {value!r}; expected a section with keys of its own")
+            _check_keys(value, names[key], f"{prefix}{key}.")
+
+
+def _merge(low: dict, high: dict) -> dict:
+    both = {key: _merge(low[key], high[key]) for key in low.keys() & high.keys() if isinstance(low[key], dict)}
+    return {**low, **high, **both}
+
+
+def _anchor(values: dict, folder: Path) -> None:
+    """Makes the input paths of one file absolute, where they exist beside it."""
+
+    def found(source: Any) -> Any:
+        if isinstance(source, str) and not source.startswith("hub:") and glob.glob(str(folder / source)):
+            return str((folder / source).resolve())
+        return source
+
+    data, teacher = values.get("data") or {}, values.get("teacher") or {}
+    for key in ("train", "heldout"):
+        if isinstance(data.get(key), list):
+            data[key] = [found(source) for source in data[key]]
+    if "source" in teacher:
+        teacher["source"] = found(teacher["source"])
+
+
+def _typed(values: dict) -> Recipe:
+    try:
+        typed = OmegaConf.merge(OmegaConf.structured(Recipe), OmegaConf.create(values))
+        assert isinstance(typed, DictConfig)
+        return OmegaConf.to_object(typed)
+    except OmegaConfBaseException as error:
+        key, value = error.full_key or "?", values
+        for part in str(key).replace("[", ".").replace("]", "").split("."):
+            value = value.get(part, "?") if isinstance(value, dict) else value
+        raise ConfigError(f"{key} is {value!r}; expected {_expected(str(key))}") from error
+
+
+def _expected(key: str) -> str:
+    kind: Any = Recipe
+    for part in key.partition("[")[0].split("."):
+        kind = next((entry.type for entry in dataclasses.fields(kind) if entry.name == part), None) if kind else None
+    if kind is None:
+        return "another type"
+    words = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+    if typing.get_origin(kind) is list:
+        return f"a list, each item {words.get(typing.get_args(kind)[0], 'of its type')}"
+    return " or ".join(words.get(part, str(part)) for part in typing.get_args(kind) or (kind,))
+
+
+def _check_values(section: Any, prefix: str) -> None:
+    for entry in dataclasses.fields(section):
+        key, value = prefix + entry.name, getattr(section, entry.name)
+        if dataclasses.is_dataclass(value):
+            _check_values(value, key + ".")
+            continue
+        limits = entry.metadata
+        if "choices" in limits and value not in limits["choices"]:
+            near = difflib.get_close_matches(str(value), limits["choices"], n=1)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            raise ConfigError(f"{key} is '{value}'; expected one of {', '.join(limits['choices'])}{hint}")
+        if "length" in limits and len(value) != limits["length"]:
+            raise ConfigError(f"{key} is {value}; expected {limits['length']} numbers")
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, bool) or not isinstance(number, int | float):
+                continue
+            if "minimum" in limits and not number >= limits["minimum"]:
+                raise ConfigError(f"{key} is {number}; expected at least {limits['minimum']}")
+            if "maximum" in limits and not number <= limits["maximum"]:
+                raise ConfigError(f"{key} is {number}; expected at most {limits['maximum']}")
+            if "above" in limits and not number > limits["above"]:
+                raise ConfigError(f"{key} is {number}; expected more than {limits['above']}")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,609 @@
+"""Text in, packed token sequences out.
+
+`tokenize_corpus` reads the sources of a recipe, tokenises them once and keeps the result in a cache; `PackedDataset`
+cuts the tokens into sequences of equal length; `batch_indices` says which sequences make up step k, so that resuming
+needs no state. Rows that cannot be used are skipped, counted by reason and reported. What a person has to mend is a
+`DataError`.
+
+A *source* is one of
+- a file .jsonl, .jsonl.zst, .jsonl.gz, .parquet (rows), .txt or .txt.zst (one document),
+- a glob of such files, or a folder of them (subfolders included),
+- a folder written by `datasets.Dataset.save_to_disk`,
+- a hub dataset `hub:OWNER/NAME` (its split train), `hub:OWNER/NAME:SPLIT` or `hub:OWNER/NAME:CONFIG:SPLIT`.
+Rows hold a text (string) or messages (a chat: a list of {role, content}); a row with both is read as text.
+"""
+
+import difflib
+import glob
+import gzip
+import hashlib
+import json
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+import zstandard
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+logger = logging.getLogger(__name__)
+
+SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".parquet", ".txt", ".txt.zst")
+FORMAT = 1  # of the cache; raise it when the same input would give other tokens
+FIELD_PATIENCE = 10_000  # rows without the wanted fields before a long source is given up
+
+
+@dataclass
+class DataConfig:
+    """The text of a recipe and how it is cut into sequences."""
+
+    train: list[str] = field(default_factory=list, metadata={"help": "sources of training text, read in this order"})
+    heldout: list[str] = field(
+        default_factory=list, metadata={"help": "sources of text to measure on; share no document with train"}
+    )
+    text_field: str = field(default="text", metadata={"help": "field of a row that holds a document as a string"})
+    messages_field: str = field(
+        default="messages", metadata={"help": "field of a row that holds a chat: a list of {role, content}"}
+    )
+    length: int = field(default=1024, metadata={"help": "tokens per packed sequence", "minimum": 2})
+    max_train_tokens: int | None = field(
+        default=None, metadata={"help": "stop reading train at this many tokens; null reads everything", "minimum": 1}
+    )
+    max_heldout_tokens: int | None = field(
+        default=None, metadata={"help": "stop reading heldout at this many tokens; null reads everything", "minimum": 1}
+    )
+    cache: str | None = field(
+        default=None, metadata={"help": "folder for tokenised text, may be shared by runs; null: in the run folder"}
+    )
+
+
+class DataError(ValueError):
+    """Text that cannot be used as asked. The message is one line that names the thing and the remedy."""
+
+
+@dataclass
+class Corpus:
+    """Tokenised documents, one after another.
+
+    tokens: (T,) uint16 where the vocabulary fits, else int32. starts: (documents,) int64, offset of each document.
+    skipped: reason -> rows. examples_of_skipped: reason -> the first place. unread: sources not reached because
+    `max_tokens` was. fingerprint: SHA-256 of everything the tokens depend on.
+    """
+
+    tokens: torch.Tensor
+    starts: torch.Tensor
+    fingerprint: str
+    sources: list[str] = field(default_factory=list)
+    skipped: dict[str, int] = field(default_factory=dict)
+    examples_of_skipped: dict[str, str] = field(default_factory=dict)
+    unread: list[str] = field(default_factory=list)
+
+    @property
+    def documents(self) -> int:
+        return len(self.starts)
+
+    def summary(self) -> str:
+        """One line for people."""
+        line = f"{self.documents:,} documents, {len(self.tokens):,} tokens"
+        if self.skipped:
+            line += f"; {_skips_in_words(self.skipped, self.examples_of_skipped)}"
+        if self.unread:
+            line += f"; token limit reached before {', '.join(self.unread)}"
+        return line
+
+
+def tokenize_corpus(
+    sources: list[str],
+    tokenizer,
+    *,
+    text_field: str = "text",
+    messages_field: str = "messages",
+    max_tokens: int | None = None,
+    cache: str | os.PathLike | None = None,
+) -> Corpus:
+    """Tokenise `sources` with a transformers tokenizer, or load the result of an earlier call from folder `cache`.
+
+    Texts are tokenised without special tokens, chats as the chat template writes them; each document ends with the
+    tokenizer's eos if it has one. Reading stops at `max_tokens`, cutting the last document. The cache key covers the
+    contents of the sources, so a changed file is tokenised again and a moved one is not. Safe to call from several
+    processes at once, but each of them does the work: let one go first.
+
+    Raises DataError for sources that are missing, unreadable or without a usable document.
+    """
+    if not sources:
+        raise DataError("no sources of text: list files, folders or hub:OWNER/NAME under data.train and data.heldout")
+    if max_tokens is not None and max_tokens < 1:
+        raise DataError(f"the token limit is {max_tokens}: give a positive number, or null to read everything")
+    items = [item for source in sources for item in _resolve(source)]
+    fingerprint = _fingerprint(items, tokenizer, text_field, messages_field, max_tokens)
+    corpus = _load(Path(cache), fingerprint) if cache is not None else None
+    if corpus is None:
+        reader = _Reader(items, tokenizer, text_field, messages_field)
+        corpus = _tokenize(reader, tokenizer, max_tokens, fingerprint)
+        if cache is not None:
+            _save(corpus, Path(cache))
+    return corpus
+
+
+class PackedDataset(torch.utils.data.Dataset):
+    """A corpus cut into consecutive windows of `length` tokens that do not overlap; the last partial one is dropped.
+
+    Item i is {"input_ids": (length,) int64, "position_ids": (length,) int64}. Positions restart at 0 with each document
+    and each window: that is how models and mixers know the documents in a window apart.
+    """
+
+    def __init__(self, corpus: Corpus, length: int):
+        if length < 1:
+            raise DataError(f"data.length is {length}: give a positive number of tokens")
+        if len(corpus.tokens) < length:
+            raise DataError(
+                f"the text has {len(corpus.tokens):,} tokens, less than one sequence of {length:,}: "
+                "set a shorter data.length or give more text"
+            )
+        self.corpus = corpus
+        self.tokens_per_item = length
+
+    def __len__(self) -> int:
+        return len(self.corpus.tokens) // self.tokens_per_item
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"sequence {index} of {len(self)}")
+        first = index * self.tokens_per_item
+        tokens = self.corpus.tokens[first : first + self.tokens_per_item]
+        # In NumPy: torch's searchsorted starts threads, which takes 100 times as long on a busy CPU.
+        starts = self.corpus.starts.numpy()
+        offsets = np.arange(first, first + self.tokens_per_item)
+        document = np.searchsorted(starts, offsets, side="right") - 1
+        positions = offsets - np.maximum(starts[document], first)
+        return {"input_ids": tokens.long(), "position_ids": torch.from_numpy(positions)}
+
+
+def batch_indices(n_items: int, batch_size: int, seed: int, step: int) -> list[int]:
+    """The items of batch `step` (from 0, counted through all epochs).
+
+    Batches are cut from one endless stream: a seeded permutation of all items for each epoch, end to end. So every item
+    comes once per epoch, nothing is dropped, a batch may span epochs, and the answer depends on the arguments alone.
+    """
+    if n_items < 1 or batch_size < 1 or step < 0:
+        raise ValueError(f"n_items={n_items} and batch_size={batch_size} must be positive, step={step} at least 0")
+    stream = range(step * batch_size, (step + 1) * batch_size)
+    return [int(_permutation(n_items, seed, i // n_items)[i % n_items]) for i in stream]
+
+
+def collate(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Stack the tensors of items: (length,) each -> (B, length)."""
+    return {key: torch.stack([item[key] for item in items]) for key in items[0]}
+
+
+@lru_cache(maxsize=4)
+def _permutation(n_items: int, seed: int, epoch: int) -> np.ndarray:
+    mixed = hashlib.sha256(f"{seed} {epoch}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(mixed[:7], "little"))
+    return torch.randperm(n_items, generator=generator).numpy()
+
+
+# Sources -> things to read
+
+
+@dataclass(frozen=True)
+class _Item:
+    """One thing to read. kind: a file's suffix (one of SUFFIXES), "saved" (folder of save_to_disk) or "hub"."""
+
+    kind: str
+    source: str  # as the user wrote it
+    path: Path = Path()
+    hub: tuple[str, str | None, str, str | None] = ("", None, "", None)  # name, config, split, commit
+
+    def __str__(self) -> str:
+        return self.source if self.kind == "hub" else str(self.path)
+
+
+def _resolve(source: str) -> list[_Item]:
+    """The files, saved folders or hub dataset that `source` stands for, in a fixed order."""
+    if source.startswith("hub:"):
+        return [_hub_item(source)]
+    pattern = Path(source).expanduser()
+    paths = [pattern] if pattern.exists() else [Path(p) for p in sorted(glob.glob(str(pattern), recursive=True))]
+    items = [item for path in paths if path.exists() for item in _items_at(path, source)]
+    if items:
+        return items
+    if glob.has_magic(source):
+        raise DataError(f"no file matches {source}: check the pattern and the folder it starts from")
+    near = []
+    if pattern.parent.is_dir():
+        near = difflib.get_close_matches(pattern.name, os.listdir(pattern.parent), n=1)
+    hint = f"did you mean {pattern.parent / near[0]}?" if near else "a hub dataset is written hub:OWNER/NAME"
+    raise DataError(f"no such file or folder: {source}; {hint}")
+
+
+def _items_at(path: Path, source: str) -> list[_Item]:
+    if path.is_file():
+        kind = _suffix(path)
+        if kind is None:
+            raise DataError(f"{path} is of an unsupported kind; supported are {', '.join(SUFFIXES)}")
+        return [_Item(kind, source, path)]
+    if (path / "dataset_dict.json").is_file():
+        splits = ", ".join(sorted(p.name for p in path.iterdir() if p.is_dir()))
+        raise DataError(f"{path} is a saved dataset with the splits {splits}: name one of them, as {path / 'SPLIT'}")
+    if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
+        return [_Item("saved", source, path)]
+    files = sorted(p for p in path.rglob("*") if p.is_file() and _suffix(p) and not p.name.startswith("."))
+    if not files:
+        raise DataError(f"folder {path} holds no file of a supported kind ({', '.join(SUFFIXES)})")
+    return [_Item(_suffix(p), source, p) for p in files]
+
+
+def _suffix(path: Path) -> str | None:
+    return next((s for s in SUFFIXES if path.name.lower().endswith(s)), None)
+
+
+def _hub_item(source: str) -> _Item:
+    name, *rest = source.removeprefix("hub:").split(":")
+    if len(rest) > 2 or not all([name, *rest]):
+        raise DataError(f"{source} is not hub:OWNER/NAME, hub:OWNER/NAME:SPLIT or hub:OWNER/NAME:CONFIG:SPLIT")
+    config = rest[0] if len(rest) == 2 else None
+    split = rest[-1] if rest else "train"
+    return _Item("hub", source, hub=(name, config, split, _hub_commit(name)))
+
+
+def _hub_commit(name: str) -> str | None:
+    """The dataset's present commit, so that it can be pinned and told from later ones; None where it cannot be had."""
+    import huggingface_hub
+
+    try:
+        return huggingface_hub.HfApi().dataset_info(name, timeout=10).sha
+    except Exception as error:  # offline, or no such dataset: reading says so, with the remedy
+        logger.debug("no commit for %s: %s", name, error)
+        return None
+
+
+# Things to read -> rows
+
+
+class _Skip(Exception):
+    """A row that cannot be used: why (a few fixed words, they are counted) and, if known, the cause."""
+
+    def __init__(self, reason: str, cause: Exception | None = None):
+        self.reason = reason
+        self.cause = f": {_one_line(cause)}" if cause else ""
+
+
+def _read(item: _Item, text_field: str, messages_field: str) -> Iterator[tuple[str, dict | _Skip]]:
+    """(place, row) for each row of `item`; DataError if reading fails."""
+    wanted = (text_field, messages_field)
+    rows = 0
+    try:
+        for place, row in _rows(item, wanted):
+            yield place, row
+            rows += 1
+    except Exception as error:  # the readers raise anything; what they raise is about this item
+        remedy = (
+            "check the name and the network (a private dataset needs HF_TOKEN), or give a local file"
+            if item.kind == "hub"
+            else "it may be truncated or damaged; fetch or write it again"
+        )
+        raise DataError(f"{item}: reading failed after {rows:,} rows ({_one_line(error)}): {remedy}") from error
+
+
+def _rows(item: _Item, wanted: tuple[str, str]) -> Iterator[tuple[str, dict | _Skip]]:
+    name = item.path.name
+    if item.kind.startswith(".jsonl"):
+        for number, line in enumerate(_lines(_decompressed(item.path)), 1):
+            if line.strip():
+                yield f"{name} line {number}", _parse(line)
+    elif item.kind.startswith(".txt"):
+        try:
+            yield name, {wanted[0]: b"".join(_decompressed(item.path)).decode("utf-8-sig")}
+        except UnicodeDecodeError as error:
+            yield name, _Skip("not valid UTF-8", error)
+    elif item.kind == ".parquet":
+        for number, row in enumerate(_parquet_rows(item.path, wanted), 1):
+            yield f"{name} row {number}", row
+    else:
+        for number, row in enumerate(_datasets_rows(item, wanted), 1):
+            yield f"{item.source if item.kind == 'hub' else name} row {number}", row
+
+
+def _decompressed(path: Path) -> Iterator[bytes]:
+    """The contents of a plain, .gz or .zst file in pieces. A file that ends too early raises EOFError."""
+    opener = gzip.open if path.name.lower().endswith(".gz") else open
+    with opener(path, "rb") as file:
+        pieces = iter(lambda: file.read1(1 << 18), b"")  # read1 gives what there is before it finds damage
+        yield from _unzstd(pieces) if path.name.lower().endswith(".zst") else pieces
+
+
+def _unzstd(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    # zstandard's stream_reader takes a truncated frame for a complete one; decompressobj tells.
+    frame = None
+    for piece in pieces:
+        while piece:
+            frame = frame or zstandard.ZstdDecompressor().decompressobj()
+            yield frame.decompress(piece)
+            piece = frame.unused_data if frame.eof else b""
+            if frame.eof:
+                frame = None
+    if frame is not None:
+        raise EOFError("compressed data ends before its end marker")
+
+
+def _lines(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """Lines, split on \\n only: texts hold other line separators such as U+2028."""
+    rest = []  # a line can span many pieces: join once
+    for piece in pieces:
+        head, *lines = piece.split(b"\n")
+        rest.append(head)
+        for line in lines:
+            yield b"".join(rest)
+            rest = [line]
+    yield b"".join(rest)
+
+
+def _parse(line: bytes) -> dict | _Skip:
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        return _Skip("not valid UTF-8", error)
+    except (ValueError, RecursionError) as error:
+        return _Skip("not valid JSON", error)
+    return row if isinstance(row, dict) else _Skip("not a JSON object")
+
+
+def _parquet_rows(path: Path, wanted: tuple[str, str]) -> Iterator[dict | _Skip]:
+    import pyarrow.parquet  # here and below: slow to import, and most recipes need neither
+
+    with pyarrow.parquet.ParquetFile(path) as file:
+        present = [name for name in file.schema_arrow.names if name in wanted]
+        for batch in file.iter_batches(batch_size=1024, columns=present or None):
+            for i in range(batch.num_rows):
+                try:
+                    yield {name: batch.column(name)[i].as_py() for name in batch.schema.names}
+                except UnicodeDecodeError as error:
+                    yield _Skip("not valid UTF-8", error)
+
+
+def _datasets_rows(item: _Item, wanted: tuple[str, str]) -> Iterator[dict]:
+    import datasets
+
+    if item.kind == "saved":
+        rows = datasets.load_from_disk(str(item.path))
+    else:
+        name, config, split, commit = item.hub
+        rows = datasets.load_dataset(name, config, split=split, revision=commit, streaming=True)
+    present = [column for column in rows.column_names or [] if column in wanted]
+    return iter(rows.select_columns(present) if present else rows)  # no decoding of images and the like
+
+
+def _one_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
+
+
+# Rows -> documents -> tokens
+
+
+class _Reader:
+    """Turns the rows of all items into texts, and counts those it cannot use."""
+
+    def __init__(self, items: list[_Item], tokenizer, text_field: str, messages_field: str):
+        self.items = items
+        self.tokenizer = tokenizer
+        self.text_field = text_field
+        self.messages_field = messages_field
+        self.sources = list(dict.fromkeys(item.source for item in items))
+        self.skipped: dict[str, int] = {}
+        self.examples_of_skipped: dict[str, str] = {}
+        self.no_field = f"no {text_field} or {messages_field} field"
+
+    def texts(self) -> Iterator[tuple[str, str, str]]:
+        """(source, place, text) of each document; DataError for a source of which no row has the wanted fields."""
+        for source, items in groupby(self.items, key=lambda item: item.source):
+            rows, without, first = 0, 0, None
+            for item in items:
+                for place, row in _read(item, self.text_field, self.messages_field):
+                    if isinstance(row, dict):
+                        rows += 1
+                        without += self.text_field not in row and self.messages_field not in row
+                        first = first or row
+                    try:
+                        yield source, place, self._text(row)
+                    except _Skip as skip:
+                        self.skip(place, skip)
+                    if without == rows == FIELD_PATIENCE:
+                        raise self._field_error(source, rows, first)
+            if rows and without == rows:
+                raise self._field_error(source, rows, first)
+
+    def skip(self, place: str, skip: _Skip) -> None:
+        self.skipped[skip.reason] = self.skipped.get(skip.reason, 0) + 1
+        self.examples_of_skipped.setdefault(skip.reason, place + skip.cause)
+
+    def _text(self, row: dict | _Skip) -> str:
+        """The document in `row`; raises _Skip."""
+        if isinstance(row, _Skip):
+            raise row
+        if self.text_field not in row and self.messages_field not in row:
+            raise _Skip(self.no_field)
+        text, messages = row.get(self.text_field), row.get(self.messages_field)
+        if not text and messages:
+            text = self._chat(messages)
+        if not text:
+            raise _Skip("empty text")
+        try:
+            text = text.decode() if isinstance(text, bytes) else text
+            if not isinstance(text, str):
+                raise _Skip("text is not a string")
+            text.encode()  # JSON can hold half a surrogate pair, which no tokenizer takes
+        except UnicodeError as error:
+            raise _Skip("not valid UTF-8", error) from error
+        if not text.strip():
+            raise _Skip("empty text")
+        return text
+
+    def _chat(self, messages) -> str:
+        if not self.tokenizer.chat_template:
+            raise DataError(
+                f"rows hold chats ({self.messages_field}) but the tokenizer has no chat template: "
+                "use an instruction-tuned teacher's tokenizer, set its chat_template, or give rows with plain text"
+            )
+        if not isinstance(messages, list):
+            raise _Skip("messages is not a list")
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False)
+        except Exception as error:  # a template is code of its own
+            raise _Skip("chat template failed", error) from error
+
+    def _field_error(self, source: str, rows: int, first: dict | None) -> DataError:
+        found = ", ".join(first or {}) or "no field at all"
+        return DataError(
+            f"{source}: {self.no_field} in any of the {rows:,} rows read; the first row has {found}: "
+            "set data.text_field or data.messages_field"
+        )
+
+
+def _tokenize(reader: _Reader, tokenizer, max_tokens: int | None, fingerprint: str) -> Corpus:
+    dtype = np.uint16 if max(tokenizer.get_vocab().values()) < 65536 else np.int32
+    eos = tokenizer.eos_token_id
+    pieces, starts, total, unread = [], [], 0, []
+    with _progress(max_tokens) as show:
+        for batch in _batches(reader.texts()):
+            encoded = tokenizer(
+                [text for _, _, text in batch], add_special_tokens=False, return_attention_mask=False, verbose=False
+            )["input_ids"]
+            for (source, place, _), ids in zip(batch, encoded, strict=True):
+                if not ids:
+                    reader.skip(place, _Skip("no tokens"))
+                    continue
+                if eos is not None and ids[-1] != eos:
+                    ids = [*ids, eos]
+                if max_tokens is not None:
+                    ids = ids[: max_tokens - total]
+                pieces.append(np.array(ids, dtype))
+                starts.append(total)
+                total += len(ids)
+                if total == max_tokens:
+                    unread = reader.sources[reader.sources.index(source) + 1 :]
+                    break
+            show(len(starts), total)
+            if total == max_tokens:
+                break
+    if not starts:
+        skips = _skips_in_words(reader.skipped, reader.examples_of_skipped) or "there are no rows"
+        raise DataError(f"no usable document in {', '.join(reader.sources)}: {skips}")
+    tokens = torch.from_numpy(np.concatenate(pieces))
+    return Corpus(
+        tokens, torch.tensor(starts), fingerprint, reader.sources, reader.skipped, reader.examples_of_skipped, unread
+    )
+
+
+def _batches(texts: Iterator[tuple[str, str, str]]) -> Iterator[list[tuple[str, str, str]]]:
+    """Lists of documents large enough to keep all cores busy, small enough for memory."""
+    batch, characters = [], 0
+    for document in texts:
+        batch.append(document)
+        characters += len(document[2])
+        if len(batch) >= 1024 or characters >= 2_000_000:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+@contextmanager
+def _progress(max_tokens: int | None) -> Iterator[Callable[[int, int], None]]:
+    """A bar on the terminal (nothing elsewhere); gives a function to call with documents and tokens so far."""
+    counts = TextColumn("{task.fields[documents]:,} documents, {task.completed:,.0f} tokens")
+    columns = (TextColumn("tokenising"), BarColumn(), counts, TimeElapsedColumn())
+    hidden = not sys.stderr.isatty()
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=hidden) as progress:
+        task = progress.add_task("", total=max_tokens, documents=0)
+        yield lambda documents, tokens: progress.update(task, documents=documents, completed=tokens)
+
+
+def _skips_in_words(skipped: dict[str, int], examples: dict[str, str]) -> str:
+    reasons = [f"{count:,} {reason} (first: {examples[reason]})" for reason, count in skipped.items()]
+    return f"skipped {sum(skipped.values()):,}: {', '.join(reasons)}" if reasons else ""
+
+
+# Cache: KEY.safetensors (tokens, starts) and KEY.json (everything else and the first file's checksum)
+
+
+def _fingerprint(items: list[_Item], tokenizer, text_field: str, messages_field: str, max_tokens: int | None) -> str:
+    contents = [[item.kind, _content_hash(item)] for item in items]
+    parts = [FORMAT, contents, _tokenizer_identity(tokenizer), text_field, messages_field, max_tokens]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _content_hash(item: _Item) -> list:
+    if item.kind == "hub":
+        return list(item.hub)
+    if item.kind == "saved":
+        return [[p.name, _file_hash(p)] for p in sorted(item.path.iterdir()) if p.is_file()]
+    return [_file_hash(item.path)]
+
+
+def _file_hash(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
+
+
+def _tokenizer_identity(tokenizer) -> list:
+    """What a tokenizer's output depends on. Padding and truncation are left out: calls change them, we use neither."""
+    if tokenizer.is_fast:
+        model = json.loads(tokenizer.backend_tokenizer.to_str())
+        model = {key: value for key, value in model.items() if key not in ("padding", "truncation")}
+    else:
+        model = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
+    digest = hashlib.sha256(json.dumps(model, sort_keys=True).encode()).hexdigest()
+    return [digest, tokenizer.chat_template, sorted((k, str(v)) for k, v in tokenizer.special_tokens_map.items())]
+
+
+def _cache_files(folder: Path, fingerprint: str) -> tuple[Path, Path]:
+    return folder / f"{fingerprint[:16]}.safetensors", folder / f"{fingerprint[:16]}.json"
+
+
+def _load(folder: Path, fingerprint: str) -> Corpus | None:
+    """The cached corpus, or None if there is none or it is damaged (logged)."""
+    tensors_file, facts_file = _cache_files(folder, fingerprint)
+    if not facts_file.exists():
+        return None
+    try:
+        facts = json.loads(facts_file.read_text("utf-8"))
+        if _file_hash(tensors_file) != facts.pop("sha256"):
+            raise ValueError("its checksum differs")
+        del facts["documents"], facts["tokens"]  # for people
+        return Corpus(**safetensors.torch.load_file(tensors_file), **facts)
+    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+        logger.warning("tokenised text in %s is damaged (%s): tokenising again", tensors_file, _one_line(error))
+        return None
+
+
+def _save(corpus: Corpus, folder: Path) -> None:
+    """Write both files aside and move them into place, so that a reader sees all or nothing."""
+    tensors_file, facts_file = _cache_files(folder, corpus.fingerprint)
+    facts = {key: value for key, value in vars(corpus).items() if not isinstance(value, torch.Tensor)}
+    facts |= {"documents": corpus.documents, "tokens": len(corpus.tokens)}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as aside:
+            new_tensors, new_facts = Path(aside, "tensors"), Path(aside, "facts")
+            safetensors.torch.save_file({"tokens": corpus.tokens, "starts": corpus.starts}, new_tensors)
+            facts["sha256"] = _file_hash(new_tensors)
+            new_facts.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", "utf-8")
+            os.replace(new_tensors, tensors_file)
+            os.replace(new_facts, facts_file)  # last: without it the cache does not count
+    except OSError as error:
+        raise DataError(f"cannot write tokenised text to {folder} ({_one_line(error)}): set data.cache") from error

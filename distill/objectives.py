@@ -1,0 +1,83 @@
+"""What the training stages minimise: modules whose `forward(batch)` gives a loss and named figures.
+
+The teacher is held beside the module, not in it: it is never wrapped, moved, optimised or saved with it.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..kernels.kl import linear_kl
+from ..students import HybridForCausalLM
+from ..students.cache import document_index
+from ..teachers import attention_view
+
+
+class Alignment(nn.Module):
+    """Each mixer alone, all layers at once: the teacher's attention output from the teacher's own input.
+
+    The loss is the mean over layers of ||mixer(h) - attention(h)||^2 / ||attention(h)||^2 (relative L2, as in MOHAWK's
+    second stage, arXiv 2408.10189, which takes whole blocks). Figures: one `layer_N` for each mixer.
+    """
+
+    def __init__(self, teacher: PreTrainedModel, student: HybridForCausalLM):
+        super().__init__()
+        layers = {layer: mixer for layer, mixer in enumerate(student.mixer_layers()) if mixer is not None}
+        self.mixers = nn.ModuleDict({str(layer): mixer for layer, mixer in layers.items()})
+        self.beside = (teacher, [view for view in attention_view(teacher) if view.layer in layers])
+
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        teacher, views = self.beside
+        pairs = attention_pairs(teacher, views, batch)
+        seq_idx = document_index(batch["position_ids"])
+        figures = {}
+        for view in views:
+            inputs, output, position_embeddings = pairs[view.layer]
+            found = self.mixers[str(view.layer)](inputs, position_embeddings, seq_idx=seq_idx)[0]
+            error = (found.float() - output.float()).pow(2).sum() / output.float().pow(2).sum()
+            figures[f"layer_{view.layer}"] = error
+        return torch.stack(list(figures.values())).mean(), figures
+
+
+class Distillation(nn.Module):
+    """End to end: KL(teacher || student) of the next-token distributions, mean per token."""
+
+    def __init__(self, teacher: PreTrainedModel, student: HybridForCausalLM, temperature: float = 1.0):
+        super().__init__()
+        self.student = student
+        self.beside = (teacher,)
+        self.temperature = temperature
+
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        (teacher,) = self.beside
+        with torch.no_grad():
+            target = teacher.get_decoder()(**batch, use_cache=False).last_hidden_state
+        hidden = self.student.get_decoder()(**batch, use_cache=False).last_hidden_state
+        kl = linear_kl(
+            hidden,
+            self.student.get_output_embeddings().weight,
+            target,
+            teacher.get_output_embeddings().weight,
+            temperature=self.temperature,
+        )
+        return kl, {"kl": kl}
+
+
+@torch.no_grad()
+def attention_pairs(teacher: PreTrainedModel, views: list, batch: dict[str, Tensor]) -> dict[int, tuple]:
+    """Runs the teacher and takes down, for each view's layer: attention's input, its output, position embeddings."""
+    pairs = {}
+
+    def take(layer: int):
+        def hook(module, args, kwargs, output):
+            pairs[layer] = (kwargs["hidden_states"], output[0], kwargs.get("position_embeddings"))
+
+        return hook
+
+    handles = [view.module.register_forward_hook(take(view.layer), with_kwargs=True) for view in views]
+    try:
+        teacher.get_decoder()(**batch, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return pairs

@@ -1,0 +1,107 @@
+"""Held-out quality: how far a student's next-token distributions are from its teacher's, and what it answers."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .data import PackedDataset, collate
+
+CHUNK = 512  # tokens whose logits are held at a time
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Means over held-out tokens. `kl` and `same_top` compare with the teacher: None where there is none."""
+
+    tokens: int
+    perplexity: float  # of the next token, within documents
+    bits_per_byte: float  # the same, comparable between vocabularies
+    kl: float | None = None  # KL(teacher || model), nats per token
+    same_top: float | None = None  # fraction of tokens at which both have the same most likely next token
+
+
+class HeldOut:
+    """Held-out sequences, and the teacher's predictions on them, kept so that every student is measured on the same."""
+
+    def __init__(
+        self,
+        dataset: PackedDataset,
+        sequences: int,
+        tokenizer: PreTrainedTokenizerBase,
+        teacher: PreTrainedModel | None = None,
+    ):
+        self.items = [collate([dataset[i]]) for i in range(min(sequences, len(dataset)))]
+        self.bytes = [_bytes_predicted(item, tokenizer) for item in self.items]
+        # Hidden states are small; the teacher's logits come again from them, a chunk at a time.
+        self.targets = [_hidden(teacher, item) for item in self.items] if teacher is not None else None
+        self.teacher = teacher
+
+    @torch.no_grad()
+    def measure(self, model: PreTrainedModel) -> Quality:
+        """The model's quality on these sequences."""
+        training = model.training
+        model.eval()
+        nll = kl = same = 0.0
+        predicted = tokens = 0
+        for i, item in enumerate(self.items):
+            hidden = self.targets[i] if model is self.teacher else _hidden(model, item)
+            # Token t predicts t+1, unless that begins another document.
+            labels, within = item["input_ids"][0, 1:], item["position_ids"][0, 1:] > 0
+            for first in range(0, hidden.shape[0], CHUNK):
+                part = slice(first, first + CHUNK)
+                logprobs = _logprobs(model, hidden[part])
+                target, counts = labels[part].to(logprobs.device), within[part].to(logprobs.device)
+                losses = F.nll_loss(logprobs[: len(target)], target, reduction="none")
+                nll += losses[counts].sum().item()
+                predicted += counts.sum().item()
+                if self.targets is not None:
+                    reference = _logprobs(self.teacher, self.targets[i][part])
+                    width = min(logprobs.shape[-1], reference.shape[-1])  # vocabularies may be padded differently
+                    p, q = reference[:, :width], logprobs[:, :width].to(reference.device)
+                    kl += F.kl_div(q, p, reduction="sum", log_target=True).item()
+                    same += (p.argmax(-1) == q.argmax(-1)).sum().item()
+                    tokens += len(p)
+        model.train(training)
+        return Quality(
+            tokens=predicted,
+            perplexity=float(torch.tensor(nll / predicted).exp()),
+            bits_per_byte=nll / sum(self.bytes) / 0.6931471805599453,
+            kl=kl / tokens if tokens else None,
+            same_top=same / tokens if tokens else None,
+        )
+
+
+@torch.no_grad()
+def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int = 64) -> str:
+    """The model's greedy answer: to a chat question where the tokenizer has a template, else a continuation."""
+    if tokenizer.chat_template:
+        chat = [{"role": "user", "content": prompt}]
+        inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt")
+    inputs = {key: inputs[key].to(model.device) for key in ("input_ids", "attention_mask")}
+    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+@torch.no_grad()
+def _hidden(model: PreTrainedModel, item: dict[str, Tensor]) -> Tensor:
+    """The decoder's last hidden states (L, hidden) of one sequence."""
+    item = {key: value.to(model.device) for key, value in item.items()}
+    return model.get_decoder()(**item, use_cache=False).last_hidden_state[0]
+
+
+def _logprobs(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    scale = getattr(model.config, "logits_scaling", 1.0)  # Granite divides its logits
+    return (model.get_output_embeddings()(hidden).float() / scale).log_softmax(-1)
+
+
+def _bytes_predicted(item: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many bytes of text the predicted tokens of a sequence stand for."""
+    ids, positions = item["input_ids"][0].tolist(), item["position_ids"][0].tolist()
+    starts = [i for i, position in enumerate(positions) if position == 0] + [len(ids)]
+    pairs = zip(starts, starts[1:], strict=False)
+    return sum(len(tokenizer.decode(ids[a + 1 : b]).encode()) for a, b in pairs)

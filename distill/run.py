@@ -1,0 +1,132 @@
+"""The run folder: one folder per stage, and what makes a stage's result still valid.
+
+    RUN/recipe.yaml                 the resolved recipe of the latest run
+    RUN/STAGE/stage.json            what the stage depends on (its settings, its inputs), written when it starts
+    RUN/STAGE/metrics.jsonl         one line per logged step
+    RUN/STAGE/checkpoints/step-N/   training state, while it trains
+    RUN/STAGE/...                   what it made: model/, native/, results.json
+    RUN/STAGE/done.json             written last: its presence is what says the stage is done
+
+A stage is reused while everything in its stage.json is as the recipe asks, its input stages included.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+
+class RunError(ValueError):
+    """A run folder that cannot be used as asked. One line, naming the thing and the remedy."""
+
+
+class StageFolder:
+    """The folder of one stage, and its records."""
+
+    def __init__(self, run: Path, stage: str):
+        self.stage = stage
+        self.path = run / stage
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    @property
+    def started(self) -> dict | None:
+        """What stage.json holds, or None."""
+        return read_json(self / "stage.json")
+
+    @property
+    def done(self) -> dict | None:
+        """What done.json holds, or None while the stage is not done."""
+        return read_json(self / "done.json")
+
+    def begin(self, depends_on: dict) -> None:
+        """Makes the folder ready: what an interrupted start left is kept if it depends on the same things."""
+        if self.started is None or identity(self.started) != identity(depends_on) or self.done is not None:
+            shutil.rmtree(self.path, ignore_errors=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_json(self / "stage.json", depends_on)
+        except OSError as error:
+            raise RunError(f"the run folder cannot be written: {error}; set run.dir to another place") from error
+
+    def finish(self, record: dict) -> None:
+        """Marks the stage done; checkpoints of its training are no longer needed."""
+        write_json(self / "done.json", {**record, "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
+        shutil.rmtree(self / "checkpoints", ignore_errors=True)
+
+    def log(self, record: dict) -> None:
+        """Appends a line to metrics.jsonl."""
+        with (self / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def why_not_reusable(self, depends_on: dict) -> str | None:
+        """None if the stage is done and depends on just this; else why it must run, in words."""
+        if self.started is None:
+            return "not run yet"
+        if changes := _differences(self.started, depends_on):
+            return "changed: " + ", ".join(changes[:4]) + (f" and {len(changes) - 4} more" if len(changes) > 4 else "")
+        return None if self.done is not None else "interrupted"
+
+
+def identity(depends_on: dict) -> str:
+    """A short hash of what a stage depends on."""
+    return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def file_identity(source: str) -> Any:
+    """Stands for a local file or folder in an identity: names and sizes, contents too where small. Others: the name."""
+    path = Path(source).expanduser()
+    if not path.exists():
+        return source
+    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
+    return [
+        [p.name, p.stat().st_size, hashlib.sha256(p.read_bytes()).hexdigest()[:16] if p.stat().st_size < 2**20 else ""]
+        for p in files
+    ]
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds; None if it is not there or damaged (records are written whole, so damage is foreign)."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file whole or not at all."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(value, file, indent=1, ensure_ascii=False)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def truncate_log(path: Path, last_step: int) -> None:
+    """Drops lines of metrics.jsonl after a step: they will be written again by the resumed run."""
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").split("\n")
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= last_step]
+        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+
+def _differences(old: Any, new: Any, key: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = []
+        for name in sorted(old.keys() | new.keys(), key=str):
+            found += _differences(old.get(name), new.get(name), f"{key}.{name}" if key else str(name))
+        return found
+    if old == new:
+        return []
+    short = [text if len(text := json.dumps(value)) <= 40 else "..." for value in (old, new)]
+    return [f"{key} ({short[0]} -> {short[1]})"]

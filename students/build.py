@@ -1,0 +1,62 @@
+"""From a teacher and a config to a student with the teacher's weights."""
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+
+from ..teachers import attention_view
+from .config import StudentConfig, layer_plan
+from .configuration_hybrid import HybridConfig
+from .errors import StudentError
+from .modeling_hybrid import HybridForCausalLM, hybrid_model_class
+from .transfer import TransferPlan, transfer_plan
+
+
+def build_student(teacher: PreTrainedModel, config: StudentConfig) -> HybridForCausalLM:
+    """A student with the teacher's weights transferred, on its device and in its dtype.
+
+    The teacher stays as it is. `student.transfer_plan` is the `TransferPlan` that was executed; print it.
+
+    Raises:
+        StudentError: the config is impossible for this teacher.
+        TeacherError: the teacher's attention is not understood.
+    """
+    student, plan = plan_student(teacher, config)
+    student = student.to_empty(device=teacher.device)
+    student.tie_weights()
+    plan.execute(teacher, student)
+    _restore_buffers(student, teacher)
+    student.generation_config = GenerationConfig.from_dict(teacher.generation_config.to_dict())
+    student.transfer_plan = plan
+    return student.train(teacher.training)
+
+
+def plan_student(teacher: PreTrainedModel, config: StudentConfig) -> tuple[HybridForCausalLM, TransferPlan]:
+    """The student on the meta device (no memory, no weights), and the plan that would fill it."""
+    config.check()
+    views = attention_view(teacher)
+    mixers = layer_plan(config, len(views))
+    windows = [view.layer for view in views if view.window is not None and mixers[view.layer] != "attention"]
+    fields = teacher.config.to_dict()
+    for name in ("model_type", "architectures", "auto_map", "transformers_version", "quantization_config"):
+        fields.pop(name, None)
+    options = config.mixer_options | {"norm_eps": fields.get("rms_norm_eps", 1e-5)}
+    hybrid = HybridConfig(
+        base_model_type=teacher.config.model_type, mixers=mixers, mixer_options=options, **fields
+    )
+    hybrid.architectures = ["HybridForCausalLM"]
+    hybrid._attn_implementation = teacher.config._attn_implementation
+    try:
+        with torch.device("meta"):
+            student = hybrid_model_class(hybrid)._from_config(hybrid, dtype=teacher.dtype)
+    except (KeyError, TypeError) as error:
+        raise StudentError(f"no student can be made of a {type(teacher).__name__}: {error}") from error
+    student.windows_given_up = windows
+    return student, transfer_plan(teacher, student)
+
+
+@torch.no_grad()
+def _restore_buffers(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    """Buffers that no checkpoint holds (rotary frequencies) are the teacher's."""
+    source = dict(teacher.named_buffers())
+    for name, buffer in student.named_buffers():
+        buffer.copy_(source[name])

@@ -1,0 +1,177 @@
+"""The Mamba-2 mixer (Dao & Gu 2024, arXiv 2405.21060), with the parts of attention a teacher can hand over.
+
+Attention is linear attention with a softmax; Mamba-2 is linear attention with decay. So queries become C, keys B,
+values x, and the output projection stays. x and B keep the teacher's key/value heads (no copies), C has its query
+heads. This file travels with exported checkpoints: it imports torch only.
+"""
+
+import torch
+from torch import Tensor, nn
+
+try:  # the fused kernels, where the package is installed
+    from transpoint.kernels.conv import causal_conv1d, causal_conv1d_step
+    from transpoint.kernels.norm import gated_rms_norm
+    from transpoint.kernels.ssd import ssd_scan, ssd_step
+except ImportError:  # the plain references, which travel beside this file
+    from .conv import causal_conv1d, causal_conv1d_step
+    from .norm import gated_rms_norm
+    from .ssd import ssd_scan, ssd_step
+
+GATE_OPEN = 1.2784645  # SiLU is 1 there
+STEP_ONE = 0.5413249  # softplus is 1 there
+PADDING_STEP = -1e4  # softplus is exactly 0 there: a padding token leaves the state as it is
+
+
+class Mamba2Mixer(nn.Module):
+    """A Mamba-2 mixer with the call signature of self-attention. H heads, K key/value heads, head_dim P = state N.
+
+    Rows of `in_proj`: z (H*P, if gated), x (K*P), B (K*N), C (H*N), dt (H). x, B and C pass a causal depthwise
+    convolution (its bias is theirs: `in_proj` has none, so that padding stays zero up to the convolution) and an
+    optional SiLU; B and C then the teacher's k/q norm and rotary embedding, where those are kept.
+
+        S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T        y_t = S_t C_t + D x_t        out = out_proj(norm(y_t * SiLU(z_t)))
+
+    Args:
+        attention: the self-attention it replaces, of the student's own tree: heads, norms and scale are read off it.
+        conv_kernel: taps of the convolution (1: a scale and a bias).
+        conv_activation: "silu" or None, after the convolution.
+        gate: whether the output is gated by SiLU(z).
+        norm: whether the gated output is RMS-normalised, one head at a time.
+        rope: whether B and C take the teacher's rotary embedding.
+        qk_norm: whether B and C take the teacher's k/q norms, where it has them.
+    """
+
+    def __init__(
+        self,
+        attention: nn.Module,
+        *,
+        conv_kernel: int = 4,
+        conv_activation: str | None = "silu",
+        gate: bool = True,
+        norm: bool = True,
+        rope: bool = False,
+        qk_norm: bool = True,
+        norm_eps: float = 1e-5,
+    ):
+        super().__init__()
+        self.layer_idx = attention.layer_idx
+        self.head_dim = P = attention.head_dim
+        self.num_heads = H = attention.q_proj.out_features // P
+        self.num_kv_heads = K = attention.k_proj.out_features // P
+        self.conv_activation, self.gate, self.rope, self.norm_eps = conv_activation, gate, rope, norm_eps
+        self.sizes = {"z": H * P if gate else 0, "x": K * P, "B": K * P, "C": H * P, "dt": H}
+        hidden_size, channels = attention.q_proj.in_features, (2 * K + H) * P
+
+        self.in_proj = nn.Linear(hidden_size, sum(self.sizes.values()), bias=False)
+        self.z_bias = nn.Parameter(torch.full((H * P,), GATE_OPEN)) if gate else None
+        # The parameters of a depthwise convolution; the convolution itself is `causal_conv1d`.
+        self.conv1d = nn.Conv1d(channels, channels, conv_kernel, groups=channels)
+        norms = qk_norm and hasattr(attention, "q_norm")
+        self.q_norm, self.k_norm = (attention.q_norm, attention.k_norm) if norms else (None, None)
+        # Without norms the scale of q.k is folded into the rows of C; a norm would undo that.
+        self.scale = float(attention.scaling) if norms else 1.0
+        self.dt_bias = nn.Parameter(torch.full((H,), STEP_ONE))
+        self.A_log = nn.Parameter(torch.zeros(H))
+        self.D = nn.Parameter(torch.zeros(H))
+        self.norm = nn.Module() if norm else None
+        if norm:
+            self.norm.weight = nn.Parameter(torch.ones(H * P))
+        self.out_proj = nn.Linear(H * P, hidden_size, bias=attention.o_proj.bias is not None)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values=None,
+        padding_mask: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        **kwargs,
+    ) -> tuple[Tensor, None]:
+        """Mixes hidden states (B,L,hidden) along L.
+
+        Args:
+            position_embeddings: cos and sin (B or 1, L, R), used with `rope`.
+            attention_mask: of the attention layers; not read.
+            past_key_values: a `HybridCache`, updated.
+            padding_mask: (B, at least L), 1 for tokens and 0 for padding; its last L columns belong to these tokens.
+            seq_idx: (B,L) document index of packed sequences: the convolution and the state start anew at each.
+
+        Returns:
+            The output (B,L,hidden), and None where attention has its weights.
+        """
+        batch, length, _ = hidden_states.shape
+        memory = None
+        if past_key_values is not None:
+            memory = past_key_values.layers[self.layer_idx]
+            if not hasattr(memory, "ssm_state"):
+                raise TypeError(
+                    f"layer {self.layer_idx} is a mixer, but the cache holds a {type(memory).__name__} for it: "
+                    "pass `past_key_values=model.new_cache()`, or none"
+                )
+        decoding = memory is not None and memory.is_initialized and length == 1
+
+        z, xBC, dt = self.in_proj(hidden_states).split(
+            [self.sizes["z"], self.sizes["x"] + self.sizes["B"] + self.sizes["C"], self.sizes["dt"]], dim=-1
+        )
+        padding = None
+        if padding_mask is not None and not decoding:  # a decoded token is never padding
+            padding = (padding_mask[:, -length:] == 0).unsqueeze(-1)
+            xBC, dt = xBC.masked_fill(padding, 0), dt.masked_fill(padding, PADDING_STEP)
+
+        weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
+        if decoding:
+            conv_state = memory.conv_state.to(xBC.device)
+            xBC = causal_conv1d_step(xBC[:, 0], conv_state, weight, bias, activation=self.conv_activation)[:, None]
+        else:
+            options = {"activation": self.conv_activation, "seq_idx": seq_idx}
+            if memory is None:
+                xBC = causal_conv1d(xBC, weight, bias, **options)
+            else:
+                xBC, conv_state = causal_conv1d(
+                    xBC, weight, bias, **options, initial_state=memory.conv_state, return_final_state=True
+                )
+        if padding is not None:
+            xBC = xBC.masked_fill(padding, 0)
+
+        x, B, C = (
+            part.unflatten(-1, (-1, self.head_dim))
+            for part in xBC.split([self.sizes["x"], self.sizes["B"], self.sizes["C"]], dim=-1)
+        )
+        if self.q_norm is not None:
+            B, C = self.k_norm(B), self.q_norm(C) * self.scale
+        if self.rope:
+            B, C = _rotate(B, position_embeddings), _rotate(C, position_embeddings)
+
+        A = -torch.exp(self.A_log.float())
+        options = {"D": self.D, "dt_bias": self.dt_bias}
+        if decoding:
+            ssm_state = memory.ssm_state.to(x.device)
+            y = ssd_step(ssm_state, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], **options)[:, None]
+        elif memory is None:
+            y = ssd_scan(x, dt, A, B, C, **options, seq_idx=seq_idx)
+        else:
+            y, ssm_state = ssd_scan(
+                x, dt, A, B, C, **options, seq_idx=seq_idx, initial_state=memory.ssm_state, return_final_state=True
+            )
+        if memory is not None:
+            memory.advance(conv_state, ssm_state, length)
+
+        y = y.flatten(2)
+        z = z + self.z_bias if self.gate else None
+        if self.norm is not None:
+            y = gated_rms_norm(y, self.norm.weight, z, groups=self.num_heads, eps=self.norm_eps)
+        elif z is not None:
+            y = y * nn.functional.silu(z)
+        return self.out_proj(y.to(hidden_states.dtype)), None
+
+    def extra_repr(self) -> str:
+        return f"heads={self.num_heads}, kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, rope={self.rope}"
+
+
+def _rotate(t: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary embedding (arXiv 2104.09864) of the leading dimensions of t (B,L,heads,N), half-split layout."""
+    cos, sin = (table.unsqueeze(2).to(t.dtype) for table in position_embeddings)
+    turned, rest = t.split([cos.shape[-1], t.shape[-1] - cos.shape[-1]], dim=-1)
+    a, b = turned.chunk(2, dim=-1)
+    return torch.cat((turned * cos + torch.cat((-b, a), dim=-1) * sin, rest), dim=-1)

@@ -1,0 +1,106 @@
+"""A hybrid student: the teacher's own module tree, with self-attention replaced by a mixer in chosen layers.
+
+So it works for every decoder family whose attention is a module, with no model file per family: `HybridForCausalLM`
+becomes, for each teacher, a class that is both itself and the teacher's class. This file travels with exported
+checkpoints: it imports torch and transformers only.
+"""
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from .cache import HybridCache, document_index
+from .configuration_hybrid import HybridConfig
+from .mamba2 import Mamba2Mixer
+
+MIXERS = {"mamba2": Mamba2Mixer}
+
+
+class HybridForCausalLM:
+    """A causal language model with mixers among its layers. Make one with `from_pretrained` or `build_student`.
+
+    Everything a transformers model does, it does: `forward`, `generate` (with a `HybridCache`), `save_pretrained`.
+    Documents packed in one sequence are told by `position_ids` that restart at 0, without an attention mask.
+    """
+
+    # Decay, step and skip lose too much in bfloat16.
+    _keep_in_fp32_modules_strict = {"self_attn.A_log", "self_attn.dt_bias", "self_attn.D"}
+    _is_stateful = True  # generate() must not roll the cache back
+
+    def __init__(self, config: HybridConfig):
+        super().__init__(config)
+        for layer, mixer in zip(self.get_decoder().layers, config.mixers, strict=True):
+            if mixer != "attention":
+                layer.self_attn = MIXERS[mixer](layer.self_attn, **config.mixer_options)
+        self.get_decoder().register_forward_pre_hook(_tell_mixers, with_kwargs=True)
+
+    @classmethod
+    def from_pretrained(cls, path, *args, config: HybridConfig | None = None, **kwargs) -> "HybridForCausalLM":
+        """As `PreTrainedModel.from_pretrained`."""
+        if cls is HybridForCausalLM:
+            config = config or HybridConfig.from_pretrained(path)
+            cls = hybrid_model_class(config)
+        return super(HybridForCausalLM, cls).from_pretrained(path, *args, config=config, **kwargs)
+
+    @classmethod
+    def _from_config(cls, config: HybridConfig, **kwargs) -> "HybridForCausalLM":
+        cls = hybrid_model_class(config) if cls is HybridForCausalLM else cls
+        return super(HybridForCausalLM, cls)._from_config(config, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class="AutoModelForCausalLM") -> None:
+        """Has `save_pretrained` copy this file and what it imports along with the weights."""
+        cls._auto_class = auto_class if isinstance(auto_class, str) else auto_class.__name__
+
+    def mixer_layers(self) -> list[nn.Module | None]:
+        """For each layer its mixer, or None where attention is kept."""
+        layers = zip(self.get_decoder().layers, self.config.mixers, strict=True)
+        return [None if mixer == "attention" else layer.self_attn for layer, mixer in layers]
+
+    def new_cache(self) -> HybridCache:
+        """An empty cache for this model, to be passed as `past_key_values`."""
+        return HybridCache(self.config)
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
+            if generation_config.cache_implementation not in (None, "dynamic"):
+                raise ValueError(
+                    f"cache_implementation='{generation_config.cache_implementation}' is not possible for a hybrid: "
+                    "its mixer layers keep a state, not keys and values; leave it out"
+                )
+            model_kwargs["past_key_values"] = self.new_cache()
+            return None
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+
+def _tell_mixers(decoder, args, kwargs):
+    """Before the teacher's own decoder runs: a cache with states in it, and by keyword what the mixers need besides."""
+    if kwargs.get("use_cache") is None:
+        kwargs["use_cache"] = decoder.config.use_cache and not decoder.training
+    if kwargs["use_cache"] and kwargs.get("past_key_values") is None:
+        kwargs["past_key_values"] = HybridCache(decoder.config)
+    mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        kwargs["padding_mask"] = mask
+    elif mask is None and kwargs.get("past_key_values") is None and positions is not None:
+        # transformers reads packed documents off position ids under the same condition, for attention layers
+        kwargs["seq_idx"] = document_index(positions)
+    return args, kwargs
+
+
+def hybrid_model_class(config: HybridConfig) -> type[PreTrainedModel]:
+    """The class that is both `HybridForCausalLM` and the teacher's class (one class for each config class)."""
+    key = type(config)
+    if key not in _CLASSES:
+        teacher_class = MODEL_FOR_CAUSAL_LM_MAPPING[_teacher_config_class(key)]
+        # The name is the public one: saved checkpoints refer to it.
+        fields = {"config_class": key, "__module__": __name__}
+        _CLASSES[key] = type("HybridForCausalLM", (HybridForCausalLM, teacher_class), fields)
+    return _CLASSES[key]
+
+
+def _teacher_config_class(config_class: type[HybridConfig]) -> type:
+    return next(base for base in config_class.__bases__ if not issubclass(base, HybridConfig))
+
+
+_CLASSES: dict[type, type[PreTrainedModel]] = {}

@@ -1,0 +1,156 @@
+"""Weight transfer as data: which teacher tensor, through which operation, becomes which student tensor.
+
+A `TransferPlan` is made from the teacher's attention views and the student's mixers, can be printed as a table, and is
+then executed. Everything it does not name is the teacher's own, copied as it is.
+
+The algebra (attention is linear attention with a softmax, Mamba-2 is linear attention with decay; arXiv 2405.21060,
+section 7, and arXiv 2408.15237): C = scale * Q, B = K, x = V, out_proj = O. The convolution starts as identity, its
+bias takes the projections' biases; the gate starts open, the skip D at 0.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+
+from ..teachers import AttentionView, attention_view
+from .errors import StudentError
+from .mamba2 import GATE_OPEN, STEP_ONE, Mamba2Mixer
+
+# Half-life, in tokens, that a head starts with before `calibrate` has measured the teacher's.
+HALF_LIFE = 32.0
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """One student tensor (or some of its rows) and where it comes from."""
+
+    target: str  # parameter's name in the student: "model.layers.1.self_attn.in_proj.weight"
+    operation: str  # "copy", "scale", "constant", "identity"
+    source: str | None = None  # parameter's name in the teacher
+    rows: tuple[int, int] | None = None  # of the target; None: all
+    part: str = ""  # what those rows are: "C"
+    value: float | tuple[float, ...] | None = None  # factor of scale, or the constant
+
+    def compute(self, teacher: dict[str, Tensor], like: Tensor) -> Tensor:
+        """The new content of the target (or its rows), shaped as `like`."""
+        if self.operation == "constant":
+            return torch.as_tensor(self.value, dtype=like.dtype).expand_as(like)
+        if self.operation == "identity":  # of a depthwise convolution (channels, 1, taps): the current token alone
+            taps = torch.zeros_like(like, device="cpu")
+            taps[..., -1] = 1
+            return taps
+        tensor = teacher[self.source]
+        if tensor.shape != like.shape:
+            raise StudentError(f"{self.source} is {tuple(tensor.shape)}, {self.target} needs {tuple(like.shape)}")
+        return tensor * self.value if self.operation == "scale" else tensor
+
+    def describe(self) -> str:
+        if self.operation in ("copy", "scale"):
+            return self.source + (f" * {self.value:.4g}" if self.operation == "scale" else "")
+        if self.operation == "identity":
+            return "identity"
+        values = self.value if isinstance(self.value, tuple) else (self.value,)
+        return " ".join(f"{value:.4g}" for value in (values if len(set(values)) > 1 else values[:1]))
+
+
+@dataclass
+class TransferPlan:
+    """The transfers of a whole student, in order."""
+
+    transfers: list[Transfer] = field(default_factory=list)
+    kept: int = 0  # how many further tensors are the teacher's own
+
+    @torch.no_grad()
+    def execute(self, teacher: nn.Module, student: nn.Module) -> None:
+        """Fills the student's parameters: the planned ones as planned, all others with the teacher's.
+
+        Raises:
+            StudentError: a tensor is missing or has another shape than planned.
+        """
+        source = {**dict(teacher.named_parameters()), **dict(teacher.named_buffers())}
+        planned = {transfer.target for transfer in self.transfers}
+        targets = dict(student.named_parameters())
+        for name, parameter in targets.items():
+            if name in planned:
+                continue
+            if name not in source or source[name].shape != parameter.shape:
+                raise StudentError(f"the student's {name} has no counterpart in the teacher and is not planned")
+            parameter.copy_(source[name])
+        for transfer in self.transfers:
+            target = targets[transfer.target]
+            target = target[slice(*transfer.rows)] if transfer.rows else target
+            target.copy_(transfer.compute(source, target))
+
+    def table(self) -> Table:
+        table = Table("student tensor", "rows", "is", "teacher tensor", title="transfer plan")
+        for t in self.transfers:
+            rows = f"{t.rows[0]}:{t.rows[1]}" if t.rows else "all"
+            table.add_row(t.target, f"{rows} {t.part}".strip(), t.operation, t.describe())
+        table.add_row(f"{self.kept} further tensors", "all", "copy", "the same name")
+        return table
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(width=160, no_color=True)
+        with console.capture() as capture:
+            console.print(self.table())
+        return capture.get()
+
+
+def transfer_plan(teacher: nn.Module, student: nn.Module) -> TransferPlan:
+    """The plan that turns this teacher into this student (of `hybrid_model_class`, weights not read)."""
+    plan = TransferPlan()
+    mixers = {name: module for name, module in student.named_modules() if isinstance(module, Mamba2Mixer)}
+    for view in attention_view(teacher):
+        if view.name in mixers:
+            plan.transfers += _mamba2_transfers(view, mixers[view.name], teacher)
+    planned = {transfer.target for transfer in plan.transfers}
+    plan.kept = sum(name not in planned for name, _ in student.named_parameters())
+    return plan
+
+
+def _mamba2_transfers(view: AttentionView, mixer: Mamba2Mixer, teacher: nn.Module) -> list[Transfer]:
+    def named(module: nn.Module, name: str) -> str:
+        return f"{view.name}.{module}.{name}"
+
+    decay = 0.5 ** (1 / HALF_LIFE)  # of the state in one token
+    transfers, row = [], 0
+    # A query is scaled before it meets a key; where it is normed first, the mixer scales after its norm.
+    scale = view.scale if mixer.q_norm is None else None
+    sources = {"x": ("v_proj", None), "B": ("k_proj", None), "C": ("q_proj", scale)}
+    weight, bias = f"{view.name}.in_proj.weight", f"{view.name}.conv1d.bias"
+    channel = 0
+    for part, size in mixer.sizes.items():
+        rows = (row, row + size)
+        row += size
+        if part not in sources:
+            if size:
+                transfers.append(Transfer(weight, "constant", rows=rows, part=part, value=0.0))
+            continue
+        projection, factor = sources[part]
+        operation = "copy" if factor is None else "scale"
+        transfers.append(Transfer(weight, operation, named(projection, "weight"), rows, part, factor))
+        channels = (channel, channel + size)
+        channel += size
+        if getattr(view, projection).bias is None:
+            transfers.append(Transfer(bias, "constant", rows=channels, part=part, value=0.0))
+        else:
+            transfers.append(Transfer(bias, operation, named(projection, "bias"), channels, part, factor))
+    transfers.append(Transfer(f"{view.name}.conv1d.weight", "identity"))
+    if mixer.gate:
+        transfers.append(Transfer(f"{view.name}.z_bias", "constant", value=GATE_OPEN))
+    transfers += [
+        Transfer(f"{view.name}.dt_bias", "constant", value=STEP_ONE),
+        Transfer(f"{view.name}.A_log", "constant", value=math.log(-math.log(decay))),
+        Transfer(f"{view.name}.D", "constant", value=0.0),
+    ]
+    if mixer.norm is not None:
+        transfers.append(Transfer(f"{view.name}.norm.weight", "constant", value=1.0))
+    transfers.append(Transfer(f"{view.name}.out_proj.weight", "copy", named("o_proj", "weight")))
+    if view.o_proj.bias is not None:
+        transfers.append(Transfer(f"{view.name}.out_proj.bias", "copy", named("o_proj", "bias")))
+    return transfers

@@ -1,0 +1,15 @@
+"""Loading a teacher, and one view of its attention for every model family."""
+
+from .attention import AttentionView, attention_view, decoder_layers
+from .loading import REGISTRY, TeacherError, TeacherInfo, load_teacher, teacher_info
+
+__all__ = [
+    "REGISTRY",
+    "AttentionView",
+    "TeacherError",
+    "TeacherInfo",
+    "attention_view",
+    "decoder_layers",
+    "load_teacher",
+    "teacher_info",
+]

