@@ -57,9 +57,7 @@ def save_checkpoint(
         shutil.rmtree(old)
 
 
-def load_checkpoint(
-    folder: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
-) -> int:
+def load_checkpoint(folder: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
     """Restores the newest checkpoint that is whole; returns its step, or 0 if there is none.
 
     A damaged checkpoint is named in a warning, and the one before it is used.

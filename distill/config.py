@@ -38,7 +38,9 @@ class RunConfig:
     seed: int = setting(0, "of data order and initialisation", minimum=0)
     device: str = setting("auto", "auto (a GPU where there is one), cpu or cuda", choices=("auto", "cpu", "cuda"))
     precision: str = setting(
-        "auto", "of the matrix products in training: fp32, bf16, or auto (bf16 on a GPU)", choices=("auto", "fp32", "bf16")
+        "auto",
+        "of the matrix products in training: fp32, bf16, or auto (bf16 on a GPU)",
+        choices=("auto", "fp32", "bf16"),
     )
 
 
@@ -203,7 +205,9 @@ def _check_keys(values: dict, kind: type, prefix: str) -> None:
     for key, value in values.items():
         if key not in names:
             every = [known for known, _, _ in describe_keys()]
-            near = difflib.get_close_matches(prefix + str(key), [*every, *(prefix + name for name in names)], n=1, cutoff=0.5)
+            near = difflib.get_close_matches(
+                prefix + str(key), [*every, *(prefix + name for name in names)], n=1, cutoff=0.5
+            )
             hint = f"; did you mean '{near[0]}'?" if near else f"; expected one of {', '.join(names)}"
             raise ConfigError(f"unknown key '{prefix}{key}' (value {value!r}){hint}")
         if dataclasses.is_dataclass(names[key]):

@@ -5,17 +5,10 @@ cuts the tokens into sequences of equal length; `batch_indices` says which seque
 needs no state. Rows that cannot be used are skipped, counted by reason and reported. What a person has to mend is a
 `DataError`.
 
-A *source* is one of
-- a file .jsonl, .jsonl.zst, .jsonl.gz, .parquet (rows), .txt or .txt.zst (one document),
-- a glob of such files, or a folder of them (subfolders included),
-- a folder written by `datasets.Dataset.save_to_disk`,
-- a hub dataset `hub:OWNER/NAME` (its split train), `hub:OWNER/NAME:SPLIT` or `hub:OWNER/NAME:CONFIG:SPLIT`.
-Rows hold a text (string) or messages (a chat: a list of {role, content}); a row with both is read as text.
+What a *source* may be, `sources.py` says. Rows hold a text (string) or messages (a chat: a list of {role, content});
+a row with both is read as text.
 """
 
-import difflib
-import glob
-import gzip
 import hashlib
 import json
 import logging
@@ -32,13 +25,13 @@ from pathlib import Path
 import numpy as np
 import safetensors.torch
 import torch
-import zstandard
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from .sources import DataError, Item, Skip, content_hash, file_hash, one_line, read, resolve
+
 logger = logging.getLogger(__name__)
 
-SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".parquet", ".txt", ".txt.zst")
 FORMAT = 1  # of the cache; raise it when the same input would give other tokens
 FIELD_PATIENCE = 10_000  # rows without the wanted fields before a long source is given up
 
@@ -65,10 +58,6 @@ class DataConfig:
     cache: str | None = field(
         default=None, metadata={"help": "folder for tokenised text, may be shared by runs; null: in the run folder"}
     )
-
-
-class DataError(ValueError):
-    """Text that cannot be used as asked. The message is one line that names the thing and the remedy."""
 
 
 @dataclass
@@ -124,7 +113,7 @@ def tokenize_corpus(
         raise DataError("no sources of text: list files, folders or hub:OWNER/NAME under data.train and data.heldout")
     if max_tokens is not None and max_tokens < 1:
         raise DataError(f"the token limit is {max_tokens}: give a positive number, or null to read everything")
-    items = [item for source in sources for item in _resolve(source)]
+    items = [item for source in sources for item in resolve(source)]
     fingerprint = _fingerprint(items, tokenizer, text_field, messages_field, max_tokens)
     corpus = _load(Path(cache), fingerprint) if cache is not None else None
     if corpus is None:
@@ -193,209 +182,13 @@ def _permutation(n_items: int, seed: int, epoch: int) -> np.ndarray:
     return torch.randperm(n_items, generator=generator).numpy()
 
 
-# Sources -> things to read
-
-
-@dataclass(frozen=True)
-class _Item:
-    """One thing to read. kind: a file's suffix (one of SUFFIXES), "saved" (folder of save_to_disk) or "hub"."""
-
-    kind: str
-    source: str  # as the user wrote it
-    path: Path = Path()
-    hub: tuple[str, str | None, str, str | None] = ("", None, "", None)  # name, config, split, commit
-
-    def __str__(self) -> str:
-        return self.source if self.kind == "hub" else str(self.path)
-
-
-def _resolve(source: str) -> list[_Item]:
-    """The files, saved folders or hub dataset that `source` stands for, in a fixed order."""
-    if source.startswith("hub:"):
-        return [_hub_item(source)]
-    pattern = Path(source).expanduser()
-    paths = [pattern] if pattern.exists() else [Path(p) for p in sorted(glob.glob(str(pattern), recursive=True))]
-    items = [item for path in paths if path.exists() for item in _items_at(path, source)]
-    if items:
-        return items
-    if glob.has_magic(source):
-        raise DataError(f"no file matches {source}: check the pattern and the folder it starts from")
-    near = []
-    if pattern.parent.is_dir():
-        near = difflib.get_close_matches(pattern.name, os.listdir(pattern.parent), n=1)
-    hint = f"did you mean {pattern.parent / near[0]}?" if near else "a hub dataset is written hub:OWNER/NAME"
-    raise DataError(f"no such file or folder: {source}; {hint}")
-
-
-def _items_at(path: Path, source: str) -> list[_Item]:
-    if path.is_file():
-        kind = _suffix(path)
-        if kind is None:
-            raise DataError(f"{path} is of an unsupported kind; supported are {', '.join(SUFFIXES)}")
-        return [_Item(kind, source, path)]
-    if (path / "dataset_dict.json").is_file():
-        splits = ", ".join(sorted(p.name for p in path.iterdir() if p.is_dir()))
-        raise DataError(f"{path} is a saved dataset with the splits {splits}: name one of them, as {path / 'SPLIT'}")
-    if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
-        return [_Item("saved", source, path)]
-    files = sorted(p for p in path.rglob("*") if p.is_file() and _suffix(p) and not p.name.startswith("."))
-    if not files:
-        raise DataError(f"folder {path} holds no file of a supported kind ({', '.join(SUFFIXES)})")
-    return [_Item(_suffix(p), source, p) for p in files]
-
-
-def _suffix(path: Path) -> str | None:
-    return next((s for s in SUFFIXES if path.name.lower().endswith(s)), None)
-
-
-def _hub_item(source: str) -> _Item:
-    name, *rest = source.removeprefix("hub:").split(":")
-    if len(rest) > 2 or not all([name, *rest]):
-        raise DataError(f"{source} is not hub:OWNER/NAME, hub:OWNER/NAME:SPLIT or hub:OWNER/NAME:CONFIG:SPLIT")
-    config = rest[0] if len(rest) == 2 else None
-    split = rest[-1] if rest else "train"
-    return _Item("hub", source, hub=(name, config, split, _hub_commit(name)))
-
-
-def _hub_commit(name: str) -> str | None:
-    """The dataset's present commit, so that it can be pinned and told from later ones; None where it cannot be had."""
-    import huggingface_hub
-
-    try:
-        return huggingface_hub.HfApi().dataset_info(name, timeout=10).sha
-    except Exception as error:  # offline, or no such dataset: reading says so, with the remedy
-        logger.debug("no commit for %s: %s", name, error)
-        return None
-
-
-# Things to read -> rows
-
-
-class _Skip(Exception):
-    """A row that cannot be used: why (a few fixed words, they are counted) and, if known, the cause."""
-
-    def __init__(self, reason: str, cause: Exception | None = None):
-        self.reason = reason
-        self.cause = f": {_one_line(cause)}" if cause else ""
-
-
-def _read(item: _Item, text_field: str, messages_field: str) -> Iterator[tuple[str, dict | _Skip]]:
-    """(place, row) for each row of `item`; DataError if reading fails."""
-    wanted = (text_field, messages_field)
-    rows = 0
-    try:
-        for place, row in _rows(item, wanted):
-            yield place, row
-            rows += 1
-    except Exception as error:  # the readers raise anything; what they raise is about this item
-        remedy = (
-            "check the name and the network (a private dataset needs HF_TOKEN), or give a local file"
-            if item.kind == "hub"
-            else "it may be truncated or damaged; fetch or write it again"
-        )
-        raise DataError(f"{item}: reading failed after {rows:,} rows ({_one_line(error)}): {remedy}") from error
-
-
-def _rows(item: _Item, wanted: tuple[str, str]) -> Iterator[tuple[str, dict | _Skip]]:
-    name = item.path.name
-    if item.kind.startswith(".jsonl"):
-        for number, line in enumerate(_lines(_decompressed(item.path)), 1):
-            if line.strip():
-                yield f"{name} line {number}", _parse(line)
-    elif item.kind.startswith(".txt"):
-        try:
-            yield name, {wanted[0]: b"".join(_decompressed(item.path)).decode("utf-8-sig")}
-        except UnicodeDecodeError as error:
-            yield name, _Skip("not valid UTF-8", error)
-    elif item.kind == ".parquet":
-        for number, row in enumerate(_parquet_rows(item.path, wanted), 1):
-            yield f"{name} row {number}", row
-    else:
-        for number, row in enumerate(_datasets_rows(item, wanted), 1):
-            yield f"{item.source if item.kind == 'hub' else name} row {number}", row
-
-
-def _decompressed(path: Path) -> Iterator[bytes]:
-    """The contents of a plain, .gz or .zst file in pieces. A file that ends too early raises EOFError."""
-    opener = gzip.open if path.name.lower().endswith(".gz") else open
-    with opener(path, "rb") as file:
-        pieces = iter(lambda: file.read1(1 << 18), b"")  # read1 gives what there is before it finds damage
-        yield from _unzstd(pieces) if path.name.lower().endswith(".zst") else pieces
-
-
-def _unzstd(pieces: Iterator[bytes]) -> Iterator[bytes]:
-    # zstandard's stream_reader takes a truncated frame for a complete one; decompressobj tells.
-    frame = None
-    for piece in pieces:
-        while piece:
-            frame = frame or zstandard.ZstdDecompressor().decompressobj()
-            yield frame.decompress(piece)
-            piece = frame.unused_data if frame.eof else b""
-            if frame.eof:
-                frame = None
-    if frame is not None:
-        raise EOFError("compressed data ends before its end marker")
-
-
-def _lines(pieces: Iterator[bytes]) -> Iterator[bytes]:
-    """Lines, split on \\n only: texts hold other line separators such as U+2028."""
-    rest = []  # a line can span many pieces: join once
-    for piece in pieces:
-        head, *lines = piece.split(b"\n")
-        rest.append(head)
-        for line in lines:
-            yield b"".join(rest)
-            rest = [line]
-    yield b"".join(rest)
-
-
-def _parse(line: bytes) -> dict | _Skip:
-    try:
-        row = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        return _Skip("not valid UTF-8", error)
-    except (ValueError, RecursionError) as error:
-        return _Skip("not valid JSON", error)
-    return row if isinstance(row, dict) else _Skip("not a JSON object")
-
-
-def _parquet_rows(path: Path, wanted: tuple[str, str]) -> Iterator[dict | _Skip]:
-    import pyarrow.parquet  # here and below: slow to import, and most recipes need neither
-
-    with pyarrow.parquet.ParquetFile(path) as file:
-        present = [name for name in file.schema_arrow.names if name in wanted]
-        for batch in file.iter_batches(batch_size=1024, columns=present or None):
-            for i in range(batch.num_rows):
-                try:
-                    yield {name: batch.column(name)[i].as_py() for name in batch.schema.names}
-                except UnicodeDecodeError as error:
-                    yield _Skip("not valid UTF-8", error)
-
-
-def _datasets_rows(item: _Item, wanted: tuple[str, str]) -> Iterator[dict]:
-    import datasets
-
-    if item.kind == "saved":
-        rows = datasets.load_from_disk(str(item.path))
-    else:
-        name, config, split, commit = item.hub
-        rows = datasets.load_dataset(name, config, split=split, revision=commit, streaming=True)
-    present = [column for column in rows.column_names or [] if column in wanted]
-    return iter(rows.select_columns(present) if present else rows)  # no decoding of images and the like
-
-
-def _one_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
-
-
 # Rows -> documents -> tokens
 
 
 class _Reader:
     """Turns the rows of all items into texts, and counts those it cannot use."""
 
-    def __init__(self, items: list[_Item], tokenizer, text_field: str, messages_field: str):
+    def __init__(self, items: list[Item], tokenizer, text_field: str, messages_field: str):
         self.items = items
         self.tokenizer = tokenizer
         self.text_field = text_field
@@ -410,44 +203,44 @@ class _Reader:
         for source, items in groupby(self.items, key=lambda item: item.source):
             rows, without, first = 0, 0, None
             for item in items:
-                for place, row in _read(item, self.text_field, self.messages_field):
+                for place, row in read(item, self.text_field, self.messages_field):
                     if isinstance(row, dict):
                         rows += 1
                         without += self.text_field not in row and self.messages_field not in row
                         first = first or row
                     try:
                         yield source, place, self._text(row)
-                    except _Skip as skip:
+                    except Skip as skip:
                         self.skip(place, skip)
                     if without == rows == FIELD_PATIENCE:
                         raise self._field_error(source, rows, first)
             if rows and without == rows:
                 raise self._field_error(source, rows, first)
 
-    def skip(self, place: str, skip: _Skip) -> None:
+    def skip(self, place: str, skip: Skip) -> None:
         self.skipped[skip.reason] = self.skipped.get(skip.reason, 0) + 1
         self.examples_of_skipped.setdefault(skip.reason, place + skip.cause)
 
-    def _text(self, row: dict | _Skip) -> str:
-        """The document in `row`; raises _Skip."""
-        if isinstance(row, _Skip):
+    def _text(self, row: dict | Skip) -> str:
+        """The document in `row`; raises Skip."""
+        if isinstance(row, Skip):
             raise row
         if self.text_field not in row and self.messages_field not in row:
-            raise _Skip(self.no_field)
+            raise Skip(self.no_field)
         text, messages = row.get(self.text_field), row.get(self.messages_field)
         if not text and messages:
             text = self._chat(messages)
         if not text:
-            raise _Skip("empty text")
+            raise Skip("empty text")
         try:
             text = text.decode() if isinstance(text, bytes) else text
             if not isinstance(text, str):
-                raise _Skip("text is not a string")
+                raise Skip("text is not a string")
             text.encode()  # JSON can hold half a surrogate pair, which no tokenizer takes
         except UnicodeError as error:
-            raise _Skip("not valid UTF-8", error) from error
+            raise Skip("not valid UTF-8", error) from error
         if not text.strip():
-            raise _Skip("empty text")
+            raise Skip("empty text")
         return text
 
     def _chat(self, messages) -> str:
@@ -457,11 +250,11 @@ class _Reader:
                 "use an instruction-tuned teacher's tokenizer, set its chat_template, or give rows with plain text"
             )
         if not isinstance(messages, list):
-            raise _Skip("messages is not a list")
+            raise Skip("messages is not a list")
         try:
             return self.tokenizer.apply_chat_template(messages, tokenize=False)
         except Exception as error:  # a template is code of its own
-            raise _Skip("chat template failed", error) from error
+            raise Skip("chat template failed", error) from error
 
     def _field_error(self, source: str, rows: int, first: dict | None) -> DataError:
         found = ", ".join(first or {}) or "no field at all"
@@ -482,7 +275,7 @@ def _tokenize(reader: _Reader, tokenizer, max_tokens: int | None, fingerprint: s
             )["input_ids"]
             for (source, place, _), ids in zip(batch, encoded, strict=True):
                 if not ids:
-                    reader.skip(place, _Skip("no tokens"))
+                    reader.skip(place, Skip("no tokens"))
                     continue
                 if eos is not None and ids[-1] != eos:
                     ids = [*ids, eos]
@@ -538,26 +331,10 @@ def _skips_in_words(skipped: dict[str, int], examples: dict[str, str]) -> str:
 # Cache: KEY.safetensors (tokens, starts) and KEY.json (everything else and the first file's checksum)
 
 
-def _fingerprint(items: list[_Item], tokenizer, text_field: str, messages_field: str, max_tokens: int | None) -> str:
-    contents = [[item.kind, _content_hash(item)] for item in items]
+def _fingerprint(items: list[Item], tokenizer, text_field: str, messages_field: str, max_tokens: int | None) -> str:
+    contents = [[item.kind, content_hash(item)] for item in items]
     parts = [FORMAT, contents, _tokenizer_identity(tokenizer), text_field, messages_field, max_tokens]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def _content_hash(item: _Item) -> list:
-    if item.kind == "hub":
-        return list(item.hub)
-    if item.kind == "saved":
-        return [[p.name, _file_hash(p)] for p in sorted(item.path.iterdir()) if p.is_file()]
-    return [_file_hash(item.path)]
-
-
-def _file_hash(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
 
 
 def _tokenizer_identity(tokenizer) -> list:
@@ -582,12 +359,12 @@ def _load(folder: Path, fingerprint: str) -> Corpus | None:
         return None
     try:
         facts = json.loads(facts_file.read_text("utf-8"))
-        if _file_hash(tensors_file) != facts.pop("sha256"):
+        if file_hash(tensors_file) != facts.pop("sha256"):
             raise ValueError("its checksum differs")
         del facts["documents"], facts["tokens"]  # for people
         return Corpus(**safetensors.torch.load_file(tensors_file), **facts)
     except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
-        logger.warning("tokenised text in %s is damaged (%s): tokenising again", tensors_file, _one_line(error))
+        logger.warning("tokenised text in %s is damaged (%s): tokenising again", tensors_file, one_line(error))
         return None
 
 
@@ -601,9 +378,9 @@ def _save(corpus: Corpus, folder: Path) -> None:
         with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as aside:
             new_tensors, new_facts = Path(aside, "tensors"), Path(aside, "facts")
             safetensors.torch.save_file({"tokens": corpus.tokens, "starts": corpus.starts}, new_tensors)
-            facts["sha256"] = _file_hash(new_tensors)
+            facts["sha256"] = file_hash(new_tensors)
             new_facts.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", "utf-8")
             os.replace(new_tensors, tensors_file)
             os.replace(new_facts, facts_file)  # last: without it the cache does not count
     except OSError as error:
-        raise DataError(f"cannot write tokenised text to {folder} ({_one_line(error)}): set data.cache") from error
+        raise DataError(f"cannot write tokenised text to {folder} ({one_line(error)}): set data.cache") from error

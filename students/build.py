@@ -40,9 +40,7 @@ def plan_student(teacher: PreTrainedModel, config: StudentConfig) -> tuple[Hybri
     for name in ("model_type", "architectures", "auto_map", "transformers_version", "quantization_config"):
         fields.pop(name, None)
     options = config.mixer_options | {"norm_eps": fields.get("rms_norm_eps", 1e-5)}
-    hybrid = HybridConfig(
-        base_model_type=teacher.config.model_type, mixers=mixers, mixer_options=options, **fields
-    )
+    hybrid = HybridConfig(base_model_type=teacher.config.model_type, mixers=mixers, mixer_options=options, **fields)
     hybrid.architectures = ["HybridForCausalLM"]
     hybrid._attn_implementation = teacher.config._attn_implementation
     try:

@@ -24,7 +24,8 @@ class StudentConfig:
     gate: bool = field(default=True, metadata={"help": "whether the output is gated by SiLU(z)"})
     norm: bool = field(default=True, metadata={"help": "whether the gated output is RMS-normalised, head by head"})
     rope: bool = field(
-        default=False, metadata={"help": "whether B and C take the teacher's rotary embedding (no native format has it)"}
+        default=False,
+        metadata={"help": "whether B and C take the teacher's rotary embedding (no native format has it)"},
     )
     qk_norm: bool = field(
         default=True, metadata={"help": "whether B and C take the teacher's k/q norms, where it has them"}

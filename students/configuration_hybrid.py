@@ -38,7 +38,7 @@ class HybridConfig(PreTrainedConfig):
     def from_dict(cls, config_dict, **kwargs):
         if cls is HybridConfig:
             cls = hybrid_config_class(config_dict.get("base_model_type"))
-        return super(HybridConfig, cls).from_dict(config_dict, **kwargs)
+        return super().from_dict(config_dict, **kwargs)
 
 
 def hybrid_config_class(base_model_type: str | None) -> type[HybridConfig]:

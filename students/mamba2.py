@@ -29,7 +29,9 @@ class Mamba2Mixer(nn.Module):
     convolution (its bias is theirs: `in_proj` has none, so that padding stays zero up to the convolution) and an
     optional SiLU; B and C then the teacher's k/q norm and rotary embedding, where those are kept.
 
-        S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T        y_t = S_t C_t + D x_t        out = out_proj(norm(y_t * SiLU(z_t)))
+        S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T
+        y_t = S_t C_t + D x_t
+        out = out_proj(norm(y_t * SiLU(z_t)))
 
     Args:
         attention: the self-attention it replaces, of the student's own tree: heads, norms and scale are read off it.

@@ -40,12 +40,12 @@ class HybridForCausalLM:
         if cls is HybridForCausalLM:
             config = config or HybridConfig.from_pretrained(path)
             cls = hybrid_model_class(config)
-        return super(HybridForCausalLM, cls).from_pretrained(path, *args, config=config, **kwargs)
+        return super().from_pretrained(path, *args, config=config, **kwargs)
 
     @classmethod
     def _from_config(cls, config: HybridConfig, **kwargs) -> "HybridForCausalLM":
         cls = hybrid_model_class(config) if cls is HybridForCausalLM else cls
-        return super(HybridForCausalLM, cls)._from_config(config, **kwargs)
+        return super()._from_config(config, **kwargs)
 
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoModelForCausalLM") -> None:

@@ -19,6 +19,9 @@ from ..teachers import AttentionView, attention_view
 from .errors import StudentError
 from .mamba2 import GATE_OPEN, STEP_ONE, Mamba2Mixer
 
+# SiLU(e u) is e u / 2 + (e u)^2 / 4 + ...: a small input keeps it nearly linear, as attention's values and keys are.
+# (Queries are small already, by 1/sqrt(P).) The norm, or calibration, takes the factor out again.
+SILU_INPUT = {"x": 0.25, "B": 0.25, "C": 1.0}
 # Half-life, in tokens, that a head starts with before `calibrate` has measured the teacher's.
 HALF_LIFE = 32.0
 
@@ -40,7 +43,7 @@ class Transfer:
             return torch.as_tensor(self.value, dtype=like.dtype).expand_as(like)
         if self.operation == "identity":  # of a depthwise convolution (channels, 1, taps): the current token alone
             taps = torch.zeros_like(like, device="cpu")
-            taps[..., -1] = 1
+            taps[..., -1] = self.value
             return taps
         tensor = teacher[self.source]
         if tensor.shape != like.shape:
@@ -51,7 +54,7 @@ class Transfer:
         if self.operation in ("copy", "scale"):
             return self.source + (f" * {self.value:.4g}" if self.operation == "scale" else "")
         if self.operation == "identity":
-            return "identity"
+            return f"the current token * {self.value:.4g}"
         values = self.value if isinstance(self.value, tuple) else (self.value,)
         return " ".join(f"{value:.4g}" for value in (values if len(set(values)) > 1 else values[:1]))
 
@@ -107,42 +110,40 @@ def transfer_plan(teacher: nn.Module, student: nn.Module) -> TransferPlan:
     mixers = {name: module for name, module in student.named_modules() if isinstance(module, Mamba2Mixer)}
     for view in attention_view(teacher):
         if view.name in mixers:
-            plan.transfers += _mamba2_transfers(view, mixers[view.name], teacher)
+            plan.transfers += _mamba2_transfers(view, mixers[view.name])
     planned = {transfer.target for transfer in plan.transfers}
     plan.kept = sum(name not in planned for name, _ in student.named_parameters())
     return plan
 
 
-def _mamba2_transfers(view: AttentionView, mixer: Mamba2Mixer, teacher: nn.Module) -> list[Transfer]:
-    def named(module: nn.Module, name: str) -> str:
+def _mamba2_transfers(view: AttentionView, mixer: Mamba2Mixer) -> list[Transfer]:
+    def named(module: str, name: str) -> str:
         return f"{view.name}.{module}.{name}"
 
-    decay = 0.5 ** (1 / HALF_LIFE)  # of the state in one token
-    transfers, row = [], 0
     # A query is scaled before it meets a key; where it is normed first, the mixer scales after its norm.
-    scale = view.scale if mixer.q_norm is None else None
-    sources = {"x": ("v_proj", None), "B": ("k_proj", None), "C": ("q_proj", scale)}
-    weight, bias = f"{view.name}.in_proj.weight", f"{view.name}.conv1d.bias"
-    channel = 0
+    sources = {"x": ("v_proj", 1.0), "B": ("k_proj", 1.0), "C": ("q_proj", view.scale if mixer.q_norm is None else 1.0)}
+    weight, conv = f"{view.name}.in_proj.weight", f"{view.name}.conv1d"
+    transfers: list[Transfer] = []
+    row = channel = 0
     for part, size in mixer.sizes.items():
-        rows = (row, row + size)
-        row += size
+        rows, row = (row, row + size), row + size
         if part not in sources:
             if size:
                 transfers.append(Transfer(weight, "constant", rows=rows, part=part, value=0.0))
             continue
         projection, factor = sources[part]
-        operation = "copy" if factor is None else "scale"
-        transfers.append(Transfer(weight, operation, named(projection, "weight"), rows, part, factor))
-        channels = (channel, channel + size)
-        channel += size
-        if getattr(view, projection).bias is None:
-            transfers.append(Transfer(bias, "constant", rows=channels, part=part, value=0.0))
-        else:
-            transfers.append(Transfer(bias, operation, named(projection, "bias"), channels, part, factor))
-    transfers.append(Transfer(f"{view.name}.conv1d.weight", "identity"))
+        channels, channel = (channel, channel + size), channel + size
+        tap = SILU_INPUT[part] if mixer.conv_activation == "silu" else 1.0
+        transfers += [
+            _scaled(weight, named(projection, "weight"), rows, part, factor),
+            Transfer(f"{conv}.weight", "identity", rows=channels, part=part, value=tap),
+            Transfer(f"{conv}.bias", "constant", rows=channels, part=part, value=0.0)
+            if getattr(view, projection).bias is None
+            else _scaled(f"{conv}.bias", named(projection, "bias"), channels, part, factor * tap),
+        ]
     if mixer.gate:
         transfers.append(Transfer(f"{view.name}.z_bias", "constant", value=GATE_OPEN))
+    decay = 0.5 ** (1 / HALF_LIFE)  # of the state in one token
     transfers += [
         Transfer(f"{view.name}.dt_bias", "constant", value=STEP_ONE),
         Transfer(f"{view.name}.A_log", "constant", value=math.log(-math.log(decay))),
@@ -154,3 +155,9 @@ def _mamba2_transfers(view: AttentionView, mixer: Mamba2Mixer, teacher: nn.Modul
     if view.o_proj.bias is not None:
         transfers.append(Transfer(f"{view.name}.out_proj.bias", "copy", named("o_proj", "bias")))
     return transfers
+
+
+def _scaled(target: str, source: str, rows: tuple[int, int], part: str, factor: float) -> Transfer:
+    if factor == 1:
+        return Transfer(target, "copy", source, rows, part)
+    return Transfer(target, "scale", source, rows, part, factor)

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
 from transpoint.kernels.kl import linear_kl
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from transpoint.kernels.ssd import ssd_matrix, ssd_scan, ssd_step
 
 # (H, Hx, Hb, Hc): what a converted teacher has, what Mamba-2 has, and every way one may have more heads than another.

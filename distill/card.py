@@ -1,0 +1,154 @@
+"""The model card of an exported checkpoint: where it comes from, what was measured, how to load it."""
+
+import dataclasses
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from jinja2 import Environment, StrictUndefined
+
+from ..students import HybridForCausalLM
+from ..teachers import TeacherInfo
+
+
+@dataclass
+class CardFacts:
+    """What a card says besides what the student itself shows."""
+
+    teacher: TeacherInfo | None = None
+    recipe: dict | None = None
+    tokens: dict[str, int] = field(default_factory=dict)  # training stage -> tokens seen
+    quality: list[dict] = field(default_factory=list)  # rows: {"model", and the fields of quality.Quality}
+
+
+def write_card(
+    folder: Path, student: HybridForCausalLM, format: str, figures: dict[str, float], facts: CardFacts
+) -> None:
+    """Writes README.md into an exported folder. `figures` are those of `export.verify`."""
+    teacher = facts.teacher or TeacherInfo("an unnamed teacher")
+    mixers = student.config.mixers
+    front = {
+        "license": teacher.license or "unknown",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["transpoint", "mamba2", "hybrid", "distillation"],
+    }
+    if teacher.hub_id:
+        front["base_model"] = teacher.hub_id
+    if facts.recipe is not None:
+        recipe = {**facts.recipe, "run": {k: v for k, v in facts.recipe["run"].items() if k != "dir"}}
+        # A card is read elsewhere: of local paths only the names mean something there.
+        recipe["data"] = {
+            key: [os.path.basename(source) if os.path.isabs(source) else source for source in value]
+            if isinstance(value, list)
+            else value
+            for key, value in recipe["data"].items()
+            if key != "cache"
+        }
+        if os.path.isabs(recipe["teacher"]["source"]):
+            recipe["teacher"] = {**recipe["teacher"], "source": os.path.basename(recipe["teacher"]["source"])}
+    text = _TEMPLATE.render(
+        front=yaml.safe_dump(front, sort_keys=False).strip(),
+        teacher=teacher,
+        converted=[i for i, mixer in enumerate(mixers) if mixer != "attention"],
+        layers=len(mixers),
+        plan="".join("A" if mixer == "attention" else "M" for mixer in mixers),
+        tokens=facts.tokens,
+        quality=facts.quality,
+        format=format,
+        figures=figures,
+        recipe=yaml.safe_dump(recipe, sort_keys=False).strip() if facts.recipe is not None else None,
+        load=load_snippet("FOLDER_OR_HUB_ID", format),
+    )
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def load_snippet(path: str, format: str) -> str:
+    """Three lines of plain transformers code that load an export."""
+    extra = ", trust_remote_code=True" if format == "custom" else ""
+    return (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f'model = AutoModelForCausalLM.from_pretrained("{path}"{extra})\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{path}")'
+    )
+
+
+def quality_row(model: str, quality) -> dict:
+    """A row of `CardFacts.quality`, from a `quality.Quality` or its record."""
+    return {"model": model, **(quality if isinstance(quality, dict) else dataclasses.asdict(quality))}
+
+
+_TEMPLATE = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
+    """\
+---
+{{ front }}
+---
+
+# A Mamba-2 hybrid of {{ teacher.name }}
+
+{{ converted | length }} of the {{ layers }} attention layers of
+{{ "[%s](https://huggingface.co/%s)" | format(teacher.name, teacher.hub_id) if teacher.hub_id else teacher.name }}
+are Mamba-2 layers here; embeddings, norms, MLPs and the other attention layers are the teacher's. The attention weights
+were transferred, aligned layer by layer, and distilled end to end with [Transpoint](https://pypi.org/project/transpoint).
+
+Layer plan (A attention, M Mamba-2), first layer to last: `{{ plan }}`
+
+{% if teacher.license %}
+Licence: that of the teacher, {{ teacher.license }}.
+{% else %}
+Licence: the teacher's, which could not be read from its files; look it up before you share this model.
+{% endif %}
+
+## How to load
+
+```python
+{{ load }}
+```
+
+{% if format == "native" %}
+It is a GraniteMoeHybrid model without experts: no remote code, transformers 5.23 or later (earlier versions normalise
+over all heads at once and silently give other logits).
+{% else %}
+Its code is in this folder: `modeling_hybrid.py` and what it imports need torch and transformers only.
+{% endif %}
+
+{% if quality %}
+## Quality on held-out text
+
+| model | perplexity | bits per byte | KL from teacher, nats per token | same most likely token |
+|---|---|---|---|---|
+{% for row in quality %}
+| {{ row.model }} | {{ "%.2f" | format(row.perplexity) }} | {{ "%.4f" | format(row.bits_per_byte) }} |
+{%- if row.kl is not none %} {{ "%.4f" | format(row.kl) }} | {{ "%.1f %%" | format(100 * row.same_top) }} |
+{%- else %} | |
+{%- endif %}
+
+{% endfor %}
+
+Measured on {{ "{:,}".format(quality[0].tokens) }} tokens.
+{% endif %}
+
+{% if tokens %}
+## Training
+
+{% for stage, count in tokens.items() %}
+- {{ stage }}: {{ "{:,}".format(count) }} tokens
+{% endfor %}
+{% endif %}
+
+## Verification
+
+Loaded in a fresh process with transformers alone, in float32, its logits (largest {{ "%.1f" | format(figures.scale) }})
+differ from the trained student's by at most {{ "%.1e" | format(figures.logits) }}, and decoding token by token from a
+cache from the full forward pass by at most {{ "%.1e" | format(figures.decode) }}.
+{% if recipe %}
+
+## Recipe
+
+```yaml
+{{ recipe }}
+```
+{% endif %}
+"""
+)

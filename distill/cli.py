@@ -1,0 +1,293 @@
+"""The command line. Each command is one function below; libraries load only when a command needs them."""
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+STAGES = ("transfer", "calibrate", "align", "distill", "export", "evaluate")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit code: 0 done, 1 an error said in one line, 2 bad usage, 130 interrupted."""
+    options = _parser().parse_args(arguments)
+    _quiet_libraries(options.debug)
+    try:
+        COMMANDS[options.command](options)
+    except KeyboardInterrupt:
+        _complain("interrupted; run the same command again to go on from the last checkpoint")
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if options.debug:
+            raise
+        known = isinstance(error, ValueError | OSError | RuntimeError) and type(error).__module__.startswith(
+            "transpoint."
+        )
+        message = " ".join(str(error).split())
+        _complain(message if known else f"{type(error).__name__}: {message} (run with --debug for a traceback)")
+        return 1
+    return 0
+
+
+def run(options) -> None:
+    from .config import load_recipe
+    from .stages import run_recipe, summary
+
+    session = run_recipe(load_recipe(options.config, options.overrides), options.from_stage, options.until)
+    for part in summary(session) if session.accelerator.is_main_process else ():
+        session.console.print()
+        session.console.print(part, highlight=False, soft_wrap=True)
+
+
+def plan(options) -> None:
+    from ..students import plan_student
+    from ..teachers import load_teacher
+    from .config import load_recipe
+
+    console = Console()
+    recipe = load_recipe(options.config, options.overrides)
+    settings = recipe.teacher
+    teacher, _ = load_teacher(settings.source, settings.dtype, trust_remote_code=settings.trust_remote_code)
+    student, transfers = plan_student(teacher, recipe.student)
+    mixers = student.config.mixers
+    table = Table("layer", "mixer", title="layer plan")
+    for layer, mixer in enumerate(mixers):
+        table.add_row(str(layer), mixer if mixer == "attention" else f"[bold]{mixer}[/bold]")
+    console.print(table, transfers.table())
+    before, after = (sum(p.numel() for p in model.parameters()) for model in (teacher, student))
+    console.print(f"parameters: {before:,} in the teacher, {after:,} in the student", highlight=False)
+    per_layer = {mixer.layer_idx: mixer for mixer in student.mixer_layers() if mixer is not None}
+    one = next(iter(per_layer.values()))
+    saved = len(per_layer) * 2 * one.num_kv_heads * one.head_dim * 2
+    state = len(per_layer) * one.num_heads * one.head_dim**2 * 4
+    console.print(
+        f"key/value cache: {saved:,} bytes a token saved of {saved * len(mixers) // len(per_layer):,} (bfloat16); "
+        f"the states that take its place are {state:,} bytes a sequence, whatever its length (float32)",
+        highlight=False,
+    )
+    if student.windows_given_up:
+        console.print(f"sliding windows are given up in layers {student.windows_given_up}: a state has none")
+
+
+def status(options) -> None:
+    from .config import load_recipe
+    from .run import StageFolder
+    from .stages import stage_inputs
+
+    root = _run_folder(options.run)
+    needs = stage_inputs(load_recipe(root / "recipe.yaml", ["run.dir=" + str(root)]))
+    table = Table("stage", "state", "held-out KL", "tokens", "finished", title=str(root))
+    for stage in STAGES:
+        folder = StageFolder(root, stage)
+        reason, done = folder.why_not_reusable(needs[stage]), folder.done or {}
+        quality, training = done.get("quality") or {}, done.get("training") or {}
+        table.add_row(
+            stage,
+            "done" if reason is None else f"would run: {reason}",
+            f"{quality['kl']:.4f}" if quality.get("kl") is not None else "",
+            f"{training['tokens']:,}" if training else "",
+            done.get("finished", ""),
+        )
+    Console().print(table)
+
+
+def export(options) -> None:
+    import torch
+
+    from .config import load_recipe
+    from .export import export as write
+    from .stages import card_facts, load_model, load_tokenizer
+
+    root = _run_folder(options.run)
+    recipe = load_recipe(root / "recipe.yaml")
+    student = _latest_student(root)
+    target = Path(options.out) if options.out else root / "export" / options.format
+    dtype = getattr(torch, options.dtype)
+    figures = write(
+        load_model(student), load_tokenizer(student), target, options.format, dtype, card_facts(root, recipe)
+    )
+    print(
+        f"{target}: the {student.parent.name} stage's student; logits differ by {figures['logits']:.1e}, "
+        f"decoding by {figures['decode']:.1e}"
+    )
+
+
+def evaluate(options) -> None:
+    from ..teachers import load_teacher
+    from .data import PackedDataset, tokenize_corpus
+    from .quality import HeldOut
+    from .stages import load_model, load_tokenizer
+
+    path = _model_folder(options.model)
+    teacher, tokenizer = load_teacher(options.teacher) if options.teacher else (None, load_tokenizer(path))
+    model = load_model(path, "float32", options.trust_remote_code)
+    corpus = tokenize_corpus(options.text, tokenizer)
+    length = min(options.length, len(corpus.tokens))
+    held_out = HeldOut(PackedDataset(corpus, length), options.sequences, tokenizer, teacher)
+    table = Table("model", "KL from teacher", "perplexity", "bits per byte", "same top token", title=corpus.summary())
+    for name, one in (("teacher", teacher), (str(options.model), model)):
+        if one is None:
+            continue
+        quality = held_out.measure(one)
+        kl = "" if quality.kl is None else f"{quality.kl:.4f}"
+        same = "" if quality.same_top is None else f"{quality.same_top:.1%}"
+        table.add_row(name, kl, f"{quality.perplexity:.2f}", f"{quality.bits_per_byte:.4f}", same)
+    Console().print(table)
+
+
+def generate(options) -> None:
+    from .quality import answer
+    from .stages import load_model, load_tokenizer
+
+    path = _model_folder(options.model)
+    model = load_model(path, trust_remote_code=options.trust_remote_code)
+    print(answer(model, load_tokenizer(path), options.prompt, options.max_new_tokens))
+
+
+def push(options) -> None:
+    from .hub import push as upload
+
+    print(upload(_export_folder(options.run), options.repo_id, private=options.private))
+
+
+def keys(options) -> None:
+    from .config import describe_keys
+
+    table = Table("key", "default", "what it is")
+    for row in describe_keys():
+        table.add_row(*row)
+    Console().print(table)
+
+
+COMMANDS = {
+    "run": run,
+    "plan": plan,
+    "status": status,
+    "export": export,
+    "eval": evaluate,
+    "generate": generate,
+    "push": push,
+    "keys": keys,
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="transpoint",
+        description="Distill a pretrained Transformer into a Mamba hybrid: transfer, calibrate, align, distill, export.",
+    )
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show a traceback when something fails")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, help: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=help, description=help, parents=[common])
+
+    def recipe(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("config", metavar="CONFIG", help="a YAML recipe; `transpoint keys` lists what it may hold")
+        sub.add_argument("overrides", nargs="*", metavar="key=value", help="changes to it, as align.steps=100")
+
+    sub = command("run", "run the stages of a recipe; what is done and unchanged is reused")
+    recipe(sub)
+    sub.add_argument(
+        "--from", dest="from_stage", choices=STAGES, metavar="STAGE", help="run this stage and what follows anew"
+    )
+    sub.add_argument("--until", choices=STAGES, metavar="STAGE", help="stop after this stage")
+
+    recipe(command("plan", "show the layer plan, the transfer plan, parameters and cache; nothing is trained"))
+
+    sub = command("status", "show which stages of a run are done, and what would run and why")
+    sub.add_argument("run", metavar="RUN", help="a run folder")
+
+    sub = command("export", "write the latest student of a run in a format others load, and verify it")
+    sub.add_argument("run", metavar="RUN", help="a run folder")
+    sub.add_argument("--format", choices=("native", "custom"), default="native", help="default: native")
+    sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="default: float32")
+    sub.add_argument("--out", metavar="FOLDER", help="default: RUN/export/FORMAT")
+
+    sub = command("eval", "measure a model on held-out text, against its teacher if one is given")
+    sub.add_argument("model", metavar="MODEL", help="an exported folder, a run folder, or a hub id")
+    sub.add_argument("--teacher", metavar="T", help="registry name, hub id, folder or .gguf file")
+    sub.add_argument(
+        "--text", nargs="+", required=True, metavar="SOURCE", help="held-out text, as data.heldout takes it"
+    )
+    sub.add_argument("--length", type=int, default=1024, help="tokens a sequence (default: 1024)")
+    sub.add_argument("--sequences", type=int, default=16, help="at most so many sequences (default: 16)")
+    sub.add_argument("--trust-remote-code", action="store_true", help="let code that travels with the model run")
+
+    sub = command("generate", "answer a prompt (as a chat where the model has a chat template)")
+    sub.add_argument("model", metavar="MODEL", help="an exported folder, a run folder, or a hub id")
+    sub.add_argument("prompt", metavar="PROMPT")
+    sub.add_argument("--max-new-tokens", type=int, default=128, help="default: 128")
+    sub.add_argument("--trust-remote-code", action="store_true", help="let code that travels with the model run")
+
+    sub = command("push", "upload the export of a run to the hub (log in with `hf auth login`, or set HF_TOKEN)")
+    sub.add_argument("run", metavar="RUN", help="a run folder, or an exported folder")
+    sub.add_argument("repo_id", metavar="REPO_ID", help="OWNER/NAME")
+    sub.add_argument("--private", action="store_true", help="make the repository private if it is new")
+
+    command("keys", "list every key of a recipe with its default and what it is")
+    return parser
+
+
+def _run_folder(path: str) -> Path:
+    from .run import RunError
+
+    if not (Path(path) / "recipe.yaml").is_file():
+        raise RunError(f"'{path}' is no run folder: it has no recipe.yaml")
+    return Path(path)
+
+
+def _latest_student(root: Path) -> Path:
+    from .run import RunError, StageFolder
+    from .stages import STUDENT_STAGES
+
+    for stage in reversed(STUDENT_STAGES):
+        if StageFolder(root, stage).done:
+            return root / stage / "student"
+    raise RunError(f"'{root}' has no finished student yet; run `transpoint run {root / 'recipe.yaml'}`")
+
+
+def _export_folder(path: str) -> Path:
+    """An exported folder, or the one a run's export stage wrote."""
+    from .run import RunError, StageFolder
+
+    if (Path(path) / "config.json").is_file():
+        return Path(path)
+    root = _run_folder(path)
+    if done := StageFolder(root, "export").done:
+        return root / "export" / done["folder"]
+    raise RunError(
+        f"'{path}' has no finished export; run `transpoint run {root / 'recipe.yaml'}` or `transpoint export`"
+    )
+
+
+def _model_folder(path: str) -> str | Path:
+    """What to load for MODEL: a run's latest student, a folder, or a hub id as it is."""
+    return _latest_student(Path(path)) if (Path(path) / "recipe.yaml").is_file() else path
+
+
+def _quiet_libraries(debug: bool) -> None:
+    """Our own progress is what a person should see, unless something is being looked for."""
+    if debug:
+        logging.basicConfig(level=logging.DEBUG)
+        return
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("DS_ACCELERATOR_LOG_LEVEL", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+
+
+def _complain(message: str) -> None:
+    print(f"transpoint: error: {message}", file=sys.stderr)

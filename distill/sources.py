@@ -1,0 +1,245 @@
+"""Where text comes from: files, folders and hub datasets, read row by row, with what cannot be read told apart.
+
+A *source* is one of
+- a file .jsonl, .jsonl.zst, .jsonl.gz, .parquet (rows), .txt or .txt.zst (one document),
+- a glob of such files, or a folder of them (subfolders included),
+- a folder written by `datasets.Dataset.save_to_disk`,
+- a hub dataset `hub:OWNER/NAME` (its split train), `hub:OWNER/NAME:SPLIT` or `hub:OWNER/NAME:CONFIG:SPLIT`.
+"""
+
+import difflib
+import glob
+import gzip
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import zstandard
+
+logger = logging.getLogger(__name__)
+
+SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".parquet", ".txt", ".txt.zst")
+
+
+class DataError(ValueError):
+    """Text that cannot be used as asked. The message is one line that names the thing and the remedy."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One thing to read. kind: a file's suffix (one of SUFFIXES), "saved" (folder of save_to_disk) or "hub"."""
+
+    kind: str
+    source: str  # as the user wrote it
+    path: Path = Path()
+    hub: tuple[str, str | None, str, str | None] = ("", None, "", None)  # name, config, split, commit
+
+    def __str__(self) -> str:
+        return self.source if self.kind == "hub" else str(self.path)
+
+
+def resolve(source: str) -> list[Item]:
+    """The files, saved folders or hub dataset that `source` stands for, in a fixed order."""
+    if source.startswith("hub:"):
+        return [_hub_item(source)]
+    pattern = Path(source).expanduser()
+    paths = [pattern] if pattern.exists() else [Path(p) for p in sorted(glob.glob(str(pattern), recursive=True))]
+    items = [item for path in paths if path.exists() for item in _items_at(path, source)]
+    if items:
+        return items
+    if glob.has_magic(source):
+        raise DataError(f"no file matches {source}: check the pattern and the folder it starts from")
+    near = []
+    if pattern.parent.is_dir():
+        near = difflib.get_close_matches(pattern.name, os.listdir(pattern.parent), n=1)
+    hint = f"did you mean {pattern.parent / near[0]}?" if near else "a hub dataset is written hub:OWNER/NAME"
+    raise DataError(f"no such file or folder: {source}; {hint}")
+
+
+def _items_at(path: Path, source: str) -> list[Item]:
+    if path.is_file():
+        kind = _suffix(path)
+        if kind is None:
+            raise DataError(f"{path} is of an unsupported kind; supported are {', '.join(SUFFIXES)}")
+        return [Item(kind, source, path)]
+    if (path / "dataset_dict.json").is_file():
+        splits = ", ".join(sorted(p.name for p in path.iterdir() if p.is_dir()))
+        raise DataError(f"{path} is a saved dataset with the splits {splits}: name one of them, as {path / 'SPLIT'}")
+    if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
+        return [Item("saved", source, path)]
+    files = sorted(p for p in path.rglob("*") if p.is_file() and _suffix(p) and not p.name.startswith("."))
+    if not files:
+        raise DataError(f"folder {path} holds no file of a supported kind ({', '.join(SUFFIXES)})")
+    return [Item(_suffix(p), source, p) for p in files]
+
+
+def _suffix(path: Path) -> str | None:
+    return next((s for s in SUFFIXES if path.name.lower().endswith(s)), None)
+
+
+def _hub_item(source: str) -> Item:
+    name, *rest = source.removeprefix("hub:").split(":")
+    if len(rest) > 2 or not all([name, *rest]):
+        raise DataError(f"{source} is not hub:OWNER/NAME, hub:OWNER/NAME:SPLIT or hub:OWNER/NAME:CONFIG:SPLIT")
+    config = rest[0] if len(rest) == 2 else None
+    split = rest[-1] if rest else "train"
+    return Item("hub", source, hub=(name, config, split, _hub_commit(name)))
+
+
+def _hub_commit(name: str) -> str | None:
+    """The dataset's present commit, so that it can be pinned and told from later ones; None where it cannot be had."""
+    import huggingface_hub
+
+    try:
+        return huggingface_hub.HfApi().dataset_info(name, timeout=10).sha
+    except Exception as error:  # offline, or no such dataset: reading says so, with the remedy
+        logger.debug("no commit for %s: %s", name, error)
+        return None
+
+
+# Things to read -> rows
+
+
+class Skip(Exception):
+    """A row that cannot be used: why (a few fixed words, they are counted) and, if known, the cause."""
+
+    def __init__(self, reason: str, cause: Exception | None = None):
+        self.reason = reason
+        self.cause = f": {one_line(cause)}" if cause else ""
+
+
+def read(item: Item, text_field: str, messages_field: str) -> Iterator[tuple[str, dict | Skip]]:
+    """(place, row) for each row of `item`; DataError if reading fails."""
+    wanted = (text_field, messages_field)
+    rows = 0
+    try:
+        for place, row in _rows(item, wanted):
+            yield place, row
+            rows += 1
+    except Exception as error:  # the readers raise anything; what they raise is about this item
+        remedy = (
+            "check the name and the network (a private dataset needs HF_TOKEN), or give a local file"
+            if item.kind == "hub"
+            else "it may be truncated or damaged; fetch or write it again"
+        )
+        raise DataError(f"{item}: reading failed after {rows:,} rows ({one_line(error)}): {remedy}") from error
+
+
+def _rows(item: Item, wanted: tuple[str, str]) -> Iterator[tuple[str, dict | Skip]]:
+    name = item.path.name
+    if item.kind.startswith(".jsonl"):
+        for number, line in enumerate(_lines(_decompressed(item.path)), 1):
+            if line.strip():
+                yield f"{name} line {number}", _parse(line)
+    elif item.kind.startswith(".txt"):
+        try:
+            yield name, {wanted[0]: b"".join(_decompressed(item.path)).decode("utf-8-sig")}
+        except UnicodeDecodeError as error:
+            yield name, Skip("not valid UTF-8", error)
+    elif item.kind == ".parquet":
+        for number, row in enumerate(_parquet_rows(item.path, wanted), 1):
+            yield f"{name} row {number}", row
+    else:
+        for number, row in enumerate(_datasets_rows(item, wanted), 1):
+            yield f"{item.source if item.kind == 'hub' else name} row {number}", row
+
+
+def _decompressed(path: Path) -> Iterator[bytes]:
+    """The contents of a plain, .gz or .zst file in pieces. A file that ends too early raises EOFError."""
+    opener = gzip.open if path.name.lower().endswith(".gz") else open
+    with opener(path, "rb") as file:
+        pieces = iter(lambda: file.read1(1 << 18), b"")  # read1 gives what there is before it finds damage
+        yield from _unzstd(pieces) if path.name.lower().endswith(".zst") else pieces
+
+
+def _unzstd(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    # zstandard's stream_reader takes a truncated frame for a complete one; decompressobj tells.
+    frame = None
+    for piece in pieces:
+        while piece:
+            frame = frame or zstandard.ZstdDecompressor().decompressobj()
+            yield frame.decompress(piece)
+            piece = frame.unused_data if frame.eof else b""
+            if frame.eof:
+                frame = None
+    if frame is not None:
+        raise EOFError("compressed data ends before its end marker")
+
+
+def _lines(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """Lines, split on \\n only: texts hold other line separators such as U+2028."""
+    rest = []  # a line can span many pieces: join once
+    for piece in pieces:
+        head, *lines = piece.split(b"\n")
+        rest.append(head)
+        for line in lines:
+            yield b"".join(rest)
+            rest = [line]
+    yield b"".join(rest)
+
+
+def _parse(line: bytes) -> dict | Skip:
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        return Skip("not valid UTF-8", error)
+    except (ValueError, RecursionError) as error:
+        return Skip("not valid JSON", error)
+    return row if isinstance(row, dict) else Skip("not a JSON object")
+
+
+def _parquet_rows(path: Path, wanted: tuple[str, str]) -> Iterator[dict | Skip]:
+    import pyarrow.parquet  # here and below: slow to import, and most recipes need neither
+
+    with pyarrow.parquet.ParquetFile(path) as file:
+        present = [name for name in file.schema_arrow.names if name in wanted]
+        for batch in file.iter_batches(batch_size=1024, columns=present or None):
+            for i in range(batch.num_rows):
+                try:
+                    yield {name: batch.column(name)[i].as_py() for name in batch.schema.names}
+                except UnicodeDecodeError as error:
+                    yield Skip("not valid UTF-8", error)
+
+
+def _datasets_rows(item: Item, wanted: tuple[str, str]) -> Iterator[dict]:
+    import datasets
+
+    if item.kind == "saved":
+        rows = datasets.load_from_disk(str(item.path))
+    else:
+        name, config, split, commit = item.hub
+        rows = datasets.load_dataset(name, config, split=split, revision=commit, streaming=True)
+    present = [column for column in rows.column_names or [] if column in wanted]
+    return iter(rows.select_columns(present) if present else rows)  # no decoding of images and the like
+
+
+def one_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
+
+
+def source_identity(source: str) -> list:
+    """Stands for a source in what a stage depends on: hashes of its files, or the hub dataset's name."""
+    if source.startswith("hub:"):
+        return [source]
+    return [content_hash(item) for item in resolve(source)]
+
+
+def content_hash(item: Item) -> list:
+    if item.kind == "hub":
+        return list(item.hub)
+    if item.kind == "saved":
+        return [[p.name, file_hash(p)] for p in sorted(item.path.iterdir()) if p.is_file()]
+    return [file_hash(item.path)]
+
+
+def file_hash(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}): check its permissions") from error

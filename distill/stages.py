@@ -1,0 +1,394 @@
+"""The pipeline: which stages there are, what each does, and which of them must run.
+
+Each stage is a function of the `Session` (recipe, accelerate handle, teacher and data loaded once) and its folder.
+"""
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from ..students import HybridForCausalLM, build_student
+from ..teachers import load_teacher, teacher_info
+from .calibrate import calibrate
+from .card import CardFacts, load_snippet, quality_row
+from .config import STAGES, Recipe
+from .data import Corpus, PackedDataset, collate, tokenize_corpus
+from .export import export
+from .objectives import Alignment, Distillation
+from .quality import HeldOut, answer
+from .run import RunError, StageFolder, file_identity, identity, write_json
+from .sources import source_identity
+from .trainer import train
+
+# Stages that leave a student in their folder, in order.
+STUDENT_STAGES = ("transfer", "calibrate", "align", "distill")
+# What each stage reads of the recipe, besides what the stages before it read.
+_SETTINGS = {
+    "transfer": ("teacher", "student"),
+    "calibrate": ("calibrate", "data"),
+    "align": ("align", "data"),
+    "distill": ("distill", "data"),
+    "export": ("export",),
+    "evaluate": ("evaluate", "data"),
+}
+
+
+class Session:
+    """What the stages of one process share. Teacher, tokenizer and text are loaded when first asked for."""
+
+    def __init__(self, recipe: Recipe, console: Console | None = None):
+        self.recipe = recipe
+        self.root = Path(recipe.run.dir)
+        self.accelerator = _accelerator(recipe)
+        self.console = console or Console(quiet=not self.accelerator.is_main_process)
+        self.on_step: Callable[[int], None] | None = None
+
+    def folder(self, stage: str) -> StageFolder:
+        return StageFolder(self.root, stage)
+
+    def say(self, message: str) -> None:
+        self.console.print(message, highlight=False, soft_wrap=True)
+
+    @cached_property
+    def _loaded(self):
+        settings = self.recipe.teacher
+        model, tokenizer = load_teacher(
+            settings.source, settings.dtype, self.accelerator.device, settings.trust_remote_code
+        )
+        return model.requires_grad_(False), tokenizer
+
+    @property
+    def teacher(self) -> PreTrainedModel:
+        return self._loaded[0]
+
+    @property
+    def tokenizer(self):
+        return self._loaded[1]
+
+    @cached_property
+    def train_data(self) -> PackedDataset:
+        return self._packed("train", self.recipe.data.train, self.recipe.data.max_train_tokens)
+
+    @cached_property
+    def held_out(self) -> HeldOut:
+        dataset = self._packed("heldout", self.recipe.data.heldout, self.recipe.data.max_heldout_tokens)
+        return HeldOut(dataset, self.recipe.evaluate.sequences, self.tokenizer, self.teacher)
+
+    def _packed(self, name: str, sources: list[str], max_tokens: int | None) -> PackedDataset:
+        data = self.recipe.data
+        with self.accelerator.main_process_first():
+            corpus: Corpus = tokenize_corpus(
+                sources,
+                self.tokenizer,
+                text_field=data.text_field,
+                messages_field=data.messages_field,
+                max_tokens=max_tokens,
+                cache=data.cache or self.root / "data",
+            )
+        self.say(f"{name} text: {corpus.summary()}")
+        return PackedDataset(corpus, data.length)
+
+    def student(self, stage: str) -> HybridForCausalLM:
+        """The student that a stage left."""
+        model = HybridForCausalLM.from_pretrained(self.folder(stage) / "student", dtype="auto")
+        return model.to(self.accelerator.device).eval()
+
+    def save(self, student: HybridForCausalLM, folder: StageFolder) -> None:
+        if self.accelerator.is_main_process:
+            student.save_pretrained(folder / "student")
+            self.tokenizer.save_pretrained(folder / "student")
+
+    def measure(self, student: PreTrainedModel, stage: str) -> dict:
+        quality = dataclasses.asdict(self.held_out.measure(student))
+        self.say(
+            f"{stage}: held-out KL {quality['kl']:.4f}, perplexity {quality['perplexity']:.2f}, "
+            f"same top token {quality['same_top']:.1%}"
+        )
+        return quality
+
+
+def run_transfer(session: Session, folder: StageFolder) -> dict:
+    """Builds the student and gives it the teacher's weights."""
+    student = build_student(session.teacher, session.recipe.student)
+    session.save(student, folder)
+    if session.accelerator.is_main_process:
+        (folder / "transfer_plan.txt").write_text(str(student.transfer_plan), encoding="utf-8")
+    teacher_quality = dataclasses.asdict(session.held_out.measure(session.teacher))
+    return {
+        "mixers": student.config.mixers,
+        "teacher_quality": teacher_quality,
+        "quality": session.measure(student, "transfer"),
+    }
+
+
+def run_calibrate(session: Session, folder: StageFolder) -> dict:
+    """Sets decay, step and scale from a few teacher batches."""
+    student, data = session.student("transfer"), session.train_data
+    count = min(session.recipe.calibrate.sequences, len(data))
+    spread = [i * len(data) // count for i in range(count)]
+    batches = [collate([data[i]]) for i in spread]
+    batches = [{key: value.to(session.accelerator.device) for key, value in batch.items()} for batch in batches]
+    found = calibrate(session.teacher, student, batches)
+    session.save(student, folder)
+    return {"layers": found, "quality": session.measure(student, "calibrate")}
+
+
+def run_align(session: Session, folder: StageFolder) -> dict:
+    """Trains each mixer alone to give the teacher's attention output from the teacher's own input."""
+    student = session.student("calibrate").train()
+    objective = Alignment(session.teacher, student)
+    mixers = {n: p for n, p in student.named_parameters() if _is_mixer(n, student)}
+    groups = [{"name": "mixers", "parameters": mixers, "lr": session.recipe.align.lr}]
+    return _trained(session, folder, student, objective, groups)
+
+
+def run_distill(session: Session, folder: StageFolder) -> dict:
+    """Trains the student end to end on the KL from the teacher's predictions."""
+    settings = session.recipe.distill
+    student = session.student("align").train()
+    objective = Distillation(session.teacher, student, settings.temperature)
+    parameters = dict(student.named_parameters())
+    groups = [
+        {
+            "name": "mixers",
+            "parameters": {n: p for n, p in parameters.items() if _is_mixer(n, student)},
+            "lr": settings.lr,
+        }
+    ]
+    if settings.teacher_lr > 0:
+        rest = {n: p for n, p in parameters.items() if not _is_mixer(n, student)}
+        groups.append({"name": "teacher's", "parameters": rest, "lr": settings.teacher_lr})
+    return _trained(session, folder, student, objective, groups)
+
+
+def run_export(session: Session, folder: StageFolder) -> dict:
+    """Writes and verifies the checkpoint that others load."""
+    if not session.accelerator.is_main_process:
+        return {}
+    settings = session.recipe.export
+    target = folder / settings.format
+    figures = export(
+        session.student("distill"),
+        session.tokenizer,
+        target,
+        settings.format,
+        getattr(torch, settings.dtype),
+        card_facts(session.root, session.recipe),
+    )
+    session.say(
+        f"export: {target} loads without Transpoint; logits differ by {figures['logits']:.1e} from the student's, "
+        f"decoding by {figures['decode']:.1e} from prefill"
+    )
+    return {"folder": settings.format, "verified": figures}
+
+
+def run_evaluate(session: Session, folder: StageFolder) -> dict:
+    """Measures the exported checkpoint itself, and lets teacher and student answer."""
+    if not session.accelerator.is_main_process:
+        return {}
+    settings = session.recipe.evaluate
+    path = session.folder("export") / session.folder("export").done["folder"]
+    model = load_model(path).to(session.accelerator.device)
+    results = {
+        "quality": session.measure(model, "evaluate"),
+        "answers": [
+            {
+                "prompt": prompt,
+                "teacher": answer(session.teacher, session.tokenizer, prompt, settings.max_new_tokens),
+                "student": answer(model, session.tokenizer, prompt, settings.max_new_tokens),
+            }
+            for prompt in settings.prompts
+        ],
+    }
+    write_json(folder / "results.json", results)
+    return results
+
+
+_RUN = {
+    "transfer": run_transfer,
+    "calibrate": run_calibrate,
+    "align": run_align,
+    "distill": run_distill,
+    "export": run_export,
+    "evaluate": run_evaluate,
+}
+
+
+def run_recipe(
+    recipe: Recipe,
+    from_stage: str | None = None,
+    until_stage: str | None = None,
+    console: Console | None = None,
+    on_step: Callable[[int], None] | None = None,
+) -> Session:
+    """Runs the stages that must run, up to `until_stage`; `from_stage` and what follows run in any case.
+
+    Raises:
+        ConfigError, DataError, TeacherError, StudentError, ExportError, RunError, TrainingError: one line each.
+    """
+    session = Session(recipe, console)
+    session.on_step = on_step
+    main = session.accelerator.is_main_process
+    if main:
+        try:
+            session.root.mkdir(parents=True, exist_ok=True)
+            recipe.save(session.root / "recipe.yaml")
+        except OSError as error:
+            raise RunError(f"the run folder cannot be written: {error}; set run.dir to another place") from error
+    last = STAGES.index(until_stage or STAGES[-1])
+    forced = STAGES.index(from_stage) if from_stage else len(STAGES)
+    needs = stage_inputs(recipe)
+    for position, stage in enumerate(STAGES[: last + 1]):
+        folder = session.folder(stage)
+        reason = folder.why_not_reusable(needs[stage])
+        if position >= forced and reason is None:
+            reason = f"asked for by --from {from_stage}"
+        if reason is None:
+            session.say(f"{stage}: done before, reused")
+            continue
+        session.say(f"[bold]{stage}[/bold]: {reason}")
+        session.accelerator.wait_for_everyone()
+        if main:
+            folder.begin(needs[stage])
+        session.accelerator.wait_for_everyone()
+        set_seed(recipe.run.seed)
+        begun = time.monotonic()
+        record = _RUN[stage](session, folder)
+        if main:
+            folder.finish({**record, "stage_seconds": round(time.monotonic() - begun, 1)})
+        session.accelerator.wait_for_everyone()
+    return session
+
+
+def stage_inputs(recipe: Recipe) -> dict[str, dict]:
+    """For each stage, everything its result depends on: settings, seed and files, and the stage before it."""
+    settings = recipe.to_dict()
+    text = {name: [source_identity(source) for source in getattr(recipe.data, name)] for name in ("train", "heldout")}
+    needs: dict[str, dict] = {}
+    before = None
+    for stage in STAGES:
+        own = {name: dict(settings[name]) for name in _SETTINGS[stage]}
+        if "data" in own:
+            own["data"] |= text
+            del own["data"]["cache"]
+        if "teacher" in own:
+            own["teacher"]["files"] = file_identity(recipe.teacher.source)
+        if stage in ("align", "distill"):
+            # How often something is written down changes nothing in what is trained.
+            for name in ("log_every", "checkpoint_every", "keep_checkpoints"):
+                del own[stage][name]
+            own["run"] = {"seed": recipe.run.seed, "precision": recipe.run.precision}
+        if before is not None:
+            own["after"] = {before: identity(needs[before])}
+        needs[stage] = own
+        before = stage
+    return needs
+
+
+def card_facts(root: Path, recipe: Recipe) -> CardFacts:
+    """What the records of a run say for the model card."""
+    done = {stage: StageFolder(root, stage).done for stage in STAGES}
+    rows = []
+    if done["transfer"]:
+        rows.append(quality_row("teacher", done["transfer"]["teacher_quality"] | {"kl": 0.0, "same_top": 1.0}))
+    rows += [quality_row(f"after {stage}", done[stage]["quality"]) for stage in STUDENT_STAGES if done[stage]]
+    tokens = {stage: done[stage]["training"]["tokens"] for stage in ("align", "distill") if done[stage]}
+    return CardFacts(teacher_info(recipe.teacher.source), recipe.to_dict(), tokens, rows)
+
+
+def load_model(path: str | Path, dtype: str | torch.dtype = "auto", trust_remote_code: bool = False) -> PreTrainedModel:
+    """Any causal language model: a student's folder, an export, a hub id."""
+    if os.path.isdir(path) and _model_type(Path(path)) == "transpoint_hybrid":
+        return HybridForCausalLM.from_pretrained(path, dtype=dtype).eval()
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code)
+    return model.eval()
+
+
+def load_tokenizer(path: str | Path):
+    return AutoTokenizer.from_pretrained(path)
+
+
+def summary(session: Session) -> list:
+    """What a finished run shows: layer plan, quality by stage, answers, and how to load the checkpoint."""
+    done = {stage: session.folder(stage).done for stage in STAGES}
+    mixers = done["transfer"]["mixers"]
+    table = Table("model", "KL from teacher", "perplexity", "bits per byte", "same top token", title="held-out quality")
+    rows = card_facts(session.root, session.recipe).quality
+    if done["evaluate"]:
+        rows.append(quality_row("exported checkpoint", done["evaluate"]["quality"]))
+    for row in rows:
+        table.add_row(
+            row["model"],
+            f"{row['kl']:.4f}",
+            f"{row['perplexity']:.2f}",
+            f"{row['bits_per_byte']:.4f}",
+            f"{row['same_top']:.1%}",
+        )
+    converted = sum(mixer != "attention" for mixer in mixers)
+    plan = "".join("A" if mixer == "attention" else "M" for mixer in mixers)
+    parts = [f"layer plan: {plan}  ({converted} of {len(mixers)} layers are Mamba-2)", table]
+    for entry in done["evaluate"]["answers"] if done["evaluate"] else ():
+        parts.append(f"question: {entry['prompt']}\n teacher: {entry['teacher']}\n student: {entry['student']}")
+    if done["export"]:
+        folder = (session.folder("export") / done["export"]["folder"]).resolve()
+        parts.append(f"checkpoint: {folder}\n\n{load_snippet(str(folder), done['export']['folder'])}")
+    return parts
+
+
+def _trained(session: Session, folder: StageFolder, student, objective, groups: list[dict]) -> dict:
+    settings = getattr(session.recipe, folder.stage)
+    training = train(
+        objective,
+        groups,
+        settings,
+        session.train_data,
+        folder,
+        session.accelerator,
+        session.console,
+        session.recipe.run.seed,
+        session.on_step,
+    )
+    student.eval()
+    session.save(student, folder)
+    return {"training": training, "quality": session.measure(student, folder.stage)}
+
+
+def _is_mixer(name: str, student: HybridForCausalLM) -> bool:
+    parts = name.split(".")
+    if "self_attn" not in parts:
+        return False
+    layer = int(parts[parts.index("self_attn") - 1])
+    return student.config.mixers[layer] != "attention"
+
+
+def _accelerator(recipe: Recipe) -> Accelerator:
+    precision, device = recipe.run.precision, recipe.run.device
+    on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RunError("run.device is cuda, but no GPU is to be seen; set run.device=cpu")
+    if precision == "auto":
+        precision = "bf16" if on_gpu else "fp32"
+    accelerator = Accelerator(cpu=not on_gpu, mixed_precision="no" if precision == "fp32" else "bf16")
+    wanted = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != wanted:
+        raise RunError(
+            f"{wanted} processes were launched, but they do not see each other (world size "
+            f"{accelerator.num_processes}): each would train alone; check the launch configuration"
+        )
+    return accelerator
+
+
+def _model_type(folder: Path) -> str | None:
+    from .run import read_json
+
+    return (read_json(folder / "config.json") or {}).get("model_type")
