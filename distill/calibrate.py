@@ -1,9 +1,9 @@
 """Decay, step and scale of each head, measured against the teacher's attention on a few sequences.
 
 Weights carry over from attention, but attention has no decay, and its softmax fixes a scale that linear attention
-lacks. Both are found by least squares against what the teacher's heads read (before o_proj): for each head, the
-half-life out of a grid whose output explains the teacher's best, and with it the scale. The teacher's mean look-back
-E[sum_s a(t,s) (t-s)] is reported beside it; as a source of the decay it does worse (docs/results/calibrate.md).
+lacks. Both are found against what the teacher's heads read (before o_proj): for each head, the half-life out of a grid
+whose output explains the teacher's best (`fit`), or the one whose mean look-back is the teacher's, E[sum_s a(t,s) (t-s)]
+(`lookback`); and with it the scale, by least squares. docs/results/calibrate.md compares the two.
 """
 
 import math
@@ -35,12 +35,18 @@ class _Sums:
 
 @torch.no_grad()
 def calibrate(
-    teacher: PreTrainedModel, student: HybridForCausalLM, batches: list[dict[str, Tensor]], half_lives=HALF_LIVES
+    teacher: PreTrainedModel,
+    student: HybridForCausalLM,
+    batches: list[dict[str, Tensor]],
+    decay: str = "fit",
+    half_lives: tuple[float, ...] = HALF_LIVES,
 ) -> dict[str, dict]:
     """Sets dt_bias, A_log and the norm's weight of every mixer; returns what was found, by layer.
 
     Args:
         batches: each {"input_ids", "position_ids"}, (B, L).
+        decay: `fit` or `lookback`.
+        half_lives: the grid, in tokens.
 
     Returns:
         {layer: {"error": mean over heads of ||scaled output - attention's||^2 / ||attention's||^2,
@@ -53,7 +59,7 @@ def calibrate(
         pairs = attention_pairs(teacher, views, batch)
         for view in views:
             _accumulate(sums, view, mixers[view.layer], pairs[view.layer], batch["position_ids"], half_lives)
-    return {f"layer_{layer}": _settle(mixer, sums[layer], half_lives) for layer, mixer in mixers.items()}
+    return {f"layer_{layer}": _settle(mixer, sums[layer], decay, half_lives) for layer, mixer in mixers.items()}
 
 
 def set_half_life(mixer: Mamba2Mixer, half_life: Tensor, step: Tensor) -> None:
@@ -63,7 +69,7 @@ def set_half_life(mixer: Mamba2Mixer, half_life: Tensor, step: Tensor) -> None:
 
 
 def _accumulate(
-    sums: dict[int, _Sums], view: AttentionView, mixer: Mamba2Mixer, pair: tuple, position_ids: Tensor, half_lives
+    sums: dict[int, _Sums], view: AttentionView, mixer: Mamba2Mixer, pair: tuple, position_ids: Tensor, half_lives: tuple
 ) -> None:
     hidden, _, position_embeddings = pair
     seq_idx = document_index(position_ids)
@@ -101,17 +107,23 @@ def _attention_heads(view: AttentionView, hidden, position_embeddings, seq_idx) 
     return view.attend(weights, v).flatten(2).float(), (weights * distance).sum((0, 2, 3))
 
 
-def _settle(mixer: Mamba2Mixer, sums: _Sums, half_lives) -> dict:
+def _settle(mixer: Mamba2Mixer, sums: _Sums, decay: str, half_lives: tuple[float, ...]) -> dict:
     """Chooses each head's half-life and scale from the sums, and sets the parameters."""
     by_head = (len(half_lives), mixer.num_heads, mixer.head_dim)
     uo, uu, oo = sums.uo.view(by_head), sums.uu.view(by_head), sums.oo.view(by_head[1:])
     if mixer.norm is None:  # one scale for a head, as its step
         uo, uu = uo.sum(-1, keepdim=True), uu.sum(-1, keepdim=True)
     gain = uo**2 / uu.clamp(min=1e-20)  # what the best scale takes off the squared error
-    best = gain.sum(-1).argmax(0)
+    lookback = sums.lookback / sums.tokens
+    grid = torch.tensor(half_lives, device=uo.device)
+    if decay == "fit":
+        best = gain.sum(-1).argmax(0)
+    else:  # weights that fall by d a token look back d / (1 - d) tokens on average
+        wanted = math.log(2) / (1 / lookback.clamp(min=1e-3)).log1p()
+        best = (grid[:, None].log() - wanted.log()).abs().argmin(0)
     heads = torch.arange(mixer.num_heads, device=uo.device)
     scale = (uo / uu.clamp(min=1e-20))[best, heads]
-    half_life = torch.tensor(half_lives, device=uo.device)[best]
+    half_life = grid[best]
     error = 1 - gain[best, heads].sum(-1) / oo.sum(-1)
     if mixer.norm is None:
         set_half_life(mixer, half_life, scale[:, 0].clamp(min=SMALLEST_SCALE))
@@ -121,5 +133,5 @@ def _settle(mixer: Mamba2Mixer, sums: _Sums, half_lives) -> dict:
     return {
         "error": error.mean().item(),
         "half_life": half_life.tolist(),
-        "lookback": (sums.lookback / sums.tokens).tolist(),
+        "lookback": lookback.tolist(),
     }

@@ -13,8 +13,14 @@ STAGES = ("transfer", "calibrate", "align", "distill", "export", "evaluate")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit code: 0 done, 1 an error said in one line, 2 bad usage, 130 interrupted."""
-    options = _parser().parse_args(arguments)
+    """Runs the command line; returns the exit code: 0, 1 (an error, in one line), 2 (bad usage), 130 (interrupted)."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    # argparse takes no overrides after an option; a person writes them anywhere.
+    if rest and (not hasattr(options, "overrides") or any(word.startswith("-") or "=" not in word for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides += rest
     _quiet_libraries(options.debug)
     try:
         COMMANDS[options.command](options)
@@ -181,7 +187,7 @@ COMMANDS = {
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="transpoint",
-        description="Distill a pretrained Transformer into a Mamba hybrid: transfer, calibrate, align, distill, export.",
+        description="Turn a pretrained Transformer into a Mamba hybrid: transfer, calibrate, align, distill, export.",
     )
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show a traceback when something fails")
@@ -282,9 +288,11 @@ def _quiet_libraries(debug: bool) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("DS_ACCELERATOR_LOG_LEVEL", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    import torch
     import transformers
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no GPU
 
     transformers.utils.logging.disable_progress_bar()
 

@@ -8,6 +8,7 @@ current directory. `Recipe` below documents every key; `transpoint config` print
 import dataclasses
 import difflib
 import glob
+import math
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,6 +55,11 @@ class TeacherConfig:
 @dataclass
 class CalibrateConfig:
     sequences: int = setting(8, "training sequences the teacher's attention is measured on", minimum=1)
+    decay: str = setting(
+        "fit",
+        "of each head: fit (what explains the teacher's head best) or lookback (its mean look-back)",
+        choices=("fit", "lookback"),
+    )
 
 
 @dataclass
@@ -128,7 +134,7 @@ class Recipe:
         return dataclasses.asdict(self)
 
     def save(self, path: Path) -> None:
-        path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True))
+        path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
@@ -245,7 +251,10 @@ def _typed(values: dict) -> Recipe:
     except OmegaConfBaseException as error:
         key, value = error.full_key or "?", values
         for part in str(key).replace("[", ".").replace("]", "").split("."):
-            value = value.get(part, "?") if isinstance(value, dict) else value
+            if isinstance(value, list) and part.isdigit():
+                value = value[int(part)]
+            elif isinstance(value, dict):
+                value = value.get(part, "?")
         raise ConfigError(f"{key} is {value!r}; expected {_expected(str(key))}") from error
 
 
@@ -275,8 +284,12 @@ def _check_values(section: Any, prefix: str) -> None:
         if "length" in limits and len(value) != limits["length"]:
             raise ConfigError(f"{key} is {value}; expected {limits['length']} numbers")
         for number in value if isinstance(value, list) else [value]:
+            if typing.get_origin(entry.type) is list and isinstance(number, list | dict):  # OmegaConf lets it pass
+                raise ConfigError(f"{key} holds {number!r}; expected {_expected(key)}")
             if isinstance(number, bool) or not isinstance(number, int | float):
                 continue
+            if math.isinf(number):
+                raise ConfigError(f"{key} is {number}; expected a finite number")
             if "minimum" in limits and not number >= limits["minimum"]:
                 raise ConfigError(f"{key} is {number}; expected at least {limits['minimum']}")
             if "maximum" in limits and not number <= limits["maximum"]:

@@ -60,7 +60,7 @@ class HeldOut:
                 if self.targets is not None:
                     reference = _logprobs(self.teacher, self.targets[i][part])
                     width = min(logprobs.shape[-1], reference.shape[-1])  # vocabularies may be padded differently
-                    p, q = reference[:, :width], logprobs[:, :width].to(reference.device)
+                    p, q = (t[:, :width].log_softmax(-1) for t in (reference, logprobs.to(reference.device)))
                     kl += F.kl_div(q, p, reduction="sum", log_target=True).item()
                     same += (p.argmax(-1) == q.argmax(-1)).sum().item()
                     tokens += len(p)

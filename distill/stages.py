@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -26,7 +26,7 @@ from .data import Corpus, PackedDataset, collate, tokenize_corpus
 from .export import export
 from .objectives import Alignment, Distillation
 from .quality import HeldOut, answer
-from .run import RunError, StageFolder, file_identity, identity, write_json
+from .run import RunError, StageFolder, file_identity, identity, read_json, write_json
 from .sources import source_identity
 from .trainer import train
 
@@ -41,6 +41,9 @@ _SETTINGS = {
     "export": ("export",),
     "evaluate": ("evaluate", "data"),
 }
+
+
+_DISTRIBUTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
 
 class Session:
@@ -138,7 +141,7 @@ def run_calibrate(session: Session, folder: StageFolder) -> dict:
     spread = [i * len(data) // count for i in range(count)]
     batches = [collate([data[i]]) for i in spread]
     batches = [{key: value.to(session.accelerator.device) for key, value in batch.items()} for batch in batches]
-    found = calibrate(session.teacher, student, batches)
+    found = calibrate(session.teacher, student, batches, session.recipe.calibrate.decay)
     session.save(student, folder)
     return {"layers": found, "quality": session.measure(student, "calibrate")}
 
@@ -194,8 +197,6 @@ def run_export(session: Session, folder: StageFolder) -> dict:
 
 def run_evaluate(session: Session, folder: StageFolder) -> dict:
     """Measures the exported checkpoint itself, and lets teacher and student answer."""
-    if not session.accelerator.is_main_process:
-        return {}
     settings = session.recipe.evaluate
     path = session.folder("export") / session.folder("export").done["folder"]
     model = load_model(path).to(session.accelerator.device)
@@ -210,7 +211,8 @@ def run_evaluate(session: Session, folder: StageFolder) -> dict:
             for prompt in settings.prompts
         ],
     }
-    write_json(folder / "results.json", results)
+    if session.accelerator.is_main_process:
+        write_json(folder / "results.json", results)
     return results
 
 
@@ -378,7 +380,12 @@ def _accelerator(recipe: Recipe) -> Accelerator:
         raise RunError("run.device is cuda, but no GPU is to be seen; set run.device=cpu")
     if precision == "auto":
         precision = "bf16" if on_gpu else "fp32"
-    accelerator = Accelerator(cpu=not on_gpu, mixed_precision="no" if precision == "fp32" else "bf16")
+    accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no" if precision == "fp32" else "bf16")
+    if accelerator.distributed_type not in _DISTRIBUTED:
+        raise RunError(
+            f"{accelerator.distributed_type.value} is not supported: training runs in one process or data-parallel (DDP); "
+            "choose such a configuration with `accelerate config`"
+        )
     wanted = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != wanted:
         raise RunError(
@@ -389,6 +396,4 @@ def _accelerator(recipe: Recipe) -> Accelerator:
 
 
 def _model_type(folder: Path) -> str | None:
-    from .run import read_json
-
     return (read_json(folder / "config.json") or {}).get("model_type")

@@ -12,7 +12,7 @@ from .transfer import TransferPlan, transfer_plan
 
 
 def build_student(teacher: PreTrainedModel, config: StudentConfig) -> HybridForCausalLM:
-    """A student with the teacher's weights transferred, on its device and in its dtype.
+    """A student with the teacher's weights transferred, on its device and in its dtype (A_log, dt_bias, D in float32).
 
     The teacher stays as it is. `student.transfer_plan` is the `TransferPlan` that was executed; print it.
 
@@ -48,6 +48,9 @@ def plan_student(teacher: PreTrainedModel, config: StudentConfig) -> tuple[Hybri
             student = hybrid_model_class(hybrid)._from_config(hybrid, dtype=teacher.dtype)
     except (KeyError, TypeError) as error:
         raise StudentError(f"no student can be made of a {type(teacher).__name__}: {error}") from error
+    for name, parameter in student.named_parameters():  # `from_pretrained` minds these, `_from_config` does not
+        if name.endswith(tuple(HybridForCausalLM._keep_in_fp32_modules_strict)):
+            parameter.data = parameter.data.float()
     student.windows_given_up = windows
     return student, transfer_plan(teacher, student)
 

@@ -97,7 +97,7 @@ class Mamba2Mixer(nn.Module):
             attention_mask: of the attention layers; not read.
             past_key_values: a `HybridCache`, updated.
             padding_mask: (B, at least L), 1 for tokens and 0 for padding; its last L columns belong to these tokens.
-            seq_idx: (B,L) document index of packed sequences: the convolution and the state start anew at each.
+            seq_idx: (B or 1, L) document index of packed sequences: the convolution and the state start anew at each.
 
         Returns:
             The output (B,L,hidden), and None where attention has its weights.
@@ -105,12 +105,15 @@ class Mamba2Mixer(nn.Module):
         batch, length, _ = hidden_states.shape
         memory = None
         if past_key_values is not None:
-            memory = past_key_values.layers[self.layer_idx]
+            layers = past_key_values.layers
+            memory = layers[self.layer_idx] if self.layer_idx < len(layers) else past_key_values
             if not hasattr(memory, "ssm_state"):
                 raise TypeError(
                     f"layer {self.layer_idx} is a mixer, but the cache holds a {type(memory).__name__} for it: "
                     "pass `past_key_values=model.new_cache()`, or none"
                 )
+        if seq_idx is not None:
+            seq_idx = seq_idx.expand(batch, -1)
         decoding = memory is not None and memory.is_initialized and length == 1
 
         z, xBC, dt = self.in_proj(hidden_states).split(

@@ -45,7 +45,9 @@ class Transfer:
             taps = torch.zeros_like(like, device="cpu")
             taps[..., -1] = self.value
             return taps
-        tensor = teacher[self.source]
+        tensor = teacher.get(self.source)
+        if tensor is None:
+            raise StudentError(f"{self.target} needs {self.source}, which the teacher does not have")
         if tensor.shape != like.shape:
             raise StudentError(f"{self.source} is {tuple(tensor.shape)}, {self.target} needs {tuple(like.shape)}")
         return tensor * self.value if self.operation == "scale" else tensor
@@ -83,6 +85,8 @@ class TransferPlan:
                 raise StudentError(f"the student's {name} has no counterpart in the teacher and is not planned")
             parameter.copy_(source[name])
         for transfer in self.transfers:
+            if transfer.target not in targets:
+                raise StudentError(f"the plan fills {transfer.target}, which the student does not have")
             target = targets[transfer.target]
             target = target[slice(*transfer.rows)] if transfer.rows else target
             target.copy_(transfer.compute(source, target))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .errors import TeacherError
 
@@ -99,15 +99,13 @@ def attention_view(model: PreTrainedModel) -> list[AttentionView]:
         TeacherError: a layer's attention has a part, or computes something, that is not understood; names it.
     """
     names = {id(module): name for name, module in model.named_modules()}
-    views, checked = [], set()
+    views = []
     for index, layer in enumerate(decoder_layers(model)):
         if not hasattr(layer, "self_attn"):
             raise TeacherError(f"layer {index} ({type(layer).__name__}) is not understood: it has no `self_attn`")
         view = _view(model, index, layer.self_attn, names[id(layer.self_attn)])
-        kind = (type(view.module), view.num_heads, view.num_kv_heads, view.head_dim, view.scale, view.window)
-        if kind not in checked and view.q_proj.weight.device.type != "meta":
-            _check(model, view)
-            checked.add(kind)
+        if view.q_proj.weight.device.type != "meta":
+            _check(model, view)  # of each layer: some families leave out the rotary embedding in every fourth
         views.append(view)
     return views
 
@@ -120,6 +118,9 @@ def _view(model: PreTrainedModel, index: int, module: nn.Module, name: str) -> A
     strangers = sorted(children.keys() - _PARTS - _NORMS) + sorted(n for n, _ in module.named_parameters(recurse=False))
     if strangers:
         raise TeacherError(f"{what}no place for its {', '.join(strangers)}")
+    # On the small inputs of the numeric check a cap makes no difference.
+    if (cap := getattr(module, "attn_logit_softcapping", None)) is not None:
+        raise TeacherError(f"{what}it caps its scores (attn_logit_softcapping {cap:g})")
     if ("q_norm" in children) != ("k_norm" in children):
         raise TeacherError(f"{what}it has one of q_norm and k_norm, not both")
     head_dim, scale = getattr(module, "head_dim", None), getattr(module, "scaling", None)
@@ -132,11 +133,13 @@ def _view(model: PreTrainedModel, index: int, module: nn.Module, name: str) -> A
             f"{what}shapes q {q.out_features}, k {k.out_features}, v {v.out_features}, o {o.in_features} "
             f"do not make heads of {head_dim}"
         )
-    for norm in (n for n in _NORMS if n in children):
+    for norm in sorted(_NORMS & children.keys(), reverse=True):
         width = children[norm].weight.shape
         if tuple(width) != (head_dim,):
             raise TeacherError(f"{what}{norm} is over {tuple(width)}, not over one head of {head_dim}")
-    config = model.config.get_text_config(decoder=True)
+    rotary = getattr(model.get_decoder(), "rotary_emb", None)
+    if rotary is not None and not hasattr(rotary, "inv_freq"):
+        raise TeacherError(f"{what}its rotary embedding ({type(rotary).__name__}) is not one for all layers")
     return AttentionView(
         layer=index,
         name=name,
@@ -152,15 +155,17 @@ def _view(model: PreTrainedModel, index: int, module: nn.Module, name: str) -> A
         num_kv_heads=kv_heads,
         head_dim=head_dim,
         scale=float(scale),
-        rotary_dim=_rotary_dim(model, head_dim),
-        # Mistral states its window in the config alone; where the module has the field, it decides (Qwen2, per layer).
-        window=getattr(module, "sliding_window", getattr(config, "sliding_window", None)),
+        rotary_dim=0 if rotary is None else min(head_dim, 2 * rotary.inv_freq.shape[-1]),
+        window=_window(model.config.get_text_config(decoder=True), module, index),
     )
 
 
-def _rotary_dim(model: PreTrainedModel, head_dim: int) -> int:
-    rotary = getattr(model.get_decoder(), "rotary_emb", None)
-    return 0 if rotary is None else min(head_dim, 2 * rotary.inv_freq.shape[-1])
+def _window(config: PreTrainedConfig, module: nn.Module, index: int) -> int | None:
+    """Where layers have types, only a sliding one has a window. Mistral states its window in the config alone."""
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is not None and layer_types[index] != "sliding_attention":
+        return None
+    return getattr(module, "sliding_window", getattr(config, "sliding_window", None)) or None
 
 
 @torch.no_grad()

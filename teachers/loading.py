@@ -60,7 +60,9 @@ def load_teacher(
     dtype = _dtype(dtype)
     if source.startswith("random-"):
         model, tokenizer = random_teacher(source)
-        return model.to(device=device, dtype=dtype).eval(), tokenizer
+        for parameter in model.parameters():  # alone: rotary frequencies stay in float32, as in `from_pretrained`
+            parameter.data = parameter.data.to(dtype)
+        return model.to(device).eval(), tokenizer
     folder, gguf = _locate(source)
     kwargs = {"trust_remote_code": trust_remote_code} | ({"gguf_file": gguf} if gguf else {})
     try:
@@ -82,7 +84,7 @@ def teacher_info(source: str) -> TeacherInfo:
         return TeacherInfo(source, REGISTRY[source]["license"], REGISTRY[source]["hub"])
     if source.startswith("random-"):
         return TeacherInfo(source, "apache-2.0")
-    path = Path(source)
+    path = Path(source).expanduser()
     if path.exists():
         file = path if path.is_file() else next(iter(sorted(path.glob("*.gguf"))), None)
         return TeacherInfo(path.name, _gguf_license(file) if file else _card_license(path / "README.md"))

@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from transpoint.distill import data
+from transpoint.distill import data, sources
 from transpoint.distill.data import (
     Corpus,
     DataConfig,
@@ -179,8 +179,8 @@ def test_reading_stops_at_the_token_limit(tmp_path, tokenizer, monkeypatch):
     paths = [str(write(tmp_path / f"{n}.jsonl", "jsonl", ["one two three " * 143_000])) for n in "ab"]
     Path(paths[1]).write_bytes(b"\n")
     read = []
-    real = data._rows
-    monkeypatch.setattr(data, "_rows", lambda item, wanted: read.append(item.path.name) or real(item, wanted))
+    real = sources._rows
+    monkeypatch.setattr(sources, "_rows", lambda item, wanted: read.append(item.path.name) or real(item, wanted))
     tokenize_corpus(paths, tokenizer, max_tokens=10)
     assert read == ["a.jsonl"]
 
@@ -217,7 +217,7 @@ def test_hub_cache_follows_the_commit(hub, tokenizer, tmp_path, monkeypatch):
     first = tokenize_corpus(["hub:o/n"], tokenizer, cache=tmp_path)
     again = tokenize_corpus(["hub:o/n"], tokenizer, cache=tmp_path)
     assert len(hub) == 1 and first.fingerprint == again.fingerprint
-    monkeypatch.setattr(data, "_hub_commit", lambda name: "later")
+    monkeypatch.setattr(sources, "_hub_commit", lambda name: "later")
     assert tokenize_corpus(["hub:o/n"], tokenizer, cache=tmp_path).fingerprint != first.fingerprint
 
 

