@@ -111,8 +111,17 @@ class Session:
             student.save_pretrained(folder / "student")
             self.tokenizer.save_pretrained(folder / "student")
 
+    @cached_property
+    def measured_on(self) -> str:
+        """Stands for the held-out sequences in records of quality, so that only like is compared with like."""
+        data = self.recipe.data
+        sources = [source_identity(source) for source in data.heldout]
+        fields = [data.text_field, data.messages_field, data.length, data.max_heldout_tokens]
+        return identity({"text": sources, "fields": fields, "sequences": self.recipe.evaluate.sequences})
+
     def measure(self, student: PreTrainedModel, stage: str) -> dict:
-        quality = dataclasses.asdict(self.held_out.measure(student))
+        """The student's held-out quality, said and for the record."""
+        quality = dataclasses.asdict(self.held_out.measure(student)) | {"measured_on": self.measured_on}
         self.say(
             f"{stage}: held-out KL {quality['kl']:.4f}, perplexity {quality['perplexity']:.2f}, "
             f"same top token {quality['same_top']:.1%}"
@@ -126,12 +135,7 @@ def run_transfer(session: Session, folder: StageFolder) -> dict:
     session.save(student, folder)
     if session.accelerator.is_main_process:
         (folder / "transfer_plan.txt").write_text(str(student.transfer_plan), encoding="utf-8")
-    teacher_quality = dataclasses.asdict(session.held_out.measure(session.teacher))
-    return {
-        "mixers": student.config.mixers,
-        "teacher_quality": teacher_quality,
-        "quality": session.measure(student, "transfer"),
-    }
+    return {"mixers": student.config.mixers, "quality": session.measure(student, "transfer")}
 
 
 def run_calibrate(session: Session, folder: StageFolder) -> dict:
@@ -176,6 +180,7 @@ def run_distill(session: Session, folder: StageFolder) -> dict:
 
 def run_export(session: Session, folder: StageFolder) -> dict:
     """Writes and verifies the checkpoint that others load."""
+    _refresh_quality(session)
     if not session.accelerator.is_main_process:
         return {}
     settings = session.recipe.export
@@ -197,6 +202,7 @@ def run_export(session: Session, folder: StageFolder) -> dict:
 
 def run_evaluate(session: Session, folder: StageFolder) -> dict:
     """Measures the exported checkpoint itself, and lets teacher and student answer."""
+    _refresh_quality(session)
     settings = session.recipe.evaluate
     path = session.folder("export") / session.folder("export").done["folder"]
     model = load_model(path).to(session.accelerator.device)
@@ -282,7 +288,10 @@ def stage_inputs(recipe: Recipe) -> dict[str, dict]:
         own = {name: dict(settings[name]) for name in _SETTINGS[stage]}
         if "data" in own:
             own["data"] |= text
-            del own["data"]["cache"]
+            # What is trained does not depend on what it is measured on.
+            unread = ["cache"] if stage == "evaluate" else ["cache", "heldout", "max_heldout_tokens"]
+            for name in unread:
+                del own["data"][name]
         if "teacher" in own:
             own["teacher"]["files"] = file_identity(recipe.teacher.source)
         if stage in ("align", "distill"):
@@ -300,9 +309,8 @@ def stage_inputs(recipe: Recipe) -> dict[str, dict]:
 def card_facts(root: Path, recipe: Recipe) -> CardFacts:
     """What the records of a run say for the model card."""
     done = {stage: StageFolder(root, stage).done for stage in STAGES}
-    rows = []
-    if done["transfer"]:
-        rows.append(quality_row("teacher", done["transfer"]["teacher_quality"] | {"kl": 0.0, "same_top": 1.0}))
+    teacher = read_json(root / "teacher_quality.json")
+    rows = [quality_row("teacher", teacher)] if teacher else []
     rows += [quality_row(f"after {stage}", done[stage]["quality"]) for stage in STUDENT_STAGES if done[stage]]
     tokens = {stage: done[stage]["training"]["tokens"] for stage in ("align", "distill") if done[stage]}
     return CardFacts(teacher_info(recipe.teacher.source), recipe.to_dict(), tokens, rows)
@@ -345,6 +353,22 @@ def summary(session: Session) -> list:
         folder = (session.folder("export") / done["export"]["folder"]).resolve()
         parts.append(f"checkpoint: {folder}\n\n{load_snippet(str(folder), done['export']['folder'])}")
     return parts
+
+
+def _refresh_quality(session: Session) -> None:
+    """Measures again what earlier runs measured on other held-out sequences, the teacher included."""
+    main, teacher = session.accelerator.is_main_process, session.root / "teacher_quality.json"
+    if (read_json(teacher) or {}).get("measured_on") != session.measured_on:
+        quality = session.measure(session.teacher, "teacher")
+        if main:
+            write_json(teacher, quality)
+    for stage in STUDENT_STAGES:
+        done = session.folder(stage).done
+        if done["quality"]["measured_on"] != session.measured_on:
+            done["quality"] = session.measure(session.student(stage), stage)
+            if main:
+                write_json(session.folder(stage) / "done.json", done)
+    session.accelerator.wait_for_everyone()
 
 
 def _trained(session: Session, folder: StageFolder, student, objective, groups: list[dict]) -> dict:

@@ -14,9 +14,14 @@ class HybridCache(DynamicCache):
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__(config=config)
+        self.config = config
         for index, mixer in enumerate(config.mixers):
             if mixer != "attention":
                 self.layers[index] = StateLayer()
+
+    def reset(self) -> None:
+        """Empties it, as a new one (transformers before 5.23 only zeroes keys and values, and keeps their length)."""
+        self.layers = HybridCache(self.config).layers
 
 
 class StateLayer(CacheLayerMixin):
@@ -46,10 +51,6 @@ class StateLayer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return -1
-
-    def reset(self) -> None:
-        self.conv_state = self.ssm_state = None
-        self.seen, self.is_initialized = 0, False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._map(lambda state: state.index_select(0, beam_idx.to(state.device)))

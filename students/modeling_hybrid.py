@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from .cache import HybridCache, document_index
-from .configuration_hybrid import HybridConfig
+from .configuration_hybrid import MODEL_TYPE, HybridConfig
 from .mamba2 import Mamba2Mixer
 
 MIXERS = {"mamba2": Mamba2Mixer}
@@ -100,7 +100,8 @@ def hybrid_model_class(config: HybridConfig) -> type[PreTrainedModel]:
 
 
 def _teacher_config_class(config_class: type[HybridConfig]) -> type:
-    return next(base for base in config_class.__bases__ if not issubclass(base, HybridConfig))
+    # By model type: where the code travels with a checkpoint, transformers loads the config's file twice.
+    return next(base for base in config_class.__bases__ if base.model_type != MODEL_TYPE)
 
 
 _CLASSES: dict[type, type[PreTrainedModel]] = {}

@@ -75,6 +75,7 @@ def load_teacher(
         raise TeacherError(f"teacher '{source}' cannot be loaded: {_one_line(error)}") from error
     if gguf:
         _forget_quantization(model)
+        _name_special_tokens(tokenizer, model)
     return model.to(device).eval(), tokenizer
 
 
@@ -152,6 +153,14 @@ def _forget_quantization(model: PreTrainedModel) -> None:
         if hasattr(owner, name):
             delattr(owner, name)
     model.is_quantized = False
+
+
+def _name_special_tokens(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    """Begin, end and padding as the model has them: some transformers versions read them off GGUF wrongly."""
+    for name in ("bos_token", "eos_token", "pad_token"):
+        index = getattr(model.config, f"{name}_id")
+        if isinstance(index, int):
+            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(index))
 
 
 def _gguf_license(file: Path) -> str | None:

@@ -10,23 +10,27 @@ from rich.console import Console
 from transpoint.distill.config import load_recipe
 from transpoint.distill.stages import run_recipe
 
-CONFIGS = Path(__file__).parents[2] / "configs"
-TINY = CONFIGS / "tiny.yaml"
+TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 
 
-def run_tiny(folder, *overrides, **options):
-    """Runs configs/tiny.yaml in `folder`; returns what it printed."""
+def _run_tiny(folder, *overrides, **options):
     out = io.StringIO()
-    options.setdefault("console", Console(file=out, width=200))
-    run_recipe(load_recipe(TINY, [f"run.dir={folder}", *overrides]), **options)
+    recipe = load_recipe(TINY, [f"run.dir={folder}", *overrides])
+    run_recipe(recipe, console=Console(file=out, width=200), **options)
     return out.getvalue()
+
+
+@pytest.fixture(scope="session")
+def run_tiny():
+    """run_tiny(folder, *overrides, **options of run_recipe): runs configs/tiny.yaml there, returns what it printed."""
+    return _run_tiny
 
 
 @pytest.fixture(scope="session")
 def tiny_output(tmp_path_factory):
     """(run folder, what the run printed). Only to be read."""
     folder = tmp_path_factory.mktemp("tiny") / "run"
-    return folder, run_tiny(folder)
+    return folder, _run_tiny(folder)
 
 
 @pytest.fixture(scope="session")

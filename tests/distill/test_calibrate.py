@@ -1,0 +1,203 @@
+"""Calibration finds what is known to be best, on teachers made for it and on random ones."""
+
+import math
+
+import pytest
+import torch
+
+from transpoint.distill import calibrate as module
+from transpoint.distill.calibrate import HALF_LIVES, calibrate, set_half_life
+from transpoint.students import StudentConfig, build_student
+from transpoint.teachers.random import random_teacher
+
+GRID = tuple(2.0**i for i in range(-1, 7))
+VARIANTS = [{}, {"norm": False}, {"norm": False, "gate": False, "rope": True, "conv_activation": None}]
+
+
+def make(family="llama", **options):
+    teacher, _ = random_teacher(f"random-{family}")
+    student = build_student(teacher, StudentConfig(keep_attention=[0, 2], **options))
+    return teacher.requires_grad_(False), student
+
+
+def batches_of(*lengths, seed=0):
+    """One batch of one sequence, packed from documents of these lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 250, (1, sum(lengths)), generator=generator)
+    return [{"input_ids": ids, "position_ids": torch.cat([torch.arange(n) for n in lengths])[None]}]
+
+
+def split(batches, *lengths):
+    """The documents of a packed batch as batches of their own."""
+    parts = []
+    for batch in batches:
+        columns = {key: value.split(lengths, dim=1) for key, value in batch.items()}
+        parts += [{key: value[i] for key, value in columns.items()} for i in range(len(lengths))]
+    return parts
+
+
+def reads(mixer, *arguments, **keywords):
+    """What out_proj is given."""
+    taken = []
+    handle = mixer.out_proj.register_forward_pre_hook(lambda m, args: taken.append(args[0].float()))
+    mixer(*arguments, **keywords)
+    handle.remove()
+    return taken[0]
+
+
+def half_lives(mixer):
+    return math.log(2) / (mixer.A_log.exp() * torch.nn.functional.softplus(mixer.dt_bias))
+
+
+@pytest.mark.parametrize("step", [0.001, 0.5, 1.0, 30.0])
+@pytest.mark.parametrize("half_life", [0.5, 8.0, 2048.0])
+def test_set_half_life(half_life, step):
+    _, student = make()
+    mixer = student.mixer_layers()[1]
+    with torch.no_grad():
+        set_half_life(mixer, torch.full((4,), half_life), torch.full((4,), step))
+    torch.testing.assert_close(half_lives(mixer), torch.full((4,), half_life), rtol=1e-3, atol=0)
+    torch.testing.assert_close(torch.nn.functional.softplus(mixer.dt_bias), torch.full((4,), step), rtol=1e-3, atol=0)
+    # Without activation, gate and norm, and before training, an input then halves in so many tokens.
+    decay = torch.exp(-mixer.A_log.exp() * torch.nn.functional.softplus(mixer.dt_bias))
+    torch.testing.assert_close(decay**half_life, torch.full((4,), 0.5), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("options", VARIANTS)
+def test_known_half_lives_and_scales_are_recovered(options, monkeypatch):
+    """The target is what a mixer of known decay and scale reads."""
+    teacher, student = make(**options)
+    _, known = make(**options)
+    wanted = {1: torch.tensor([0.5, 4.0, 64.0, 16.0]), 3: torch.tensor([8.0, 8.0, 1.0, 32.0])}
+    scales = torch.tensor([0.3, 1.0, 2.5, 0.05])
+    with torch.no_grad():
+        for layer, half_life in wanted.items():
+            mixer = known.mixer_layers()[layer]
+            if mixer.norm is None:
+                set_half_life(mixer, half_life, scales)
+            else:
+                set_half_life(mixer, half_life, torch.ones(4))
+                mixer.norm.weight.copy_(scales.repeat_interleave(16) * torch.linspace(0.5, 1.5, 64))
+
+    def attention_heads(view, hidden, position_embeddings, seq_idx):
+        mixer = known.mixer_layers()[view.layer]
+        return reads(mixer, hidden, position_embeddings, seq_idx=seq_idx), torch.zeros(4)
+
+    monkeypatch.setattr(module, "_attention_heads", attention_heads)
+    found = calibrate(teacher, student, batches_of(40, 56) + batches_of(96, seed=1), half_lives=GRID)
+    for layer, half_life in wanted.items():
+        assert found[f"layer_{layer}"]["half_life"] == half_life.tolist()
+        assert found[f"layer_{layer}"]["error"] < 1e-4
+        mixer, truth = student.mixer_layers()[layer], known.mixer_layers()[layer]
+        torch.testing.assert_close(half_lives(mixer), half_life, rtol=1e-3, atol=0)
+        torch.testing.assert_close(mixer.dt_bias, truth.dt_bias, rtol=1e-2, atol=1e-3)
+        if mixer.norm is not None:
+            torch.testing.assert_close(mixer.norm.weight, truth.norm.weight, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("options", VARIANTS)
+def test_it_is_no_worse_than_any_single_half_life(options):
+    teacher, student = make(**options)
+    batches = batches_of(64)
+    best = calibrate(teacher, student, batches, half_lives=GRID)
+    for half_life in GRID:
+        single = calibrate(teacher, student, batches, half_lives=(half_life,))
+        for layer in best:
+            assert best[layer]["error"] <= single[layer]["error"] + 1e-6
+            assert single[layer]["half_life"] == [half_life] * 4
+    assert all(0 < best[layer]["error"] < 1 for layer in best)
+
+
+@pytest.mark.parametrize("options", VARIANTS[:2])
+def test_the_error_is_that_of_the_calibrated_mixer(options):
+    """Measured again, from outside: relative to what the teacher's heads read."""
+    teacher, student = make(**options)
+    batches = batches_of(48)
+    found = calibrate(teacher, student, batches)
+    for layer in (1, 3):
+        attention, mixer = teacher.model.layers[layer].self_attn, student.mixer_layers()[layer]
+        taken = {}
+        handles = [
+            attention.register_forward_hook(lambda m, a, kwargs, o, t=taken: t.update(kwargs), with_kwargs=True),
+            attention.o_proj.register_forward_pre_hook(lambda m, args, t=taken: t.update(target=args[0])),
+        ]
+        teacher(**batches[0], use_cache=False)
+        for handle in handles:
+            handle.remove()
+        target = taken["target"].unflatten(-1, (4, 16))
+        read = reads(mixer, taken["hidden_states"], taken["position_embeddings"]).unflatten(-1, (4, 16))
+        errors = (read - target).pow(2).sum((0, 1, 3)) / target.pow(2).sum((0, 1, 3))
+        expected = found[f"layer_{layer}"]["error"]
+        if "norm" in options:  # one scale for a head, and a step must be positive: then it can only be worse
+            assert errors.mean().item() >= expected - 1e-4
+        else:
+            assert errors.mean().item() == pytest.approx(expected, rel=1e-3)
+        assert set(found[f"layer_{layer}"]["half_life"]) <= set(HALF_LIVES)
+
+
+@pytest.mark.parametrize("options", VARIANTS)
+def test_packed_documents_do_not_leak(options):
+    teacher, packed = make(**options)
+    _, apart = make(**options)
+    lengths = (20, 9, 35)
+    batches = batches_of(*lengths)
+    found = calibrate(teacher, packed, batches)
+    expected = calibrate(teacher, apart, split(batches, *lengths))
+    for layer in found:
+        assert found[layer]["half_life"] == expected[layer]["half_life"]
+        assert found[layer]["error"] == pytest.approx(expected[layer]["error"], rel=1e-4)
+        assert found[layer]["lookback"] == pytest.approx(expected[layer]["lookback"], rel=1e-4)
+    for (name, a), b in zip(packed.named_parameters(), apart.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=name)
+    joined = [{**batches[0], "position_ids": torch.arange(sum(lengths))[None]}]
+    assert calibrate(teacher, packed, joined) != found  # it would show
+
+
+def test_the_lookback_is_the_mean_distance_that_attention_looks():
+    teacher, student = make()
+    batches = batches_of(12, 30)
+    found = calibrate(teacher, student, batches)
+    teacher.set_attn_implementation("eager")
+    expected = {1: 0, 3: 0}
+    for document in split(batches, 12, 30):
+        length = document["input_ids"].shape[1]
+        distance = torch.arange(length)[:, None] - torch.arange(length)[None, :]
+        attentions = teacher(**document, use_cache=False, output_attentions=True).attentions
+        for layer in expected:
+            expected[layer] = expected[layer] + (attentions[layer][0] * distance).sum((1, 2)) / 42
+    for layer, lookback in expected.items():
+        assert found[f"layer_{layer}"]["lookback"] == pytest.approx(lookback.tolist(), rel=1e-4)
+
+
+@pytest.mark.parametrize("lookback", [0.2, 3.0, 40.0])
+def test_decay_from_the_lookback(lookback, monkeypatch):
+    """Weights that fall by d a token look back d / (1 - d) tokens: the nearest half-life of the grid, in octaves."""
+    teacher, student = make()
+
+    def attention_heads(view, hidden, position_embeddings, seq_idx):
+        tokens = hidden.shape[1]
+        return torch.ones(1, tokens, 64), torch.full((4,), lookback * tokens)
+
+    monkeypatch.setattr(module, "_attention_heads", attention_heads)
+    found = calibrate(teacher, student, batches_of(20), "lookback")
+    d = lookback / (1 + lookback)
+    wanted = math.log(2) / -math.log(d)
+    nearest = min(HALF_LIVES, key=lambda h: abs(math.log(h / wanted)))
+    for layer in found.values():
+        assert layer["half_life"] == [nearest] * 4
+        assert layer["lookback"] == pytest.approx([lookback] * 4)
+
+
+def test_only_decay_step_and_norm_change():
+    teacher, student = make()
+    before = {name: p.detach().clone() for name, p in student.named_parameters()}
+    taught = {name: p.detach().clone() for name, p in teacher.named_parameters()}
+    calibrate(teacher, student, batches_of(32))
+    for name, parameter in student.named_parameters():
+        changed = not torch.equal(parameter, before[name])
+        if name.endswith((".A_log", ".norm.weight")) and "self_attn" in name:
+            assert changed, name
+        elif not name.endswith(".dt_bias"):
+            assert not changed, name
+    assert all(torch.equal(p, taught[name]) for name, p in teacher.named_parameters())
+    assert not any(mixer.out_proj._forward_pre_hooks for mixer in filter(None, student.mixer_layers()))

@@ -1,0 +1,408 @@
+"""Exports: what plain transformers makes of the folder is what was trained, and what cannot be held is refused."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GraniteMoeHybridForCausalLM
+
+from transpoint.distill import export as module
+from transpoint.distill.card import CardFacts
+from transpoint.distill.config import Recipe
+from transpoint.distill.export import ExportError, export
+from transpoint.students import StudentConfig, build_student
+from transpoint.teachers import TeacherInfo
+from transpoint.teachers.random import byte_tokenizer, random_teacher
+
+FIGURES = {"logits": 1e-6, "decode": 2e-6, "scale": 10.0}
+PLAIN = {"rope": True, "conv_activation": None, "gate": False, "norm": False}
+
+
+def make(family="llama", keep=(1, 3), options=None, **sizes):
+    """A student none of whose mixer parameters is zero, one, or the same in two places."""
+    teacher, _ = random_teacher(f"random-{family}", **sizes)
+    student = build_student(teacher, StudentConfig(keep_attention=list(keep), **(options or {})))
+    generator = torch.Generator().manual_seed(7)
+    size = {"in_proj.weight": 0.08, "A_log": 0.8, "dt_bias": 0.8, "z_bias": 0.5, "D": 0.5, "norm.weight": 0.3}
+    with torch.no_grad():
+        for mixer in filter(None, student.mixer_layers()):
+            for name, parameter in mixer.named_parameters():
+                parameter.add_(size.get(name, 0.1) * torch.randn(parameter.shape, generator=generator))
+    return student.eval()
+
+
+@pytest.fixture
+def unverified(monkeypatch):
+    """Leaves out export's own check in a fresh process: the test compares more itself."""
+    monkeypatch.setattr(module, "verify", lambda *args: dict(FIGURES))
+
+
+def ids_of(batch=2, length=24):
+    return torch.randint(3, 250, (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+def greedy(model, ids, **options):
+    return model.generate(ids, max_new_tokens=24, min_new_tokens=24, do_sample=False, pad_token_id=2, **options)
+
+
+def assert_equal(found, expected):
+    """To 1e-4 of the largest logit: float32, and a norm right after a sum that may all but cancel."""
+    assert (found - expected).abs().max() <= 1e-4 * max(1, expected.abs().max())
+
+
+# Native
+
+
+NATIVE = {
+    "llama": {},
+    "llama-untied-conv2": {"keep": [0], "options": {"conv_kernel": 2}, "tie_word_embeddings": False},
+    "llama-no-attention": {"keep": []},
+    "llama-no-attention-conv2-untied": {"keep": [], "options": {"conv_kernel": 2}, "tie_word_embeddings": False},
+    "llama-no-groups": {"num_key_value_heads": 4},
+    "llama-one-kv-head": {"num_key_value_heads": 1},
+    "llama-wide": {"head_dim": 32},
+    "llama-biases": {"attention_bias": True},
+    "llama-another-base": {"rope_parameters": {"rope_type": "default", "rope_theta": 777.0}},
+    "mistral": {"family": "mistral", "sliding_window": None},
+    "mistral-windows-given-up": {"family": "mistral", "keep": []},
+    "qwen2": {"family": "qwen2"},
+    "qwen2-no-attention": {"family": "qwen2", "keep": []},
+    "qwen2-untied-conv2": {"family": "qwen2", "options": {"conv_kernel": 2}, "tie_word_embeddings": False},
+}
+
+
+@pytest.mark.parametrize("case", NATIVE)
+def test_native_is_the_student_in_plain_transformers(case, tmp_path, unverified):
+    student = make(**NATIVE[case])
+    folder = tmp_path / "native"
+    assert export(student, byte_tokenizer(), folder) == FIGURES
+    assert os.listdir(tmp_path) == ["native"]
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    assert type(model) is GraniteMoeHybridForCausalLM and model.dtype == torch.float32
+    ids = ids_of()
+    with torch.no_grad():
+        expected = student(ids).logits
+        assert_equal(model(ids).logits, expected)
+        assert expected.std() > 0.5
+        generated = greedy(student, ids)
+        assert torch.equal(greedy(model, ids), generated)
+        assert len(generated[0].unique()) > 3
+
+        # The second row padded on the left: its own tokens are as without padding.
+        padded = ids.clone()
+        padded[1, :9] = 2
+        mask = torch.ones_like(ids)
+        mask[1, :9] = 0
+        found, alone = model(padded, attention_mask=mask).logits, student(ids[1:, 9:]).logits
+        assert_equal(found[0], expected[0])
+        assert_equal(found[1, 9:], alone[0])
+        both = greedy(model, padded, attention_mask=mask)
+        assert torch.equal(both[0], generated[0])
+        assert torch.equal(both[1, 24:], greedy(student, ids[1:, 9:])[0, 15:])
+    assert AutoTokenizer.from_pretrained(folder)("Où?")["input_ids"] == byte_tokenizer()("Où?")["input_ids"]
+
+    config = json.loads((folder / "config.json").read_text())
+    types = ["attention" if mixer == "attention" else "mamba" for mixer in student.config.mixers]
+    assert config["layer_types"] == (types if "attention" in types else [*types, "attention"])
+    assert (
+        config["rope_theta"] == config["rope_parameters"]["rope_theta"] == student.config.rope_parameters["rope_theta"]
+    )
+    assert config["model_type"] == "granitemoehybrid" and config["num_local_experts"] == 0
+    assert "auto_map" not in config and not list(folder.glob("*.py"))
+
+
+def test_every_mixer_parameter_shows_in_the_logits():
+    """So that the comparisons above could not miss one."""
+    student = make()
+    ids = ids_of()
+    with torch.no_grad():
+        expected = student(ids).logits
+        mixer = student.mixer_layers()[0]
+        rows = dict(
+            zip(mixer.sizes, torch.arange(sum(mixer.sizes.values())).split(list(mixer.sizes.values())), strict=True)
+        )
+        places = [(mixer.in_proj.weight, part) for part in rows.values()]
+        places += [(p, slice(None)) for n, p in mixer.named_parameters() if n != "in_proj.weight"]
+        for parameter, part in places:
+            before = parameter.detach().clone()
+            parameter[part] = 1.1 * parameter[part]
+            assert (student(ids).logits - expected).abs().max() > 1e-3
+            parameter.copy_(before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["native", "custom"])
+def test_bfloat16_is_verified_in_a_process_without_transpoint(format, tmp_path):
+    """Weights are rounded, decay, step and skip are not; what was rounded is then equal."""
+    student = make(keep=[])
+    figures = export(student, byte_tokenizer(), tmp_path / "out", format, torch.bfloat16)
+    assert figures["logits"] < 1e-4 * figures["scale"] and 0 < figures["decode"] < 1e-4 * figures["scale"]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"{figures['logits']:.1e}" in card and f"{figures['decode']:.1e}" in card
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        for name in file.keys():  # noqa: SIM118, it is no mapping
+            kept = name.endswith((".A_log", ".dt_bias", ".D"))
+            assert file.get_tensor(name).dtype == (torch.float32 if kept else torch.bfloat16), name
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    if format == "native":
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+        with torch.no_grad():
+            error = (model(ids_of()).logits - student(ids_of()).logits).norm() / student(ids_of()).logits.norm()
+        assert 1e-4 < error < 0.1
+        half = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        assert half.dtype == torch.bfloat16 and greedy(half, ids_of()).shape == (2, 48)
+    assert student.dtype == torch.float32
+
+
+# Custom
+
+
+FRESH = """
+import sys
+sys.modules["transpoint"] = None
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, again, scratch = sys.argv[1:]
+given = load_file(scratch + "/given.safetensors")
+found = {}
+for name, path in (("first", folder), ("second", again)):
+    model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True).eval()
+    assert not type(model).__module__.startswith("transpoint."), type(model)
+    with torch.no_grad():
+        found[name + ".logits"] = model(given["ids"]).logits
+    options = dict(max_new_tokens=24, min_new_tokens=24, do_sample=False, pad_token_id=2)
+    found[name + ".generated"] = model.generate(given["ids"], **options)
+    found[name + ".padded"] = model.generate(given["padded"], attention_mask=given["mask"], **options)
+    if name == "first":
+        model.save_pretrained(again)
+        AutoTokenizer.from_pretrained(folder).save_pretrained(again)
+save_file(found, scratch + "/found.safetensors")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family, options", [("llama", PLAIN), ("qwen3", {"rope": True})])
+def test_custom_goes_with_its_own_code_and_is_saved_with_it(family, options, tmp_path, unverified):
+    student = make(family, options=options)
+    folder, again = tmp_path / "custom", tmp_path / "again"
+    export(student, byte_tokenizer(), folder, "custom")
+    assert os.listdir(tmp_path) == ["custom"]
+    ids, mask = ids_of(), torch.ones(2, 24, dtype=torch.int64)
+    mask[1, :9] = 0
+    padded = ids.masked_fill(mask == 0, 2)
+    save_file({"ids": ids, "mask": mask, "padded": padded}, tmp_path / "given.safetensors")
+    command = [sys.executable, "-c", FRESH, str(folder), str(again), str(tmp_path)]
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = load_file(tmp_path / "found.safetensors")
+    with torch.no_grad():
+        expected = student(ids).logits
+    for name in ("first", "second"):
+        assert_equal(found[f"{name}.logits"], expected)
+        assert torch.equal(found[f"{name}.generated"], greedy(student, ids))
+        assert torch.equal(found[f"{name}.padded"], greedy(student, padded, attention_mask=mask))
+    assert {path.name for path in folder.glob("*.py")} == {path.name for path in again.glob("*.py")}
+
+
+# What is refused
+
+
+def fixed(*names):
+    return f"its Mamba-2 layer is fixed in {', '.join(names)}; use format custom"
+
+
+ROPE, ACTIVATION = "student.rope (must be false)", "student.conv_activation (must be silu)"
+GATE, NORM, QK = "student.gate (must be true)", "student.norm (must be true)", "student.qk_norm (must be false)"
+REFUSED = {
+    "rope": ({"options": {"rope": True}}, fixed(ROPE)),
+    "activation": ({"options": {"conv_activation": None}}, fixed(ACTIVATION)),
+    "gate": ({"options": {"gate": False}}, fixed(GATE)),
+    "norm": ({"options": {"norm": False}}, fixed(NORM)),
+    "all of these": ({"options": PLAIN}, fixed(ROPE, ACTIVATION, GATE, NORM)),
+    "family": (
+        {"family": "qwen3"},
+        "it holds what llama, mistral, qwen2 have, not qwen3; use format custom",
+    ),
+    "window": (
+        {"family": "mistral"},
+        "its attention has no sliding window (16 tokens here); use format custom",
+    ),
+    "width": (
+        {"head_dim": 24},
+        "its Mamba-2 width must be a multiple of the hidden size 64, and 4 heads of 24 are not; use format custom",
+    ),
+    "activation of the MLP": (
+        {"hidden_act": "gelu"},
+        "its activation is silu throughout, not gelu; use format custom",
+    ),
+    "biases of the MLP": ({"mlp_bias": True}, "its MLP has no biases; use format custom"),
+}
+
+
+def refusal(student, tmp_path, format="native"):
+    """The message of the refusal, which leaves a folder that is there as it is and makes no other."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    for folder in (tmp_path / "out", tmp_path / "none"):
+        with pytest.raises(ExportError) as caught:
+            export(student, byte_tokenizer(), folder, format)
+        assert "\n" not in str(caught.value)
+    assert os.listdir(tmp_path) == ["out"] and os.listdir(tmp_path / "out") == ["mine.txt"]
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_native_cannot_hold(case, tmp_path):
+    arguments, reason = REFUSED[case]
+    assert refusal(make(**arguments), tmp_path) == f"native cannot hold this student: {reason}"
+
+
+@pytest.mark.parametrize(
+    "qk_norm, reason", [(True, fixed(QK)), (False, "its attention has no q/k norms; use format custom")]
+)
+def test_query_and_key_norms(qk_norm, reason, tmp_path, monkeypatch):
+    """Of a family that is native but for them."""
+    monkeypatch.setattr(module, "NATIVE_FAMILIES", ("qwen3",))
+    student = make("qwen3", options={"qk_norm": qk_norm})
+    assert refusal(student, tmp_path) == f"native cannot hold this student: {reason}"
+
+
+def test_transformers_that_would_compute_something_else(tmp_path, monkeypatch):
+    monkeypatch.setattr(module.transformers, "__version__", "5.22.1")
+    assert refusal(make(), tmp_path) == (
+        "native cannot hold this student: transformers 5.22.1 normalises all heads of a Mamba-2 layer together; "
+        "it takes 5.23 or later, or format custom"
+    )
+
+
+def test_another_mixer(tmp_path):
+    student = make()
+    student.model.layers[0].self_attn = torch.nn.Identity()
+    assert refusal(student, tmp_path) == (
+        "native cannot hold this student: its mixer is Mamba-2, not Identity; use format custom"
+    )
+
+
+def test_an_unknown_format(tmp_path):
+    assert refusal(make(), tmp_path, "gguf") == "format 'gguf' is not known; expected one of native, custom"
+
+
+@pytest.mark.slow
+def test_an_export_that_is_not_equal_is_caught(tmp_path, monkeypatch):
+    """Heads of C in another order: every shape fits, and every logit is wrong."""
+    real = module.native_state
+
+    def shuffled(student):
+        state = real(student)
+        for name, tensor in state.items():
+            if name.endswith("mamba.in_proj.weight"):
+                z, x, b, c, dt = tensor.split([64, 64, 64, 64, 4])
+                state[name] = torch.cat([z, x, b, c.unflatten(0, (4, 16)).roll(1, 0).flatten(0, 1), dt])
+        return state
+
+    monkeypatch.setattr(module, "native_state", shuffled)
+    with pytest.raises(ExportError, match=r"is not equal to the student: logits differ by .*, more than [0-9.e-]+$"):
+        export(make(), byte_tokenizer(), tmp_path / "native")
+    assert not (tmp_path / "native").exists()
+
+
+@pytest.mark.slow
+def test_an_export_that_does_not_load_is_caught(tmp_path, monkeypatch):
+    def write(student, folder, dtype):
+        (folder / "config.json").write_text('{"model_type": "no_such_model"}')
+
+    monkeypatch.setattr(module, "_write_native", write)
+    with pytest.raises(ExportError, match="does not load without Transpoint: ") as caught:
+        export(make(), byte_tokenizer(), tmp_path / "native")
+    assert "\n" not in str(caught.value) and not (tmp_path / "native").exists()
+
+
+def test_a_failed_write_leaves_the_earlier_export(tmp_path, monkeypatch, unverified):
+    student = make()
+    export(student, byte_tokenizer(), tmp_path / "native")
+    before = (tmp_path / "native" / "model.safetensors").read_bytes()
+
+    def write_card(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "write_card", write_card)
+    with pytest.raises(OSError, match="No space left"):
+        export(student, byte_tokenizer(), tmp_path / "native")
+    assert os.listdir(tmp_path) == ["native"]
+    assert (tmp_path / "native" / "model.safetensors").read_bytes() == before
+
+
+# The card
+
+
+def facts_of(tmp_path, license="mit"):
+    recipe = Recipe()
+    recipe.run.dir = str(tmp_path / "secret-run")
+    recipe.data.train = [str(tmp_path / "secret" / "books.jsonl"), "hub:o/n"]
+    recipe.data.cache = str(tmp_path / "secret-cache")
+    recipe.teacher.source = str(tmp_path / "secret" / "teacher-1b")
+    quality = {"tokens": 12345, "perplexity": 21.957, "bits_per_byte": 1.0239, "kl": 0.0, "same_top": 1.0}
+    return CardFacts(
+        TeacherInfo("owner/teacher-1b", license, "owner/teacher-1b"),
+        recipe.to_dict(),
+        {"align": 6_000_000, "distill": 12_000_000},
+        [
+            {"model": "teacher", **quality},
+            {"model": "after distill", **quality, "kl": 0.1987, "same_top": 0.7619},
+            {"model": "unmeasured", **quality, "kl": None, "same_top": None},
+        ],
+    )
+
+
+def card(tmp_path, facts, format="native", keep=(1, 3)):
+    export(make(keep=keep), byte_tokenizer(), tmp_path / "out", format, facts=facts)
+    return (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("format", ["native", "custom"])
+def test_the_card_says_where_it_comes_from_and_what_was_measured(format, tmp_path, unverified, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_marker")
+    text = card(tmp_path, facts_of(tmp_path), format)
+    front = yaml.safe_load(text.split("---\n")[1])
+    assert front["license"] == "mit" and front["base_model"] == "owner/teacher-1b"
+    assert front["library_name"] == "transformers" and "transpoint" in front["tags"]
+    assert "[owner/teacher-1b](https://huggingface.co/owner/teacher-1b)" in text
+    assert "Licence: that of the teacher, mit." in text
+    assert "first layer to last: `MAMA`" in text and "2 of the 4 attention layers" in " ".join(text.split())
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert [row.count("|") for row in rows] == [6] * 5
+    assert rows[2] == "| teacher | 21.96 | 1.0239 | 0.0000 | 100.0 % |"
+    assert rows[3] == "| after distill | 21.96 | 1.0239 | 0.1987 | 76.2 % |"
+    assert [cell.strip() for cell in rows[4].split("|")] == ["", "unmeasured", "21.96", "1.0239", "", "", ""]
+    assert "Measured on 12,345 tokens." in text
+    assert "- align: 6,000,000 tokens" in text and "- distill: 12,000,000 tokens" in text
+    assert "at most 1.0e-06" in " ".join(text.split()) and "at most 2.0e-06" in " ".join(text.split())
+    recipe = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
+    assert recipe["teacher"]["source"] == "teacher-1b" and recipe["data"]["train"] == ["books.jsonl", "hub:o/n"]
+    assert recipe["distill"] == Recipe().to_dict()["distill"]
+    assert str(tmp_path) not in text and "secret" not in text and "hf_marker" not in text
+    assert ("trust_remote_code" in text.split("```python")[1].split("```")[0]) == (format == "custom")
+
+
+def test_the_cards_code_loads_the_model(tmp_path, unverified):
+    text = card(tmp_path, facts_of(tmp_path))
+    code = text.split("```python\n")[1].split("```")[0].replace("FOLDER_OR_HUB_ID", str(tmp_path / "out"))
+    names = {}
+    exec(code, names)
+    assert type(names["model"]) is GraniteMoeHybridForCausalLM and names["tokenizer"]("a")["input_ids"]
+
+
+def test_a_card_without_facts(tmp_path, unverified):
+    text = card(tmp_path, None, keep=())
+    front = yaml.safe_load(text.split("---\n")[1])
+    assert front["license"] == "unknown" and "base_model" not in front
+    assert "Licence: the teacher's, which could not be read from its files" in text
+    assert "`MMMM`" in text and "## Quality" not in text and "## Training" not in text and "## Recipe" not in text

@@ -1,0 +1,146 @@
+"""Alignment and distillation against their definitions written out, and what they train."""
+
+import pytest
+import torch
+
+from transpoint.distill.objectives import Alignment, Distillation, attention_pairs
+from transpoint.students import StudentConfig, build_student
+from transpoint.teachers import attention_view
+from transpoint.teachers.random import random_teacher
+
+
+def make(family="llama", keep=(0, 2), **options):
+    """A teacher, and a student whose mixers are not what transfer made of them."""
+    teacher, _ = random_teacher(f"random-{family}")
+    student = build_student(teacher, StudentConfig(keep_attention=list(keep), **options))
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for mixer in filter(None, student.mixer_layers()):
+            for parameter in mixer.parameters():
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return teacher.requires_grad_(False), student
+
+
+@pytest.fixture
+def batch():
+    """Two sequences of 20 tokens, one of them packed from two documents."""
+    ids = torch.randint(3, 250, (2, 20), generator=torch.Generator().manual_seed(0))
+    positions = torch.stack([torch.arange(20), torch.cat([torch.arange(8), torch.arange(12)])])
+    return {"input_ids": ids, "position_ids": positions}
+
+
+def documents(batch):
+    """The same tokens, one document at a time."""
+    for ids, positions in zip(batch["input_ids"], batch["position_ids"], strict=True):
+        starts = [*(positions == 0).nonzero().flatten().tolist(), len(ids)]
+        for a, b in zip(starts, starts[1:], strict=False):
+            yield {"input_ids": ids[None, a:b], "position_ids": positions[None, a:b]}
+
+
+@pytest.mark.parametrize("family, options", [("llama", {}), ("qwen3", {"rope": True}), ("qwen2", {"norm": False})])
+def test_alignment_is_relative_l2_to_attention_on_the_teachers_input(family, options, batch):
+    teacher, student = make(family, **options)
+    loss, figures = Alignment(teacher, student)(batch)
+    assert list(figures) == ["layer_1", "layer_3"]
+    for layer, mixer in enumerate(student.mixer_layers()):
+        if mixer is None:
+            continue
+        error = size = 0
+        attention = teacher.model.layers[layer].self_attn
+        for document in documents(batch):  # so that nothing can leak from one to another
+            taken = {}
+
+            def hook(module, args, kwargs, output, taken=taken):
+                taken.update(kwargs, output=output[0])
+
+            handle = attention.register_forward_hook(hook, with_kwargs=True)
+            teacher(**document, use_cache=False)
+            handle.remove()
+            found = mixer(taken["hidden_states"], taken["position_embeddings"])[0]
+            error += (found - taken["output"]).pow(2).sum()
+            size += taken["output"].pow(2).sum()
+        torch.testing.assert_close(figures[f"layer_{layer}"], error / size, rtol=1e-4, atol=0)
+        assert figures[f"layer_{layer}"] > 0.01
+    torch.testing.assert_close(loss, (figures["layer_1"] + figures["layer_3"]) / 2)
+
+
+def test_alignment_trains_the_mixers_alone(batch):
+    teacher, student = make()
+    objective = Alignment(teacher, student)
+    loss, _ = objective(batch)
+    loss.backward()
+    mixers = {id(p) for mixer in filter(None, student.mixer_layers()) for p in mixer.parameters()}
+    assert {id(p) for p in objective.parameters()} == mixers
+    for name, parameter in student.named_parameters():
+        assert (parameter.grad is not None) == (id(parameter) in mixers), name
+        if id(parameter) in mixers:
+            assert parameter.grad.isfinite().all() and parameter.grad.abs().sum() > 0, name
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_each_mixer_is_aligned_alone(batch):
+    """A mixer's figure does not depend on the other mixers."""
+    teacher, student = make()
+    _, before = Alignment(teacher, student)(batch)
+    with torch.no_grad():
+        student.mixer_layers()[1].out_proj.weight.mul_(3)
+    _, after = Alignment(teacher, student)(batch)
+    assert after["layer_3"] == before["layer_3"] and after["layer_1"] > 2 * before["layer_1"]
+
+
+def test_attention_pairs_leaves_no_hooks(batch):
+    teacher, _ = make()
+    views = attention_view(teacher)
+    attention_pairs(teacher, views, batch)
+    with pytest.raises(ValueError, match="input_ids"):
+        attention_pairs(teacher, views, {"position_ids": batch["position_ids"]})
+    assert not any(view.module._forward_hooks for view in views)
+
+
+def naive_kl(teacher, student, batch, temperature=1.0):
+    """Mean over tokens, one document at a time, from whole logits in float64."""
+    total = tokens = 0
+    for document in documents(batch):
+        p, q = (
+            (model(**document, use_cache=False).logits.double() / temperature).log_softmax(-1)
+            for model in (teacher, student)
+        )
+        total += (p.exp() * (p - q)).sum()
+        tokens += document["input_ids"].numel()
+    return total / tokens * temperature**2
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_distillation_is_the_kl_from_the_teachers_logits(family, temperature, batch):
+    teacher, student = make(family)
+    loss, figures = Distillation(teacher, student, temperature)(batch)
+    expected = naive_kl(teacher, student, batch, temperature)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=0)
+    assert figures["kl"] == loss and loss > 0.05
+
+
+def test_distillation_has_the_gradients_of_the_kl(batch):
+    teacher, student = make()
+    naive_kl(teacher, student, batch).backward()
+    expected = {name: p.grad.clone() for name, p in student.named_parameters()}
+    student.zero_grad()
+    objective = Distillation(teacher, student)
+    objective(batch)[0].backward()
+    for name, parameter in student.named_parameters():
+        error = (parameter.grad - expected[name]).norm() / expected[name].norm()
+        assert error < 1e-3, name
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    assert not {id(p) for p in objective.parameters()} & {id(p) for p in teacher.parameters()}
+    assert {id(p) for p in objective.parameters()} == {id(p) for p in student.parameters()}
+
+
+@pytest.mark.parametrize("of", [Alignment, Distillation])
+def test_the_teacher_is_not_part_of_the_objective(of):
+    """It is not moved, saved, counted or put in training mode with it."""
+    teacher, student = make()
+    objective = of(teacher, student)
+    inside = {id(module) for module in objective.modules()}
+    assert not inside & {id(module) for module in teacher.modules()}
+    objective.train()
+    assert not teacher.training

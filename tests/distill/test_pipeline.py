@@ -1,0 +1,402 @@
+"""A recipe through every stage: what a run leaves, what is reused and what runs again, interrupted anywhere."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from transpoint.distill import stages
+from transpoint.distill.config import STAGES, load_recipe
+from transpoint.distill.data import DataError
+from transpoint.distill.run import RunError, StageFolder, identity
+from transpoint.distill.stages import Session, load_model, run_recipe, stage_inputs, summary
+from transpoint.teachers import TeacherError
+from transpoint.teachers.random import random_teacher
+
+TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
+SAMPLE = TINY.parent / "sample"
+pytestmark = pytest.mark.xdist_group("tiny_run")
+
+
+def done(folder, stage):
+    return json.loads((folder / stage / "done.json").read_text())
+
+
+def metrics(folder, stage):
+    lines = [json.loads(line) for line in (folder / stage / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in lines]
+
+
+def student(folder, stage):
+    return (folder / stage / "student" / "model.safetensors").read_bytes()
+
+
+def files(folder):
+    """Every file with the time it was written, but the copy of the recipe, which each run leaves anew."""
+    return {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file() and p.name != "recipe.yaml"}
+
+
+def reasons(folder, *overrides, path=TINY):
+    """{stage: why it would run}, of the stages that would."""
+    needs = stage_inputs(load_recipe(path, [f"run.dir={folder}", *overrides]))
+    found = {stage: StageFolder(folder, stage).why_not_reusable(needs[stage]) for stage in STAGES}
+    return {stage: reason for stage, reason in found.items() if reason}
+
+
+def ran(output):
+    """The stages that ran, and why, as printed."""
+    lines = [line.split(": ", 1) for line in output.splitlines() if ": " in line]
+    starts = ("not run yet", "changed: ", "interrupted", "asked for by ")
+    return {stage: reason for stage, reason in lines if stage in STAGES and reason.startswith(starts)}
+
+
+# What a run leaves
+
+
+def test_a_run_leaves_a_folder_for_each_stage(tiny_run):
+    recipe = load_recipe(TINY, [f"run.dir={tiny_run}"])
+    assert load_recipe(tiny_run / "recipe.yaml") == recipe
+    needs = stage_inputs(recipe)
+    for stage in STAGES:
+        assert StageFolder(tiny_run, stage).started == json.loads(json.dumps(needs[stage]))
+        record = done(tiny_run, stage)
+        assert record["finished"].startswith("20") and record["stage_seconds"] > 0
+    for stage in ("transfer", "calibrate", "align", "distill"):
+        assert type(load_model(tiny_run / stage / "student")).__name__ == "HybridForCausalLM"
+        assert not (tiny_run / stage / "checkpoints").exists()
+    assert done(tiny_run, "transfer")["mixers"] == ["mamba2", "attention", "mamba2", "attention"]
+    plan = (tiny_run / "transfer" / "transfer_plan.txt").read_text()
+    assert "model.layers.0.self_attn.in_proj.weight" in plan and "model.layers.2.self_attn.q_proj.weight" in plan
+    assert sorted(done(tiny_run, "calibrate")["layers"]) == ["layer_0", "layer_2"]
+    verified = done(tiny_run, "export")["verified"]
+    assert done(tiny_run, "export")["folder"] == "native"
+    assert 0 < verified["logits"] < 1e-4 * verified["scale"] and 0 < verified["decode"] < 1e-4 * verified["scale"]
+    assert type(AutoModelForCausalLM.from_pretrained(tiny_run / "export" / "native")).__name__ == (
+        "GraniteMoeHybridForCausalLM"
+    )
+    left = {path.suffix for path in tiny_run.rglob("*") if path.is_file()}
+    assert left <= {".json", ".jsonl", ".yaml", ".txt", ".md", ".safetensors", ".jinja"}  # nothing pickled
+    assert not [path for path in tiny_run.rglob(".*")]  # nothing half-written
+
+
+def test_training_is_logged_and_trains(tiny_run):
+    for stage, figures in (("align", {"layer_0", "layer_2"}), ("distill", {"kl"})):
+        lines = metrics(tiny_run, stage)
+        assert [line["step"] for line in lines] == [5, 10, 15, 20]
+        assert [line["tokens"] for line in lines] == [4 * 64 * step for step in (5, 10, 15, 20)]
+        assert set(lines[0]) == {"step", "loss", "gradient_norm", "lr", "tokens"} | figures
+        assert lines[-1]["loss"] < lines[0]["loss"]
+        assert done(tiny_run, stage)["training"]["tokens"] == 4 * 64 * 20
+    kl = {stage: done(tiny_run, stage)["quality"]["kl"] for stage in ("transfer", "calibrate", "align", "distill")}
+    assert kl["distill"] < kl["align"] < kl["calibrate"] and kl["align"] < kl["transfer"]
+    exported, trained = done(tiny_run, "evaluate")["quality"], done(tiny_run, "distill")["quality"]
+    assert exported == pytest.approx(trained, rel=1e-4)
+    results = json.loads((tiny_run / "evaluate" / "results.json").read_text())
+    assert results["quality"] == exported
+    assert [entry["prompt"] for entry in results["answers"]] == ["What is the capital of France?"]
+
+
+def test_each_stage_trains_what_it_says(tiny_run):
+    """Align the mixers alone; distill here, with a learning rate for them, the teacher's parameters too."""
+    teacher = random_teacher("random-llama")[0].state_dict()
+    tensors = {
+        stage: load_file(tiny_run / stage / "student" / "model.safetensors")
+        for stage in ("transfer", "calibrate", "align", "distill")
+    }
+    for name, value in tensors["align"].items():
+        mixer = ".layers.0.self_attn." in name or ".layers.2.self_attn." in name
+        assert torch.equal(value, tensors["calibrate"][name]) != mixer, name
+        assert not torch.equal(value, tensors["distill"][name]), name
+        assert mixer or torch.equal(value, teacher[name]), name
+
+
+@pytest.mark.parametrize("teacher_lr", [0.0, 1e-3])
+def test_the_teachers_parameters_are_frozen_without_a_learning_rate(teacher_lr, tiny_copy, run_tiny):
+    overrides = ["distill.steps=2", f"distill.teacher_lr={teacher_lr}"]
+    run_tiny(tiny_copy, *overrides, until_stage="distill")
+    before, after = (
+        load_file(tiny_copy / stage / "student" / "model.safetensors") for stage in ("align", "distill")
+    )
+    for name in before:
+        mixer = ".layers.0.self_attn." in name or ".layers.2.self_attn." in name
+        assert torch.equal(before[name], after[name]) == (not mixer and teacher_lr == 0), name
+
+
+def test_no_steps_are_no_change(tiny_copy, run_tiny):
+    run_tiny(tiny_copy, "align.steps=0", until_stage="align")
+    assert student(tiny_copy, "align") == student(tiny_copy, "calibrate")
+    assert done(tiny_copy, "align")["training"]["tokens"] == 0
+
+
+def test_what_a_run_prints(tiny_output):
+    folder, output = tiny_output
+    assert ran(output) == dict.fromkeys(STAGES, "not run yet")
+    for stage in ("transfer", "calibrate", "align", "distill", "evaluate"):
+        kl = done(folder, stage)["quality"]["kl"]
+        assert f"{stage}: held-out KL {kl:.4f}, perplexity " in output
+    assert "train text: 2 documents, 20,000 tokens" in output and "heldout text: 1 documents, 2,000 tokens" in output
+    assert f"export: {folder}/export/native loads without Transpoint; logits differ by " in output
+
+
+# What is reused
+
+
+def test_a_second_run_does_nothing(tiny_copy, run_tiny, monkeypatch):
+    monkeypatch.setattr(stages, "load_teacher", lambda *args: pytest.fail("the teacher was loaded"))
+    before, recipe = files(tiny_copy), (tiny_copy / "recipe.yaml").read_text()
+    recipe = recipe.replace(recipe.split("dir: ")[1].split("\n")[0], str(tiny_copy))
+    assert run_tiny(tiny_copy) == "".join(f"{stage}: done before, reused\n" for stage in STAGES)
+    assert files(tiny_copy) == before and (tiny_copy / "recipe.yaml").read_text() == recipe
+
+
+SETTINGS = {
+    "teacher.source=random-mistral": "transfer",
+    "student.keep_attention=[1]": "transfer",
+    "student.conv_kernel=2": "transfer",
+    "calibrate.sequences=3": "calibrate",
+    "data.length=32": "calibrate",
+    "data.max_train_tokens=10000": "calibrate",
+    "align.steps=21": "align",
+    "align.lr=0.1": "align",
+    "align.betas=[0.9, 0.99]": "align",
+    "align.micro_batch_size=2": "align",
+    "run.seed=1": "align",
+    "run.precision=fp32": "align",
+    "distill.temperature=2": "distill",
+    "distill.teacher_lr=0": "distill",
+    "export.dtype=bfloat16": "export",
+    "export.format=custom": "export",
+    "evaluate.sequences=2": "evaluate",
+    "evaluate.prompts=[Why]": "evaluate",
+    "data.max_heldout_tokens=1000": "evaluate",
+}
+
+
+@pytest.mark.parametrize("override", SETTINGS)
+def test_a_changed_setting_reruns_its_stage_and_what_follows(override, tiny_run):
+    found = reasons(tiny_run, override)
+    first = STAGES.index(SETTINGS[override])
+    assert list(found) == list(STAGES[first:])
+    assert found[STAGES[first]].startswith(f"changed: {override.partition('=')[0]} (")
+    for before, stage in zip(STAGES[first:], STAGES[first + 1 :], strict=False):
+        assert f"after.{before} (" in found[stage]
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "run.device=cpu",
+        "align.log_every=7",
+        "align.checkpoint_every=3",
+        "distill.keep_checkpoints=9",
+        "data.cache=/nowhere",
+        "run.dir=/elsewhere",
+    ],
+)
+def test_what_changes_no_result_reruns_nothing(override, tiny_run):
+    assert reasons(tiny_run, override) == {}
+
+
+def test_a_changed_text_reruns_what_reads_it(tiny_run, tmp_path):
+    for name in ("train", "heldout"):
+        shutil.copy(SAMPLE / f"{name}.jsonl.zst", tmp_path / f"{name}.jsonl.zst")
+    overrides = [f"data.{name}=[{tmp_path / name}.jsonl.zst]" for name in ("train", "heldout")]
+    assert reasons(tiny_run, *overrides) == {}  # the same text elsewhere
+    (tmp_path / "train.jsonl.zst").write_bytes((SAMPLE / "heldout.jsonl.zst").read_bytes())
+    found = reasons(tiny_run, *overrides)
+    assert list(found) == ["calibrate", "align", "distill", "export", "evaluate"]
+    assert found["calibrate"].startswith("changed: data.train (")
+    (tmp_path / "train.jsonl.zst").write_bytes((SAMPLE / "train.jsonl.zst").read_bytes())
+    (tmp_path / "heldout.jsonl.zst").write_bytes((SAMPLE / "train.jsonl.zst").read_bytes())
+    found = reasons(tiny_run, *overrides)
+    assert list(found) == ["evaluate"] and found["evaluate"].startswith("changed: data.heldout (")
+
+
+def test_a_changed_teacher_folder_reruns_everything(tmp_path):
+    folder, run = tmp_path / "teacher", tmp_path / "run"
+    random_teacher("random-llama")[0].save_pretrained(folder)
+    overrides = [f"teacher.source={folder}"]
+    needs = stage_inputs(load_recipe(TINY, overrides))
+    for stage in STAGES:
+        StageFolder(run, stage).begin(needs[stage])
+        StageFolder(run, stage).finish({})
+    assert reasons(run, *overrides) == {}
+    random_teacher("random-llama", seed=1)[0].save_pretrained(folder)
+    assert list(reasons(run, *overrides)) == list(STAGES)
+
+
+def test_a_longer_align_runs_from_there_and_says_why(tiny_copy, run_tiny):
+    before = {stage: student(tiny_copy, stage) for stage in ("transfer", "calibrate", "align", "distill")}
+    output = run_tiny(tiny_copy, "align.steps=25")
+    assert list(ran(output)) == ["align", "distill", "export", "evaluate"]
+    assert ran(output)["align"] == "changed: align.steps (20 -> 25)"
+    for stage in ("transfer", "calibrate"):
+        assert f"{stage}: done before, reused" in output and student(tiny_copy, stage) == before[stage]
+    for stage in ("align", "distill"):
+        assert student(tiny_copy, stage) != before[stage]
+    assert [line["step"] for line in metrics(tiny_copy, "align")] == [5, 10, 15, 20, 25]
+    needs = stage_inputs(load_recipe(TINY, ["align.steps=25"]))
+    assert StageFolder(tiny_copy, "distill").started["after"] == {"align": identity(needs["align"])}
+    assert reasons(tiny_copy, "align.steps=25") == {}
+    assert load_recipe(tiny_copy / "recipe.yaml").align.steps == 25
+
+
+def test_other_held_out_text_measures_every_student_again(tiny_copy, run_tiny):
+    before = {stage: done(tiny_copy, stage)["quality"] for stage in STAGES if stage != "export"}
+    assert len({quality["measured_on"] for quality in before.values()}) == 1
+    weights = student(tiny_copy, "distill")
+    output = run_tiny(tiny_copy, "evaluate.sequences=3")
+    assert list(ran(output)) == ["evaluate"] and student(tiny_copy, "distill") == weights
+    after = {stage: done(tiny_copy, stage)["quality"] for stage in before}
+    assert len({quality["measured_on"] for quality in after.values()}) == 1
+    for stage in before:
+        assert after[stage]["measured_on"] != before[stage]["measured_on"]
+        assert after[stage]["tokens"] < before[stage]["tokens"] and after[stage]["kl"] != before[stage]["kl"]
+
+
+def test_from_and_until(tiny_copy, run_tiny, tmp_path):
+    before = files(tiny_copy), student(tiny_copy, "distill")
+    output = run_tiny(tiny_copy, from_stage="distill", until_stage="distill")
+    assert ran(output) == {"distill": "asked for by --from distill"} and "export" not in output
+    assert student(tiny_copy, "distill") == before[1]  # and the same comes out
+    changed = {path.relative_to(tiny_copy).parts[0] for path, time in files(tiny_copy).items() if before[0].get(path) != time}
+    assert changed == {"distill"}
+    assert ran(run_tiny(tiny_copy)) == {}
+    assert list(ran(run_tiny(tmp_path / "new", until_stage="transfer"))) == ["transfer"]
+    assert sorted(p.name for p in (tmp_path / "new").iterdir() if p.name in STAGES) == ["transfer"]
+    assert reasons(tmp_path / "new") == dict.fromkeys(STAGES[1:], "not run yet")
+
+
+# Interrupted
+
+
+@pytest.mark.slow
+def test_interrupted_in_every_training_and_resumed_equals_uninterrupted(tiny_run, tiny_copy, run_tiny):
+    for stage in ("align", "distill", "export", "evaluate"):
+        shutil.rmtree(tiny_copy / stage)
+    # Steps are counted over all stages of one start. After a checkpoint, before the first one, at one, in the last step.
+    ten = ["step-00000010"]
+    for stage, stop, kept in (("align", 13, ten), ("distill", 10 + 7, []), ("distill", 10, ten), ("distill", 10, ten)):
+        steps = []
+
+        def on_step(step, steps=steps, stop=stop):
+            steps.append(step)
+            if len(steps) == stop:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            run_tiny(tiny_copy, on_step=on_step)
+        assert [path.name for path in (tiny_copy / stage / "checkpoints").glob("*")] == kept
+        assert not (tiny_copy / stage / "done.json").exists()
+        assert reasons(tiny_copy)[stage] == "interrupted"
+    output = run_tiny(tiny_copy)
+    assert ran(output) == {"distill": "interrupted", "export": "not run yet", "evaluate": "not run yet"}
+    assert "distill: going on from step 10" in output
+    for stage in ("align", "distill"):
+        assert student(tiny_copy, stage) == student(tiny_run, stage)
+        assert metrics(tiny_copy, stage) == metrics(tiny_run, stage)
+    for name in ("export/native/model.safetensors", "evaluate/results.json"):
+        assert (tiny_copy / name).read_bytes() == (tiny_run / name).read_bytes()
+
+
+@pytest.mark.parametrize("stage", ["transfer", "calibrate", "align"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_interrupted_between_steps_the_stage_runs_again(stage, when, tiny_run, tiny_copy, run_tiny, monkeypatch):
+    """Before it made anything, or after everything but its record."""
+    shutil.rmtree(tiny_copy / stage)
+    real = stages._RUN[stage]
+
+    def interrupted(session, folder):
+        if when == "after":
+            real(session, folder)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setitem(stages._RUN, stage, interrupted)
+        run_tiny(tiny_copy)
+    assert reasons(tiny_copy) == {stage: "interrupted"}
+    assert ran(run_tiny(tiny_copy)) == {stage: "interrupted"}
+    assert student(tiny_copy, stage) == student(tiny_run, stage)
+    if stage == "align":
+        assert metrics(tiny_copy, stage) == metrics(tiny_run, stage)
+
+
+# What is refused
+
+
+def refused(kind, *overrides, **options):
+    with pytest.raises(kind) as caught:
+        run_recipe(load_recipe(TINY, overrides), **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_processes_that_do_not_see_each_other(tmp_path, monkeypatch):
+    Accelerator(cpu=True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert refused(RunError, f"run.dir={tmp_path / 'run'}") == (
+        "2 processes were launched, but they do not see each other (world size 1): each would train alone; check the "
+        "launch configuration"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there(tmp_path):
+    told = refused(RunError, f"run.dir={tmp_path / 'run'}", "run.device=cuda")
+    assert told == "run.device is cuda, but no GPU is to be seen; set run.device=cpu"
+
+
+def test_a_run_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    told = refused(RunError, f"run.dir={tmp_path / 'file' / 'run'}")
+    assert told.startswith("the run folder cannot be written: ") and told.endswith("; set run.dir to another place")
+
+
+def test_errors_of_data_and_teacher_come_in_one_line(tmp_path, monkeypatch):
+    run = f"run.dir={tmp_path / 'run'}"
+    assert refused(TeacherError, run, "teacher.source=random-lama").startswith(
+        "no random teacher 'random-lama'; expected one of random-llama, "
+    )
+    monkeypatch.setattr(stages, "load_teacher", lambda *args: pytest.fail("the teacher was loaded"))
+    gone = SAMPLE / "tarin.jsonl.zst"
+    assert refused(DataError, run, f"data.train=[{gone}]") == (
+        f"no such file or folder: {gone}; did you mean {SAMPLE / 'train.jsonl.zst'}?"
+    )
+    assert refused(DataError, run, f"data.heldout=[{tmp_path}]").startswith(f"folder {tmp_path} holds no file of a ")
+
+
+def test_too_little_text(tmp_path):
+    told = refused(DataError, f"run.dir={tmp_path / 'run'}", "data.max_heldout_tokens=50")
+    assert told == (
+        "the text has 50 tokens, less than one sequence of 64: set a shorter data.length or give more text"
+    )
+
+
+# The summary
+
+
+def test_the_summary_shows_plan_quality_answers_and_how_to_load(tiny_run):
+    parts = summary(Session(load_recipe(tiny_run / "recipe.yaml", [f"run.dir={tiny_run}"])))
+    text = "\n".join(part for part in parts if isinstance(part, str))
+    assert "layer plan: MAMA  (2 of 4 layers are Mamba-2)" in text
+    assert "question: What is the capital of France?\n teacher: " in text
+    assert f"checkpoint: {tiny_run / 'export' / 'native'}" in text
+    names = {}
+    exec(text[text.index("from transformers import") :], names)
+    assert type(names["model"]).__name__ == "GraniteMoeHybridForCausalLM"
+
+
+def test_the_card_of_a_run(tiny_run):
+    text = (tiny_run / "export" / "native" / "README.md").read_text(encoding="utf-8")
+    for stage in ("transfer", "calibrate", "align", "distill"):
+        quality = done(tiny_run, stage)["quality"]
+        row = f"| after {stage} | {quality['perplexity']:.2f} | {quality['bits_per_byte']:.4f} | {quality['kl']:.4f} |"
+        assert row in text
+    assert "random-llama" in text and "`MAMA`" in text and "- align: 5,120 tokens" in text
+    assert str(tiny_run) not in text and str(SAMPLE) not in text and str(Path.home()) + "/" not in text

@@ -1,0 +1,174 @@
+"""Held-out quality against its definitions written out."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from transpoint.distill import quality
+from transpoint.distill.data import Corpus, PackedDataset
+from transpoint.distill.quality import HeldOut, answer
+from transpoint.students import StudentConfig, build_student
+from transpoint.teachers.random import random_teacher
+
+TEXTS = ["A first text, in ASCII.", "x", "Another that is longer.", "the end of all this, if it ends at all"]
+LENGTH = 32
+
+
+@pytest.fixture(scope="module")
+def teacher_and_tokenizer():
+    teacher, tokenizer = random_teacher("random-llama")
+    return teacher.requires_grad_(False), tokenizer
+
+
+@pytest.fixture(scope="module")
+def teacher(teacher_and_tokenizer):
+    return teacher_and_tokenizer[0]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(teacher_and_tokenizer):
+    return teacher_and_tokenizer[1]
+
+
+@pytest.fixture(scope="module")
+def student(teacher):
+    return build_student(teacher, StudentConfig(keep_attention=[0, 2]))
+
+
+@pytest.fixture(scope="module")
+def dataset(tokenizer):
+    pieces = [tokenizer(text)["input_ids"] for text in TEXTS]
+    starts = [sum(map(len, pieces[:i])) for i in range(len(pieces))]
+    return PackedDataset(Corpus(torch.tensor(sum(pieces, [])), torch.tensor(starts), ""), LENGTH)
+
+
+def naive(dataset, sequences, model, teacher=None, width=None):
+    """Every document of every window on its own, from whole logits, in float64."""
+    nll = kl = same = 0.0
+    predicted = tokens = count = 0
+    for i in range(min(sequences, len(dataset))):
+        ids, positions = dataset[i]["input_ids"], dataset[i]["position_ids"]
+        starts = [*(positions == 0).nonzero().flatten().tolist(), LENGTH]
+        for a, b in zip(starts, starts[1:], strict=False):
+            logits = model(ids[None, a:b], use_cache=False).logits[0].double()
+            nll += nn.functional.cross_entropy(logits[:-1], ids[a + 1 : b], reduction="sum").item() if b - a > 1 else 0
+            predicted += b - a - 1
+            count += b - a - 1  # ASCII, a token a byte
+            if teacher is not None:
+                reference = teacher(ids[None, a:b], use_cache=False).logits[0].double()[:, :width].log_softmax(-1)
+                found = logits[:, :width].log_softmax(-1)
+                kl += (reference.exp() * (reference - found)).sum().item()
+                same += (reference.argmax(-1) == found.argmax(-1)).sum().item()
+                tokens += b - a
+    return {
+        "tokens": predicted,
+        "perplexity": math.exp(nll / predicted),
+        "bits_per_byte": nll / math.log(2) / count,
+        "kl": kl / tokens if tokens else None,
+        "same_top": same / tokens if tokens else None,
+    }
+
+
+def check(found, expected):
+    for key, value in expected.items():
+        assert getattr(found, key) == (None if value is None else pytest.approx(value, rel=1e-4, abs=1e-6)), key
+
+
+def test_a_window_holds_several_documents(dataset):
+    positions = torch.stack([item["position_ids"] for item in dataset])
+    assert len(dataset) == 2 and (positions == 0).sum(1).min() > 1
+
+
+@pytest.mark.parametrize("sequences", [1, 2, 99])
+def test_quality_is_that_of_each_document_on_its_own(sequences, dataset, student, teacher, tokenizer):
+    found = HeldOut(dataset, sequences, tokenizer, teacher).measure(student)
+    check(found, naive(dataset, sequences, student, teacher))
+    assert found.kl > 0.1 and 0 < found.same_top < 1
+
+
+def test_without_a_teacher_there_is_no_kl(dataset, student, tokenizer):
+    found = HeldOut(dataset, 2, tokenizer).measure(student)
+    check(found, naive(dataset, 2, student))
+    assert found.kl is None and found.same_top is None
+
+
+def test_the_teacher_follows_itself(dataset, teacher, tokenizer):
+    held_out = HeldOut(dataset, 2, tokenizer, teacher)
+    for model in (teacher, copy.deepcopy(teacher)):
+        found = held_out.measure(model)
+        assert found.kl == pytest.approx(0, abs=1e-6) and found.same_top == 1
+        check(found, naive(dataset, 2, teacher, teacher))
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 31, 32, 1000])
+def test_chunks_do_not_matter(chunk, dataset, student, teacher, tokenizer, monkeypatch):
+    monkeypatch.setattr(quality, "CHUNK", chunk)
+    check(HeldOut(dataset, 2, tokenizer, teacher).measure(student), naive(dataset, 2, student, teacher))
+
+
+@pytest.mark.parametrize("padded", ["student", "teacher"])
+def test_vocabularies_padded_differently(padded, dataset, student, teacher, tokenizer):
+    """The KL is over the tokens that both have; the padding counts in the model's own perplexity alone."""
+    models = {"student": student, "teacher": teacher}
+    size = teacher.config.vocab_size
+    models[padded] = copy.deepcopy(models[padded])
+    models[padded].resize_token_embeddings(size + 13, mean_resizing=False)
+    with torch.no_grad():
+        models[padded].get_output_embeddings().weight[size:] = 0.5  # enough to matter, were they counted
+    found = HeldOut(dataset, 2, tokenizer, models["teacher"]).measure(models["student"])
+    check(found, naive(dataset, 2, models["student"], models["teacher"], size))
+    plain = HeldOut(dataset, 2, tokenizer, teacher).measure(student)
+    assert found.kl == pytest.approx(plain.kl, rel=1e-4)
+    assert (found.perplexity > 1.001 * plain.perplexity) == (padded == "student")
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_mode_is_as_it_was(training, dataset, student, tokenizer):
+    student.train(training)
+    HeldOut(dataset, 1, tokenizer).measure(student)
+    assert student.training == training
+    student.eval()
+
+
+def test_granites_divided_logits_count(dataset, student, tokenizer):
+    """Some families scale their logits outside the head."""
+    divided = copy.copy(student)
+    divided.config = copy.copy(student.config)
+    divided.config.logits_scaling = 4.0
+    plain = HeldOut(dataset, 2, tokenizer).measure(student)
+    found = HeldOut(dataset, 2, tokenizer).measure(divided)
+    assert found.perplexity < 0.9 * plain.perplexity  # far from flat and wrong: flatter is better
+
+
+def test_bytes_are_those_of_the_text(teacher, tokenizer):
+    """Characters of several bytes count as such."""
+    ids = tokenizer("Où est 京都 ? Là-bas, dit-elle !")["input_ids"]
+    dataset = PackedDataset(Corpus(torch.tensor(ids), torch.tensor([0]), ""), len(ids))
+    found = HeldOut(dataset, 1, tokenizer).measure(teacher)
+    count = len("Où est 京都 ? Là-bas, dit-elle !".encode()) - 1  # the first byte is not predicted
+    assert found.bits_per_byte == pytest.approx(math.log2(found.perplexity) * found.tokens / count, rel=1e-4)
+    assert found.tokens == count  # a token a byte here
+
+
+# Answers
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_answers_are_greedy_and_do_not_repeat_the_question(chat, student, tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    prompt = "What?"
+    text = f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n" if chat else prompt
+    if not chat:
+        tokenizer.chat_template = None
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    for _ in range(12):
+        best = student(ids, use_cache=False).logits[0, -1].argmax()
+        if best == tokenizer.eos_token_id:
+            break
+        ids = torch.cat([ids, best.view(1, 1)], dim=1)
+    expected = tokenizer.decode(ids[0, len(tokenizer(text)["input_ids"]) :], skip_special_tokens=True).strip()
+    assert answer(student, tokenizer, prompt, 12) == expected
+    assert len(ids[0]) > len(tokenizer(text)["input_ids"])
