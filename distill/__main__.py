@@ -1,4 +1,4 @@
-"""`python -m transpoint.distill CONFIG key=value ...` is `transpoint run CONFIG key=value ...`, for `accelerate launch -m`."""
+"""`python -m transpoint.distill CONFIG key=value ...` is `transpoint run ...`: what `accelerate launch -m` starts."""
 
 import sys
 

@@ -2,8 +2,8 @@
 
 Weights carry over from attention, but attention has no decay, and its softmax fixes a scale that linear attention
 lacks. Both are found against what the teacher's heads read (before o_proj): for each head, the half-life out of a grid
-whose output explains the teacher's best (`fit`), or the one whose mean look-back is the teacher's, E[sum_s a(t,s) (t-s)]
-(`lookback`); and with it the scale, by least squares. docs/results/calibrate.md compares the two.
+whose output explains the teacher's best (`fit`), or the one whose mean look-back is the teacher's,
+E[sum_s a(t,s) (t-s)] (`lookback`); and with it the scale, by least squares. docs/results/calibrate.md compares the two.
 """
 
 import math
@@ -69,7 +69,12 @@ def set_half_life(mixer: Mamba2Mixer, half_life: Tensor, step: Tensor) -> None:
 
 
 def _accumulate(
-    sums: dict[int, _Sums], view: AttentionView, mixer: Mamba2Mixer, pair: tuple, position_ids: Tensor, half_lives: tuple
+    sums: dict[int, _Sums],
+    view: AttentionView,
+    mixer: Mamba2Mixer,
+    pair: tuple,
+    position_ids: Tensor,
+    half_lives: tuple,
 ) -> None:
     hidden, _, position_embeddings = pair
     seq_idx = document_index(position_ids)

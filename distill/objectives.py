@@ -16,8 +16,8 @@ from ..teachers import attention_view
 class Alignment(nn.Module):
     """Each mixer alone, all layers at once: the teacher's attention output from the teacher's own input.
 
-    The loss is the mean over layers of ||mixer(h) - attention(h)||^2 / ||attention(h)||^2 (relative L2, as in MOHAWK's
-    second stage, arXiv 2408.10189, which takes whole blocks). Figures: one `layer_N` for each mixer.
+    The loss is the mean over layers and sequences of ||mixer(h) - attention(h)||^2 / ||attention(h)||^2: relative L2, as
+    in MOHAWK's second stage (arXiv 2408.10189), which takes whole blocks. Figures: one `layer_N` for each mixer.
     """
 
     def __init__(self, teacher: PreTrainedModel, student: HybridForCausalLM):
@@ -34,8 +34,9 @@ class Alignment(nn.Module):
         for view in views:
             inputs, output, position_embeddings = pairs[view.layer]
             found = self.mixers[str(view.layer)](inputs, position_embeddings, seq_idx=seq_idx)[0]
-            error = (found.float() - output.float()).pow(2).sum() / output.float().pow(2).sum()
-            figures[f"layer_{view.layer}"] = error
+            error, size = (t.float().pow(2).sum((1, 2)) for t in (found - output, output))
+            # Per sequence, so that the loss does not depend on how a step is cut into micro-batches and processes.
+            figures[f"layer_{view.layer}"] = (error / size).mean()
         return torch.stack(list(figures.values())).mean(), figures
 
 

@@ -253,6 +253,10 @@ def run_recipe(
             recipe.save(session.root / "recipe.yaml")
         except OSError as error:
             raise RunError(f"the run folder cannot be written: {error}; set run.dir to another place") from error
+    accelerator = session.accelerator
+    count = f"{accelerator.num_processes} process" + ("es" if accelerator.num_processes > 1 else "")
+    precision = "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
+    session.say(f"{session.root}: {count} on {accelerator.device.type}, matrix products in {precision}")
     last = STAGES.index(until_stage or STAGES[-1])
     forced = STAGES.index(from_stage) if from_stage else len(STAGES)
     needs = stage_inputs(recipe)

@@ -1,0 +1,316 @@
+"""The command line: what each command prints, exit codes, and errors that are one line."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import transpoint.distill.export
+import transpoint.distill.stages
+from transpoint.distill import cli
+from transpoint.distill.cli import COMMANDS, main
+from transpoint.distill.config import STAGES, describe_keys
+from transpoint.distill.run import read_json
+
+TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
+HELDOUT = TINY.parent / "sample" / "heldout.jsonl.zst"
+pytestmark = pytest.mark.xdist_group("tiny_run")
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch):
+    """Lines are not wrapped, and what the command line sets for its process stays in this test."""
+    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+
+
+@pytest.fixture
+def say(capsys):
+    """say(*arguments) -> (exit code, standard output, standard error)."""
+
+    def run(*arguments):
+        capsys.readouterr()
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            code = stop.code
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+def complaint(answer):
+    """The message of a command that failed: one line, and nothing else on standard error."""
+    code, _, err = answer
+    assert code == 1 and err.startswith("transpoint: error: ") and err.count("\n") == 1
+    assert "Traceback" not in err
+    return err.removeprefix("transpoint: error: ").rstrip("\n")
+
+
+# Help and usage
+
+
+def test_help_names_every_command(say):
+    code, out, err = say("--help")
+    assert code == 0 and err == ""
+    for command in COMMANDS:
+        assert f"\n    {command} " in out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_a_command(command, say):
+    code, out, err = say(command, "--help")
+    assert code == 0 and err == "" and out.startswith(f"usage: transpoint {command} [-h] [--debug]")
+    description = " ".join(out.split("\n\n")[1].split())
+    assert description in " ".join(say("--help")[1].split())
+
+
+@pytest.mark.parametrize(
+    "arguments, told",
+    [
+        ([], "the following arguments are required: COMMAND"),
+        (["rnu"], "invalid choice: 'rnu'"),
+        (["run"], "the following arguments are required: CONFIG"),
+        (["run", "a.yaml", "--from", "train"], "argument --from: invalid choice: 'train'"),
+        (["run", "a.yaml", "--util", "align"], "unrecognized arguments: --util align"),
+        (["run", "a.yaml", "--until", "align", "b"], "unrecognized arguments: b"),
+        (["status", "run", "a=1"], "unrecognized arguments: a=1"),
+        (["export", "run", "--format", "gguf"], "argument --format: invalid choice: 'gguf'"),
+        (["eval", "model"], "the following arguments are required: --text"),
+        (["push", "run"], "the following arguments are required: REPO_ID"),
+    ],
+)
+def test_bad_usage(arguments, told, say):
+    code, out, err = say(*arguments)
+    assert code == 2 and out == "" and err.startswith("usage: transpoint") and told in err
+
+
+def test_the_stages_are_those_of_the_recipe():
+    assert cli.STAGES == STAGES  # said twice, so that help needs no torch
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    "arguments, told",
+    [
+        (["run", "gone.yaml"], "no config file 'gone.yaml'"),
+        (["plan", TINY, "align.step=1"], "unknown key 'align.step' (value 1); did you mean 'align.steps'?"),
+        (["plan", TINY, "student.keep_attention=[9]"], "student.keep_attention holds layer 9, the teacher has 0 to 3"),
+        (
+            ["plan", TINY, "student.keep_attention=1.0"],
+            "student.keep_attention is 1.0: all 4 layers keep attention, so there is nothing to convert",
+        ),
+        (["status", "gone"], "'gone' is no run folder: it has no recipe.yaml"),
+        (["export", "gone"], "'gone' is no run folder: it has no recipe.yaml"),
+        (["push", "gone", "owner/name"], "'gone' is no run folder: it has no recipe.yaml"),
+    ],
+)
+def test_errors_are_one_line(arguments, told, say, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert complaint(say(*arguments)) == told
+    assert not list(tmp_path.iterdir())
+
+
+def test_unknown_teachers(say):
+    assert complaint(say("plan", TINY, "teacher.source=random-lama")).endswith("did you mean 'random-llama'?")
+    assert complaint(say("plan", TINY, "teacher.source=smollm-135m")).endswith("did you mean 'smollm2-135m'?")
+    told = complaint(say("eval", "model", "--teacher", "random-lama", "--text", HELDOUT))
+    assert told.endswith("did you mean 'random-llama'?")
+
+
+def test_a_run_without_a_student(say, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(TINY.read_text())
+    assert (
+        complaint(say("export", tmp_path)) == f"'{tmp_path}' has no finished student yet; run `transpoint run {path}`"
+    )
+    assert complaint(say("generate", tmp_path, "Hello")).endswith(f"run `transpoint run {path}`")
+    told = complaint(say("push", tmp_path, "owner/name"))
+    assert told == f"'{tmp_path}' has no finished export; run `transpoint run {path}` or `transpoint export`"
+
+
+@pytest.mark.parametrize(
+    "error, told",
+    [
+        (
+            RuntimeError("first line\n  and second"),
+            "RuntimeError: first line and second (run with --debug for a traceback)",
+        ),
+        (KeyError("key"), "KeyError: 'key' (run with --debug for a traceback)"),
+    ],
+)
+def test_what_nobody_thought_of_is_one_line_too(error, told, say, monkeypatch):
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(transpoint.distill.stages, "run_recipe", fail)
+    assert complaint(say("run", TINY)) == told
+    with pytest.raises(type(error)):
+        main(["run", str(TINY), "--debug"])
+
+
+def test_debug_shows_the_traceback_of_known_errors_too():
+    with pytest.raises(ValueError, match="no config file"):
+        main(["run", "gone.yaml", "--debug"])
+
+
+def test_interrupted(say, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(transpoint.distill.stages, "run_recipe", interrupt)
+    code, out, err = say("run", TINY)
+    assert (code, out) == (130, "")
+    assert err == ("transpoint: error: interrupted; run the same command again to go on from the last checkpoint\n")
+
+
+# Commands
+
+
+def test_keys(say):
+    code, out, _ = say("keys")
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if line.startswith("│")]
+    assert code == 0 and [tuple(row) for row in rows] == describe_keys()
+
+
+def test_run_says_what_is_reused_and_sums_up(tiny_copy, say):
+    code, out, err = say("run", TINY, f"run.dir={tiny_copy}")
+    assert (code, err) == (0, "")
+    assert out.startswith("".join(f"{stage}: done before, reused\n" for stage in STAGES))
+    assert "layer plan: MAMA  (2 of 4 layers are Mamba-2)" in out
+    kl = read_json(tiny_copy / "distill" / "done.json")["quality"]["kl"]
+    (row,) = [line for line in out.splitlines() if "after distill" in line]
+    assert f" {kl:.4f} " in row
+    assert f"checkpoint: {tiny_copy}/export/native" in out and "AutoModelForCausalLM.from_pretrained(" in out
+
+
+def test_run_with_options_anywhere(tmp_path, say):
+    code, out, _ = say("run", "--until", "transfer", TINY, f"run.dir={tmp_path / 'run'}", "--debug", "run.seed=5")
+    assert code == 0 and "transfer: not run yet" in out and "calibrate" not in out
+    assert sorted(path.name for path in (tmp_path / "run").iterdir() if path.is_dir()) == ["data", "transfer"]
+    assert "seed: 5" in (tmp_path / "run" / "recipe.yaml").read_text()
+    code, out, _ = say(
+        "run", TINY, f"run.dir={tmp_path / 'run'}", "--from", "transfer", "--until", "transfer", "run.seed=5"
+    )
+    assert code == 0 and "transfer: asked for by --from transfer" in out
+
+
+def test_text_in_square_brackets_is_shown_as_it_is(tiny_copy, say):
+    """Models write such things; they are no markup."""
+    prompt = "[/INST] [bold] [red]?"
+    code, out, err = say("run", TINY, f"run.dir={tiny_copy}", f"evaluate.prompts=['{prompt}']")
+    assert (code, err) == (0, "") and f"question: {prompt}\n" in out
+    assert (
+        'evaluate: changed: evaluate.prompts (["What is the capital of France?"] -> ["[/INST] [bold] [red]?"])' in out
+    )
+    (tiny_copy / "recipe.yaml").write_text(
+        (tiny_copy / "recipe.yaml").read_text().replace(prompt, "[/other]"), encoding="utf-8"
+    )
+    code, out, err = say("status", tiny_copy)
+    assert (code, err) == (0, "") and '-> ["[/other]"])' in out
+
+
+def test_plan_shows_what_would_be_done_and_writes_nothing(say, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = say("plan", TINY)
+    assert (code, err) == (0, "") and not list(tmp_path.iterdir())
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if line.startswith("│")]
+    assert cells[:4] == [["0", "mamba2"], ["1", "attention"], ["2", "mamba2"], ["3", "attention"]]
+    assert [
+        "model.layers.0.self_attn.out_proj.weight",
+        "all",
+        "copy",
+        "model.layers.0.self_attn.o_proj.weight",
+    ] in cells
+    assert [
+        "model.layers.0.self_attn.in_proj.weight",
+        "128:192 C",
+        "scale",
+        "model.layers.0.self_attn.q_proj.weight * 0.25",
+    ] in cells
+    # Embedding and final norm, four layers of attention, MLP and norms; a mixer has a gate, steps and so on more.
+    attention, mixer = 64 * (64 + 32 + 32 + 64), 64 * (64 + 32 + 32 + 64 + 4) + 64 * 64 + 64 + 128 * 5 + 3 * 4 + 64
+    rest = 259 * 64 + 64 + 4 * (3 * 64 * 128 + 2 * 64)
+    assert (
+        f"parameters: {rest + 4 * attention:,} in the teacher, {rest + 2 * attention + 2 * mixer:,} in the student"
+        in out
+    )
+    assert "key/value cache: 256 bytes a token saved of 512 (bfloat16)" in out
+    assert "the states that take its place are 8,192 bytes a sequence" in out
+    assert "sliding windows" not in out
+    assert "sliding windows are given up in layers [0, 2]" in say("plan", TINY, "teacher.source=random-mistral")[1]
+
+
+def test_status(tiny_copy, say):
+    code, out, err = say("status", tiny_copy)
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if line.startswith("│")]
+    assert (code, err) == (0, "") and [row[:2] for row in rows] == [[stage, "done"] for stage in STAGES]
+    for row in rows:
+        record = read_json(tiny_copy / row[0] / "done.json")
+        assert row[2] == (f"{record['quality']['kl']:.4f}" if "quality" in record else "")
+        assert row[3] == ("5,120" if row[0] in ("align", "distill") else "") and row[4] == record["finished"]
+
+
+def test_status_says_what_would_run_and_why(tiny_copy, say):
+    recipe = tiny_copy / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("distill:\n  steps: 20", "distill:\n  steps: 99"))
+    (tiny_copy / "evaluate" / "stage.json").unlink()
+    _, out, _ = say("status", tiny_copy)
+    states = dict(line.replace("│", "").split(maxsplit=1) for line in out.splitlines() if line.startswith("│"))
+    assert states["align"].startswith("done ")
+    assert states["distill"].startswith("would run: changed: distill.steps (20 -> 99)")
+    assert states["export"].startswith("would run: changed: after.distill (")
+    assert states["evaluate"].startswith("would run: not run yet")
+
+
+@pytest.mark.parametrize("options, format", [([], "native"), (["--format", "custom"], "custom")])
+def test_export(options, format, tiny_copy, say, monkeypatch, tmp_path):
+    """Of the latest student; verification itself is tested with the exports."""
+    figures = {"logits": 1e-6, "decode": 2e-6, "scale": 9.0}
+    monkeypatch.setattr(transpoint.distill.export, "verify", lambda *args: figures)
+    code, out, err = say("export", tiny_copy, *options)
+    target = tiny_copy / "export" / format
+    assert (code, err.count("error")) == (0, 0)
+    assert out == f"{target}: the distill stage's student; logits differ by 1.0e-06, decoding by 2.0e-06\n"
+    assert "after distill" in (target / "README.md").read_text() and (target / "modeling_hybrid.py").exists() == bool(
+        options
+    )
+    code, out, _ = say("export", tiny_copy, "--dtype", "bfloat16", "--out", tmp_path / "other", *options)
+    assert code == 0 and read_json(tmp_path / "other" / "config.json")["dtype"] == "bfloat16"
+
+
+def test_eval_measures_as_the_run_did(tiny_run, say):
+    arguments = ["--text", HELDOUT, "--length", 64, "--sequences", 8]
+    quality = read_json(tiny_run / "evaluate" / "done.json")["quality"]
+    code, out, _ = say("eval", tiny_run / "export" / "native", "--teacher", "random-llama", *arguments)
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if line.startswith("│")]
+    assert code == 0 and [row[0] for row in rows] == ["teacher", str(tiny_run / "export" / "native")]
+    assert rows[0][1] == "0.0000" and rows[0][4] == "100.0%"
+    expected = ["{kl:.4f}", "{perplexity:.2f}", "{bits_per_byte:.4f}", "{same_top:.1%}"]
+    assert rows[1][1:] == [form.format(**quality) for form in expected]
+    code, out, _ = say("eval", tiny_run, *arguments)  # a run's latest student, and no teacher
+    (row,) = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if line.startswith("│")]
+    assert code == 0 and row[1:] == ["", f"{quality['perplexity']:.2f}", f"{quality['bits_per_byte']:.4f}", ""]
+
+
+def test_generate_answers_as_evaluate_did(tiny_run, say):
+    (entry,) = read_json(tiny_run / "evaluate" / "results.json")["answers"]
+    for model in (tiny_run, tiny_run / "export" / "native"):
+        code, out, _ = say("generate", model, entry["prompt"], "--max-new-tokens", 16)
+        assert code == 0 and out == entry["student"] + "\n"
+
+
+@pytest.mark.slow
+def test_the_module_is_run(tiny_copy):
+    """`python -m transpoint.distill CONFIG key=value` is `transpoint run CONFIG key=value`."""
+    command = [sys.executable, "-m", "transpoint.distill", TINY, f"run.dir={tiny_copy}", "--until", "distill"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("transfer: done before, reused\n") and "layer plan: MAMA" in done.stdout
+    command[3:] = ["status", tiny_copy]
+    assert "would run" not in subprocess.run(command, capture_output=True, text=True).stdout
