@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 STAGES = ("transfer", "calibrate", "align", "distill", "export", "evaluate")
@@ -49,7 +50,7 @@ def run(options) -> None:
     session = run_recipe(load_recipe(options.config, options.overrides), options.from_stage, options.until)
     for part in summary(session) if session.accelerator.is_main_process else ():
         session.console.print()
-        session.console.print(part, highlight=False, soft_wrap=True)
+        session.console.print(part, highlight=False, markup=False, soft_wrap=True)
 
 
 def plan(options) -> None:
@@ -89,14 +90,14 @@ def status(options) -> None:
 
     root = _run_folder(options.run)
     needs = stage_inputs(load_recipe(root / "recipe.yaml", ["run.dir=" + str(root)]))
-    table = Table("stage", "state", "held-out KL", "tokens", "finished", title=str(root))
+    table = Table("stage", "state", "held-out KL", "tokens", "finished", title=escape(str(root)))
     for stage in STAGES:
         folder = StageFolder(root, stage)
         reason, done = folder.why_not_reusable(needs[stage]), folder.done or {}
         quality, training = done.get("quality") or {}, done.get("training") or {}
         table.add_row(
             stage,
-            "done" if reason is None else f"would run: {reason}",
+            "done" if reason is None else f"would run: {escape(reason)}",
             f"{quality['kl']:.4f}" if quality.get("kl") is not None else "",
             f"{training['tokens']:,}" if training else "",
             done.get("finished", ""),
@@ -137,8 +138,9 @@ def evaluate(options) -> None:
     corpus = tokenize_corpus(options.text, tokenizer)
     length = min(options.length, len(corpus.tokens))
     held_out = HeldOut(PackedDataset(corpus, length), options.sequences, tokenizer, teacher)
-    table = Table("model", "KL from teacher", "perplexity", "bits per byte", "same top token", title=corpus.summary())
-    for name, one in (("teacher", teacher), (str(options.model), model)):
+    columns = ("model", "KL from teacher", "perplexity", "bits per byte", "same top token")
+    table = Table(*columns, title=escape(corpus.summary()))
+    for name, one in (("teacher", teacher), (escape(str(options.model)), model)):
         if one is None:
             continue
         quality = held_out.measure(one)

@@ -40,7 +40,7 @@ class RunConfig:
     device: str = setting("auto", "auto (a GPU where there is one), cpu or cuda", choices=("auto", "cpu", "cuda"))
     precision: str = setting(
         "auto",
-        "of the matrix products in training: fp32, bf16, or auto (bf16 on a GPU)",
+        "of the matrix products in training: fp32, bf16, or auto (bf16 where the hardware multiplies it)",
         choices=("auto", "fp32", "bf16"),
     )
 

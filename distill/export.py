@@ -63,8 +63,8 @@ def export(
         by token with a cache from those all at once, "scale": the largest logit}, in float32.
 
     Raises:
-        ExportError: the format cannot hold this student, or what was written is not equal to it. Nothing is left in
-            `folder` that was not there, in the first case; in the second the folder is left for inspection.
+        ExportError: the format cannot hold this student, or what was written is not equal to it. `folder` is then as it
+            was before.
     """
     folder = Path(folder)
     if format not in FORMATS:

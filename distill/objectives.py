@@ -16,8 +16,8 @@ from ..teachers import attention_view
 class Alignment(nn.Module):
     """Each mixer alone, all layers at once: the teacher's attention output from the teacher's own input.
 
-    The loss is the mean over layers and sequences of ||mixer(h) - attention(h)||^2 / ||attention(h)||^2: relative L2, as
-    in MOHAWK's second stage (arXiv 2408.10189), which takes whole blocks. Figures: one `layer_N` for each mixer.
+    The loss is the mean over layers and sequences of ||mixer(h) - attention(h)||^2 / ||attention(h)||^2: relative L2,
+    as in MOHAWK's second stage (arXiv 2408.10189), which takes whole blocks. Figures: one `layer_N` for each mixer.
     """
 
     def __init__(self, teacher: PreTrainedModel, student: HybridForCausalLM):

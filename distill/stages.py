@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ..students import HybridForCausalLM, build_student
@@ -27,7 +28,7 @@ from .export import export
 from .objectives import Alignment, Distillation
 from .quality import HeldOut, answer
 from .run import RunError, StageFolder, file_identity, identity, read_json, write_json
-from .sources import source_identity
+from .sources import DataError, source_identity
 from .trainer import train
 
 # Stages that leave a student in their folder, in order.
@@ -59,8 +60,8 @@ class Session:
     def folder(self, stage: str) -> StageFolder:
         return StageFolder(self.root, stage)
 
-    def say(self, message: str) -> None:
-        self.console.print(message, highlight=False, soft_wrap=True)
+    def say(self, message: str | Text) -> None:
+        self.console.print(message, highlight=False, markup=False, soft_wrap=True)
 
     @cached_property
     def _loaded(self):
@@ -268,7 +269,7 @@ def run_recipe(
         if reason is None:
             session.say(f"{stage}: done before, reused")
             continue
-        session.say(f"[bold]{stage}[/bold]: {reason}")
+        session.say(Text.assemble((stage, "bold"), f": {reason}"))
         session.accelerator.wait_for_everyone()
         if main:
             folder.begin(needs[stage])
@@ -285,6 +286,9 @@ def run_recipe(
 def stage_inputs(recipe: Recipe) -> dict[str, dict]:
     """For each stage, everything its result depends on: settings, seed and files, and the stage before it."""
     settings = recipe.to_dict()
+    for name in ("train", "heldout"):
+        if not settings["data"][name]:
+            raise DataError(f"data.{name} is empty: list files, folders or hub:OWNER/NAME there")
     text = {name: [source_identity(source) for source in getattr(recipe.data, name)] for name in ("train", "heldout")}
     needs: dict[str, dict] = {}
     before = None
@@ -407,11 +411,11 @@ def _accelerator(recipe: Recipe) -> Accelerator:
     if device == "cuda" and not torch.cuda.is_available():
         raise RunError("run.device is cuda, but no GPU is to be seen; set run.device=cpu")
     if precision == "auto":
-        precision = "bf16" if on_gpu else "fp32"
+        precision = "bf16" if on_gpu or _multiplies_bf16() else "fp32"
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no" if precision == "fp32" else "bf16")
     if accelerator.distributed_type not in _DISTRIBUTED:
         raise RunError(
-            f"{accelerator.distributed_type.value} is not supported: training runs in one process or data-parallel (DDP); "
+            f"{accelerator.distributed_type.value} is not supported: training runs in one process or data-parallel; "
             "choose such a configuration with `accelerate config`"
         )
     wanted = int(os.environ.get("WORLD_SIZE", "1"))
@@ -421,6 +425,12 @@ def _accelerator(recipe: Recipe) -> Accelerator:
             f"{accelerator.num_processes}): each would train alone; check the launch configuration"
         )
     return accelerator
+
+
+def _multiplies_bf16() -> bool:
+    """Whether this CPU has bfloat16 matrix instructions; without them bfloat16 is slower than float32."""
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def _model_type(folder: Path) -> str | None:

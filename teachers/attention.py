@@ -165,7 +165,7 @@ def _window(config: PreTrainedConfig, module: nn.Module, index: int) -> int | No
     layer_types = getattr(config, "layer_types", None)
     if layer_types is not None and layer_types[index] != "sliding_attention":
         return None
-    return getattr(module, "sliding_window", getattr(config, "sliding_window", None)) or None
+    return getattr(module, "sliding_window", getattr(config, "sliding_window", None))
 
 
 @torch.no_grad()

@@ -87,8 +87,10 @@ def teacher_info(source: str) -> TeacherInfo:
         return TeacherInfo(source, "apache-2.0")
     path = Path(source).expanduser()
     if path.exists():
-        file = path if path.is_file() else next(iter(sorted(path.glob("*.gguf"))), None)
-        return TeacherInfo(path.name, _gguf_license(file) if file else _card_license(path / "README.md"))
+        gguf = path if path.is_file() else next(iter(sorted(path.glob("*.gguf"))), None)
+        if gguf is None or (path / "config.json").exists():  # as `load_teacher` chooses
+            return TeacherInfo(path.name, _card_license(path / "README.md"))
+        return TeacherInfo(path.name, _gguf_license(gguf))
     try:
         from huggingface_hub import model_info
 

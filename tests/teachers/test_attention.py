@@ -147,6 +147,12 @@ def test_attention_weights_are_causal_float32_and_sum_to_one():
         ("qwen2", {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 2}, [None, None, 8, 8]),
         ("qwen3", {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 3}, [None, None, None, 8]),
         ("qwen2_moe", {"num_experts": 2, "num_experts_per_tok": 1}, [None] * 4),  # its config then says 0
+        # Its modules have the field in sliding layers alone.
+        (
+            "qwen2_moe",
+            {"num_experts": 2, "num_experts_per_tok": 1, "sliding_window": 8, "use_sliding_window": True},
+            [8, None, 8, None],
+        ),
     ],
 )
 def test_only_layers_that_slide_have_a_window(family, fields, windows):
