@@ -19,13 +19,17 @@ from .run import read_json, write_json
 logger = logging.getLogger(__name__)
 
 
+class CheckpointError(OSError):
+    """A checkpoint that could not be written. One line; the earlier ones are intact."""
+
+
 def save_checkpoint(
     folder: Path, step: int, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, keep: int
 ) -> None:
     """Saves the state after `step` steps as `folder/step-N`, and removes all but the last `keep` checkpoints.
 
     Raises:
-        OSError: the disk is full, say; the checkpoints that were there stay as they are.
+        CheckpointError: the disk is full, say; the checkpoints that were there stay as they are.
     """
     final = folder / f"step-{step:08d}"
     partial = folder / f".partial-{step:08d}"
@@ -48,7 +52,7 @@ def save_checkpoint(
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, OSError) or "No space left" in str(error):
-            raise OSError(
+            raise CheckpointError(
                 f"checkpoint {final} could not be written ({error}); earlier ones are intact: free some space, "
                 "then run the same command to go on"
             ) from error

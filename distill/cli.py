@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         COMMANDS[options.command](options)
     except KeyboardInterrupt:
-        _complain("interrupted; run the same command again to go on from the last checkpoint")
+        _complain("interrupted; the same command (without --from) goes on from the last checkpoint")
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -205,7 +205,11 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("run", "run the stages of a recipe; what is done and unchanged is reused")
     recipe(sub)
     sub.add_argument(
-        "--from", dest="from_stage", choices=STAGES, metavar="STAGE", help="run this stage and what follows anew"
+        "--from",
+        dest="from_stage",
+        choices=STAGES,
+        metavar="STAGE",
+        help="run from this stage on, done or not",
     )
     sub.add_argument("--until", choices=STAGES, metavar="STAGE", help="stop after this stage")
 

@@ -190,9 +190,10 @@ def _read(path: Path, chain: tuple[Path, ...]) -> dict:
     if path.resolve() in chain:
         raise ConfigError(f"{path}: its defaults lead back to itself")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not readable as YAML: {_one_line(error)}") from error
+    values = {} if values is None else values
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds a {type(values).__name__}; expected keys and values")
     defaults = values.pop("defaults", None) or []

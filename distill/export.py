@@ -151,13 +151,14 @@ def verify(student: HybridForCausalLM, folder: Path, dtype: torch.dtype = torch.
         done = subprocess.run(command, cwd=scratch, env=environment, capture_output=True, text=True)
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise ExportError(f"{folder} does not load without Transpoint: {last}")
+            raise ExportError(f"what was written does not load without Transpoint: {last}")
         figures = read_json(Path(scratch) / "figures.json")
     bound = TOLERANCE * max(1.0, figures["scale"])
     for name in ("logits", "decode"):
         if not figures[name] <= bound:
             raise ExportError(
-                f"{folder} is not equal to the student: {name} differ by {figures[name]:.2e}, more than {bound:.2e}"
+                f"what was written is not equal to the student: {name} differ by {figures[name]:.2e}, "
+                f"more than {bound:.2e}"
             )
     return figures
 

@@ -104,4 +104,4 @@ def _bytes_predicted(item: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase
     ids, positions = item["input_ids"][0].tolist(), item["position_ids"][0].tolist()
     starts = [i for i, position in enumerate(positions) if position == 0] + [len(ids)]
     pairs = zip(starts, starts[1:], strict=False)
-    return sum(len(tokenizer.decode(ids[a + 1 : b]).encode()) for a, b in pairs)
+    return sum(len(tokenizer.decode(ids[a + 1 : b], skip_special_tokens=True).encode()) for a, b in pairs)

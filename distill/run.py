@@ -117,7 +117,9 @@ def truncate_log(path: Path, last_step: int) -> None:
     if path.exists():
         lines = path.read_text(encoding="utf-8").split("\n")
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= last_step]
-        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        aside = path.with_name(f".{path.name}")
+        aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        os.replace(aside, path)
 
 
 def _differences(old: Any, new: Any, key: str = "") -> list[str]:

@@ -104,7 +104,8 @@ class Session:
 
     def student(self, stage: str) -> HybridForCausalLM:
         """The student that a stage left."""
-        model = HybridForCausalLM.from_pretrained(self.folder(stage) / "student", dtype="auto")
+        # In float32 whatever the teacher is in: training keeps full-precision weights, and rounds in the products.
+        model = HybridForCausalLM.from_pretrained(self.folder(stage) / "student", dtype=torch.float32)
         return model.to(self.accelerator.device).eval()
 
     def save(self, student: HybridForCausalLM, folder: StageFolder) -> None:

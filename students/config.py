@@ -1,5 +1,6 @@
 """What a recipe says of the student."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,7 +78,7 @@ def kept_layers(keep: Any, num_layers: int | None) -> set[int]:
         count = round(keep * (num_layers or 0))
         # The middle of each of `count` equal parts.
         return {int((i + 0.5) * num_layers / count) for i in range(count)}
-    if not hasattr(keep, "__iter__"):
+    if not hasattr(keep, "__iter__") or isinstance(keep, Mapping):
         raise StudentError(f"student.keep_attention is {keep!r}; {expected}")
     kept = set()
     for layer in keep:

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from accelerate.state import AcceleratorState
 from rich.console import Console
 
 from transpoint.distill.config import load_recipe
@@ -18,6 +19,14 @@ def _run_tiny(folder, *overrides, **options):
     recipe = load_recipe(TINY, [f"run.dir={folder}", *overrides])
     run_recipe(recipe, console=Console(file=out, width=200), **options)
     return out.getvalue()
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """Accelerate keeps device and precision for the process: here each test has its own."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")

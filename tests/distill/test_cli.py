@@ -166,7 +166,9 @@ def test_interrupted(say, monkeypatch):
     monkeypatch.setattr(transpoint.distill.stages, "run_recipe", interrupt)
     code, out, err = say("run", TINY)
     assert (code, out) == (130, "")
-    assert err == ("transpoint: error: interrupted; run the same command again to go on from the last checkpoint\n")
+    assert err == (
+        "transpoint: error: interrupted; the same command (without --from) goes on from the last checkpoint\n"
+    )
 
 
 # Commands

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -337,7 +336,6 @@ def refused(kind, *overrides, **options):
 
 
 def test_processes_that_do_not_see_each_other(tmp_path, monkeypatch):
-    Accelerator(cpu=True)
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert refused(RunError, f"run.dir={tmp_path / 'run'}") == (
         "2 processes were launched, but they do not see each other (world size 1): each would train alone; check the "

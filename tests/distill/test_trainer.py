@@ -90,7 +90,7 @@ def go(folder, config, dataset, make=Toy, stop=None, names=("linear.weight", "li
 
     folder.path.mkdir(parents=True, exist_ok=True)
     groups = [{"name": "all", "parameters": parameters, "lr": config.lr}]
-    arguments = (config, dataset, folder, Accelerator(cpu=True), Console(quiet=True), 3)
+    arguments = (config, dataset, folder, Accelerator(cpu=True, mixed_precision="no"), Console(quiet=True), 3)
     if stop is None:
         train(objective, groups, *arguments, on_step=on_step)
     else:
@@ -370,7 +370,9 @@ def test_groups_have_their_own_learning_rate_and_the_rest_stays(folder, dataset)
     ]
     folder.path.mkdir()
     config = settings_of(steps=1, warmup=0.0)
-    figures = train(toy, groups, config, dataset, folder, Accelerator(cpu=True), Console(quiet=True), 0)
+    figures = train(
+        toy, groups, config, dataset, folder, Accelerator(cpu=True, mixed_precision="no"), Console(quiet=True), 0
+    )
     # Adam's first step is the learning rate itself, with the gradient's sign.
     for name, lr in (("scale", 0.1), ("linear.weight", 0.001), ("linear.bias", 0.0), ("frozen", 0.0)):
         moved = (dict(toy.named_parameters())[name].detach() - before[name]).abs()
