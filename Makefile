@@ -2,16 +2,13 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-# Threads that wait must not spin: on a busy machine that costs more than it gains.
-export OMP_WAIT_POLICY := passive
-export GOMP_SPINCOUNT := 0
 
 .PHONY: demo test lint clean
 
 demo: .venv/ready
 	$(BIN)/transpoint run configs/smollm2-135m.yaml
 
-# One worker a core, each with one thread.
+# One worker a core, each with one thread: more would wait for each other, spinning.
 test: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup
 
