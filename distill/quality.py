@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .data import PackedDataset, collate
+from .data import PackedDataset
 
 CHUNK = 512  # tokens whose logits are held at a time
 
@@ -33,8 +33,10 @@ class HeldOut:
         tokenizer: PreTrainedTokenizerBase,
         teacher: PreTrainedModel | None = None,
     ):
-        self.items = [collate([dataset[i]]) for i in range(min(sequences, len(dataset)))]
-        self.bytes = [_bytes_predicted(item, tokenizer) for item in self.items]
+        # One document at a time: a model from elsewhere may not tell packed documents apart in all its layers.
+        self.items = [part for i in range(min(sequences, len(dataset))) for part in _documents(dataset[i])]
+        predicted = (item["input_ids"][0, 1:] for item in self.items)
+        self.bytes = sum(len(tokenizer.decode(ids, skip_special_tokens=True).encode()) for ids in predicted)
         # Hidden states are small; the teacher's logits come again from them, a chunk at a time.
         self.targets = [_hidden(teacher, item) for item in self.items] if teacher is not None else None
         self.teacher = teacher
@@ -48,15 +50,13 @@ class HeldOut:
         predicted = tokens = 0
         for i, item in enumerate(self.items):
             hidden = self.targets[i] if model is self.teacher else _hidden(model, item)
-            # Token t predicts t+1, unless that begins another document.
-            labels, within = item["input_ids"][0, 1:], item["position_ids"][0, 1:] > 0
+            labels = item["input_ids"][0, 1:]
             for first in range(0, hidden.shape[0], CHUNK):
                 part = slice(first, first + CHUNK)
                 logprobs = _logprobs(model, hidden[part])
-                target, counts = labels[part].to(logprobs.device), within[part].to(logprobs.device)
-                losses = F.nll_loss(logprobs[: len(target)], target, reduction="none")
-                nll += losses[counts].sum().item()
-                predicted += counts.sum().item()
+                target = labels[part].to(logprobs.device)  # the last token predicts nothing that is here
+                nll += F.nll_loss(logprobs[: len(target)], target, reduction="sum").item()
+                predicted += len(target)
                 if self.targets is not None:
                     reference = _logprobs(self.teacher, self.targets[i][part])
                     width = min(logprobs.shape[-1], reference.shape[-1])  # vocabularies may be padded differently
@@ -68,7 +68,7 @@ class HeldOut:
         return Quality(
             tokens=predicted,
             perplexity=float(torch.tensor(nll / predicted).exp()),
-            bits_per_byte=nll / sum(self.bytes) / 0.6931471805599453,
+            bits_per_byte=nll / self.bytes / 0.6931471805599453,
             kl=kl / tokens if tokens else None,
             same_top=same / tokens if tokens else None,
         )
@@ -99,9 +99,8 @@ def _logprobs(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     return (model.get_output_embeddings()(hidden).float() / scale).log_softmax(-1)
 
 
-def _bytes_predicted(item: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many bytes of text the predicted tokens of a sequence stand for."""
-    ids, positions = item["input_ids"][0].tolist(), item["position_ids"][0].tolist()
-    starts = [i for i, position in enumerate(positions) if position == 0] + [len(ids)]
-    pairs = zip(starts, starts[1:], strict=False)
-    return sum(len(tokenizer.decode(ids[a + 1 : b], skip_special_tokens=True).encode()) for a, b in pairs)
+def _documents(sequence: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """The documents packed into a sequence, each a batch of one."""
+    starts = (sequence["position_ids"] == 0).nonzero().flatten().tolist() + [len(sequence["position_ids"])]
+    spans = zip(starts, starts[1:], strict=False)
+    return [{key: value[None, a:b] for key, value in sequence.items()} for a, b in spans]
