@@ -103,7 +103,7 @@ def _accumulate(
 
 def _attention_heads(view: AttentionView, hidden, position_embeddings, seq_idx) -> tuple[Tensor, Tensor]:
     """What the teacher's heads read, (B,L,H*P) in float32, and their summed look-back (H,), within documents."""
-    q, k, v = view.project(hidden, position_embeddings)
+    q, k, v = view.project(hidden.to(view.q_proj.weight.dtype), position_embeddings)
     elsewhere = (seq_idx[:, :, None] != seq_idx[:, None, :])[:, None]
     weights = view.weights(q, k).masked_fill(elsewhere, 0)
     weights = weights / weights.sum(-1, keepdim=True)

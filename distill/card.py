@@ -89,8 +89,9 @@ _TEMPLATE = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_bloc
 
 {{ converted | length }} of the {{ layers }} attention layers of
 {{ "[%s](https://huggingface.co/%s)" | format(teacher.name, teacher.hub_id) if teacher.hub_id else teacher.name }}
-are Mamba-2 layers here; embeddings, norms, MLPs and the other attention layers are the teacher's. The attention weights
-were transferred, aligned layer by layer, and distilled end to end with [Transpoint](https://pypi.org/project/transpoint).
+are Mamba-2 layers here, made with Transpoint: their weights were transferred from the attention they replace
+{%- if "align" in tokens %}, aligned layer by layer{% endif %}
+{%- if "distill" in tokens %}, and distilled end to end{% endif %}. The other layers keep the teacher's attention.
 
 Layer plan (A attention, M Mamba-2), first layer to last: `{{ plan }}`
 

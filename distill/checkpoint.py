@@ -87,7 +87,7 @@ def _restore(tensors: dict[str, Tensor], parameters: dict[str, nn.Parameter], op
     for name, parameter in parameters.items():
         parameter.copy_(tensors[f"parameter.{name}"])
         state = {
-            key.split(".")[1]: value.to(value.device if value.ndim == 0 else parameter.device)
+            key.split(".")[1]: value.to(parameter.device)
             for key, value in tensors.items()
             if key.startswith("optimizer.") and key.split(".", 2)[2] == name
         }

@@ -1,4 +1,4 @@
-"""The command line. Each command is one function below; libraries load only when a command needs them."""
+"""The command line. Each command is one function below; `--help` loads no library that takes time."""
 
 import argparse
 import logging
@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-STAGES = ("transfer", "calibrate", "align", "distill", "export", "evaluate")
+from .run import STAGES
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -89,7 +89,7 @@ def status(options) -> None:
     from .stages import stage_inputs
 
     root = _run_folder(options.run)
-    needs = stage_inputs(load_recipe(root / "recipe.yaml", ["run.dir=" + str(root)]))
+    needs = stage_inputs(load_recipe(root / "recipe.yaml"))
     table = Table("stage", "state", "held-out KL", "tokens", "finished", title=escape(str(root)))
     for stage in STAGES:
         folder = StageFolder(root, stage)
@@ -108,18 +108,15 @@ def status(options) -> None:
 def export(options) -> None:
     import torch
 
-    from .config import load_recipe
     from .export import export as write
     from .stages import card_facts, load_model, load_tokenizer
 
     root = _run_folder(options.run)
-    recipe = load_recipe(root / "recipe.yaml")
     student = _latest_student(root)
-    target = Path(options.out) if options.out else root / "export" / options.format
+    # Not in the export stage's own folder: its records vouch for what is there.
+    target = Path(options.out) if options.out else root / "exports" / f"{options.format}-{options.dtype}"
     dtype = getattr(torch, options.dtype)
-    figures = write(
-        load_model(student), load_tokenizer(student), target, options.format, dtype, card_facts(root, recipe)
-    )
+    figures = write(load_model(student), load_tokenizer(student), target, options.format, dtype, card_facts(root))
     print(
         f"{target}: the {student.parent.name} stage's student; logits differ by {figures['logits']:.1e}, "
         f"decoding by {figures['decode']:.1e}"
@@ -128,16 +125,35 @@ def export(options) -> None:
 
 def evaluate(options) -> None:
     from ..teachers import load_teacher
+    from .config import Recipe, load_recipe
     from .data import PackedDataset, tokenize_corpus
     from .quality import HeldOut
+    from .run import RunError
     from .stages import load_model, load_tokenizer
 
-    path = _model_folder(options.model)
-    teacher, tokenizer = load_teacher(options.teacher) if options.teacher else (None, load_tokenizer(path))
-    model = load_model(path, "float32", options.trust_remote_code)
-    corpus = tokenize_corpus(options.text, tokenizer)
-    length = min(options.length, len(corpus.tokens))
-    held_out = HeldOut(PackedDataset(corpus, length), options.sequences, tokenizer, teacher)
+    path, device = _model_folder(options.model), _device()
+    recipe = Recipe()
+    if options.text is not None:
+        recipe.data.heldout = options.text
+    elif (Path(options.model) / "recipe.yaml").is_file():  # as the run measured it
+        recipe = load_recipe(Path(options.model) / "recipe.yaml")
+    else:
+        raise RunError("there is no text to measure on: name some with --text")
+    data = recipe.data
+    if options.teacher:
+        teacher, tokenizer = load_teacher(options.teacher, device=device, trust_remote_code=options.trust_remote_code)
+    else:
+        teacher, tokenizer = None, load_tokenizer(path, options.trust_remote_code)
+    model = load_model(path, "float32", options.trust_remote_code).to(device)
+    corpus = tokenize_corpus(
+        data.heldout,
+        tokenizer,
+        text_field=data.text_field,
+        messages_field=data.messages_field,
+        max_tokens=data.max_heldout_tokens,
+    )
+    dataset = PackedDataset(corpus, min(options.length or data.length, len(corpus.tokens)))
+    held_out = HeldOut(dataset, options.sequences or recipe.evaluate.sequences, tokenizer, teacher)
     columns = ("model", "KL from teacher", "perplexity", "bits per byte", "same top token")
     table = Table(*columns, title=escape(corpus.summary()))
     for name, one in (("teacher", teacher), (escape(str(options.model)), model)):
@@ -155,8 +171,9 @@ def generate(options) -> None:
     from .stages import load_model, load_tokenizer
 
     path = _model_folder(options.model)
-    model = load_model(path, trust_remote_code=options.trust_remote_code)
-    print(answer(model, load_tokenizer(path), options.prompt, options.max_new_tokens))
+    model = load_model(path, trust_remote_code=options.trust_remote_code).to(_device())
+    tokenizer = load_tokenizer(path, options.trust_remote_code)
+    print(answer(model, tokenizer, options.prompt, options.max_new_tokens))
 
 
 def push(options) -> None:
@@ -222,22 +239,22 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("run", metavar="RUN", help="a run folder")
     sub.add_argument("--format", choices=("native", "custom"), default="native", help="default: native")
     sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="default: float32")
-    sub.add_argument("--out", metavar="FOLDER", help="default: RUN/export/FORMAT")
+    sub.add_argument("--out", metavar="FOLDER", help="default: RUN/exports/FORMAT-DTYPE")
 
     sub = command("eval", "measure a model on held-out text, against its teacher if one is given")
     sub.add_argument("model", metavar="MODEL", help="an exported folder, a run folder, or a hub id")
     sub.add_argument("--teacher", metavar="T", help="registry name, hub id, folder or .gguf file")
     sub.add_argument(
-        "--text", nargs="+", required=True, metavar="SOURCE", help="held-out text, as data.heldout takes it"
+        "--text", nargs="+", metavar="SOURCE", help="held-out text, as data.heldout takes it (default: that of the run)"
     )
-    sub.add_argument("--length", type=int, default=1024, help="tokens a sequence (default: 1024)")
-    sub.add_argument("--sequences", type=int, default=16, help="at most so many sequences (default: 16)")
+    sub.add_argument("--length", type=_count, help="tokens a sequence (default: that of the run, or 1024)")
+    sub.add_argument("--sequences", type=_count, help="at most so many sequences (default: those of the run, or 16)")
     sub.add_argument("--trust-remote-code", action="store_true", help="let code that travels with the model run")
 
     sub = command("generate", "answer a prompt (as a chat where the model has a chat template)")
     sub.add_argument("model", metavar="MODEL", help="an exported folder, a run folder, or a hub id")
     sub.add_argument("prompt", metavar="PROMPT")
-    sub.add_argument("--max-new-tokens", type=int, default=128, help="default: 128")
+    sub.add_argument("--max-new-tokens", type=_count, default=128, help="default: 128")
     sub.add_argument("--trust-remote-code", action="store_true", help="let code that travels with the model run")
 
     sub = command("push", "upload the export of a run to the hub (log in with `hf auth login`, or set HF_TOKEN)")
@@ -258,32 +275,47 @@ def _run_folder(path: str) -> Path:
 
 
 def _latest_student(root: Path) -> Path:
-    from .run import RunError, StageFolder
+    from .run import RunError, lineage
     from .stages import STUDENT_STAGES
 
+    done = lineage(root)
     for stage in reversed(STUDENT_STAGES):
-        if StageFolder(root, stage).done:
+        if stage in done:
             return root / stage / "student"
     raise RunError(f"'{root}' has no finished student yet; run `transpoint run {root / 'recipe.yaml'}`")
 
 
 def _export_folder(path: str) -> Path:
     """An exported folder, or the one a run's export stage wrote."""
-    from .run import RunError, StageFolder
+    from .run import RunError, lineage
 
     if (Path(path) / "config.json").is_file():
         return Path(path)
     root = _run_folder(path)
-    if done := StageFolder(root, "export").done:
+    if done := lineage(root).get("export"):
         return root / "export" / done["folder"]
     raise RunError(
-        f"'{path}' has no finished export; run `transpoint run {root / 'recipe.yaml'}` or `transpoint export`"
+        f"'{path}' has no finished export: `transpoint run {root / 'recipe.yaml'}` makes one; "
+        "or name the folder that `transpoint export` wrote"
     )
 
 
 def _model_folder(path: str) -> str | Path:
     """What to load for MODEL: a run's latest student, a folder, or a hub id as it is."""
     return _latest_student(Path(path)) if (Path(path) / "recipe.yaml").is_file() else path
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _count(text: str) -> int:
+    """A whole number of at least 1, for argparse."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
+    return int(text)
 
 
 def _quiet_libraries(debug: bool) -> None:

@@ -2,7 +2,7 @@
 
 `load_recipe("configs/tiny.yaml", ["align.steps=10"])`. A file may begin with `defaults: [other.yaml, ...]`, files it
 builds on, in order. A relative path in a file is looked up beside that file first, one on the command line in the
-current directory. `Recipe` below documents every key; `transpoint config` prints them.
+current directory. `Recipe` below documents every key; `transpoint keys` prints them.
 """
 
 import dataclasses
@@ -20,8 +20,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ..students import StudentConfig, StudentError
 from .data import DataConfig
-
-STAGES = ("transfer", "calibrate", "align", "distill", "export", "evaluate")
 
 
 class ConfigError(ValueError):
@@ -164,6 +162,10 @@ def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
         recipe.student.check()
     except StudentError as error:
         raise ConfigError(str(error)) from error
+    for stage in ("align", "distill"):
+        batch, micro = getattr(recipe, stage).batch_size, getattr(recipe, stage).micro_batch_size
+        if micro is not None and batch % micro:
+            raise ConfigError(f"{stage}.micro_batch_size is {micro}; expected a divisor of {stage}.batch_size, {batch}")
     return recipe
 
 

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import GraniteMoeHybridConfig, GraniteMoeHybridForCausalLM, PreTrainedTokenizerBase
 
-from ..students import HybridForCausalLM, Mamba2Mixer
+from ..students import HybridForCausalLM, Mamba2Mixer, StudentConfig
 from .card import CardFacts, write_card
 from .run import read_json, write_json
 
@@ -66,7 +66,9 @@ def export(
         ExportError: the format cannot hold this student, or what was written is not equal to it. `folder` is then as it
             was before.
     """
-    folder = Path(folder)
+    folder = Path(folder).resolve()
+    if folder.exists() and not is_export(folder) and (not folder.is_dir() or any(folder.iterdir())):
+        raise ExportError(f"'{folder}' is there and is no earlier export: name another folder, or remove it")
     if format not in FORMATS:
         raise ExportError(f"format '{format}' is not known; expected one of {', '.join(FORMATS)}")
     if reason := why_not(student, format):
@@ -88,16 +90,19 @@ def export(
     return figures
 
 
+def is_export(folder: Path) -> bool:
+    """Whether a folder was written by `export`."""
+    card = folder / "README.md"
+    return (folder / "config.json").is_file() and card.is_file() and "transpoint" in card.read_text(encoding="utf-8")
+
+
 def why_not(student: HybridForCausalLM, format: str) -> str | None:
     """Why a format cannot hold this student; None if it can."""
     if format == "custom":
         return None
     config, mixers = student.config, [mixer for mixer in student.mixer_layers() if mixer is not None]
-    if Version(transformers.__version__) < Version(NATIVE_NEEDS):
-        return (
-            f"transformers {transformers.__version__} normalises all heads of a Mamba-2 layer together; "
-            f"it takes {NATIVE_NEEDS} or later, or format custom"
-        )
+    if reason := _too_old():
+        return reason
     if config.base_model_type not in NATIVE_FAMILIES:
         return f"it holds what {', '.join(NATIVE_FAMILIES)} have, not {config.base_model_type}; use format custom"
     for mixer in mixers:
@@ -133,6 +138,29 @@ def why_not(student: HybridForCausalLM, format: str) -> str | None:
     if any(linear.bias is not None for layer in student.get_decoder().layers for linear in _mlp(layer)):
         return "its MLP has no biases; use format custom"
     return None
+
+
+def why_no_student(format: str, config: StudentConfig) -> str | None:
+    """Why a format can hold no student of this config, whatever the teacher; None if it may."""
+    if format == "custom":
+        return None
+    lacking = [
+        f"student.{name} (must be {wanted})"
+        for name, wanted in (("rope", "false"), ("conv_activation", "silu"), ("gate", "true"), ("norm", "true"))
+        if str(getattr(config, name)).lower() != wanted
+    ]
+    if lacking:
+        return f"its Mamba-2 layer is fixed in {', '.join(lacking)}; use export.format=custom"
+    return _too_old()
+
+
+def _too_old() -> str | None:
+    if Version(transformers.__version__) >= Version(NATIVE_NEEDS):
+        return None
+    return (
+        f"transformers {transformers.__version__} normalises all heads of a Mamba-2 layer together; "
+        f"it takes {NATIVE_NEEDS} or later, or format custom"
+    )
 
 
 def verify(student: HybridForCausalLM, folder: Path, dtype: torch.dtype = torch.float32) -> dict[str, float]:
@@ -282,6 +310,8 @@ def native_config(student: HybridForCausalLM) -> GraniteMoeHybridConfig:
         mamba_d_state=head_dim,
         mamba_d_conv=mixer.conv1d.kernel_size[0],
         mamba_expand=heads * head_dim // config.hidden_size,
+        # Changes no result. transformers' plain scan takes memory with it: one B/C group a head, and no fused kernel.
+        mamba_chunk_size=64,
         mamba_conv_bias=True,
         mamba_proj_bias=True,  # the gate's bias
     )

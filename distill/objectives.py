@@ -66,12 +66,17 @@ class Distillation(nn.Module):
 
 @torch.no_grad()
 def attention_pairs(teacher: PreTrainedModel, views: list, batch: dict[str, Tensor]) -> dict[int, tuple]:
-    """Runs the teacher and takes down, for each view's layer: attention's input, its output, position embeddings."""
+    """Runs the teacher and takes down, for each view's layer: attention's input, its output, position embeddings.
+
+    In float32, as mixers are, whatever the teacher is in.
+    """
     pairs = {}
 
     def take(layer: int):
         def hook(module, args, kwargs, output):
-            pairs[layer] = (kwargs["hidden_states"], output[0], kwargs.get("position_embeddings"))
+            cos_sin = kwargs.get("position_embeddings")
+            cos_sin = tuple(table.float() for table in cos_sin) if cos_sin is not None else None
+            pairs[layer] = (kwargs["hidden_states"].float(), output[0].float(), cos_sin)
 
         return hook
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .data import PackedDataset
+from .data import DataError, PackedDataset
 
 CHUNK = 512  # tokens whose logits are held at a time
 
@@ -34,7 +34,11 @@ class HeldOut:
         teacher: PreTrainedModel | None = None,
     ):
         # One document at a time: a model from elsewhere may not tell packed documents apart in all its layers.
-        self.items = [part for i in range(min(sequences, len(dataset))) for part in _documents(dataset[i])]
+        count = min(sequences, len(dataset))
+        spread = [dataset[i * len(dataset) // count] for i in range(count)]
+        self.items = [part for sequence in spread for part in _documents(sequence)]
+        if not any(item["input_ids"].shape[1] > 1 for item in self.items):
+            raise DataError("the held-out sequences hold no token that could be predicted: give longer ones, or more")
         predicted = (item["input_ids"][0, 1:] for item in self.items)
         self.bytes = sum(len(tokenizer.decode(ids, skip_special_tokens=True).encode()) for ids in predicted)
         # Hidden states are small; the teacher's logits come again from them, a chunk at a time.

@@ -4,7 +4,7 @@
     RUN/STAGE/stage.json            what the stage depends on (its settings, its inputs), written when it starts
     RUN/STAGE/metrics.jsonl         one line per logged step
     RUN/STAGE/checkpoints/step-N/   training state, while it trains
-    RUN/STAGE/...                   what it made: model/, native/, results.json
+    RUN/STAGE/...                   what it made: student/, native/, results.json
     RUN/STAGE/done.json             written last: its presence is what says the stage is done
 
 A stage is reused while everything in its stage.json is as the recipe asks, its input stages included.
@@ -18,6 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+STAGES = ("transfer", "calibrate", "align", "distill", "export", "evaluate")
 
 
 class RunError(ValueError):
@@ -44,9 +46,14 @@ class StageFolder:
         """What done.json holds, or None while the stage is not done."""
         return read_json(self / "done.json")
 
-    def begin(self, depends_on: dict) -> None:
-        """Makes the folder ready: what an interrupted start left is kept if it depends on the same things."""
-        if self.started is None or identity(self.started) != identity(depends_on) or self.done is not None:
+    def begin(self, depends_on: dict, anew: bool = False) -> None:
+        """Makes the folder ready: what an interrupted start left is kept if it depends on the same, and not `anew`.
+
+        Raises RunError where the folder is not a stage's, or cannot be written.
+        """
+        if self.path.exists() and not (self / "stage.json").is_file() and any(self.path.iterdir()):
+            raise RunError(f"'{self.path}' holds something else than a stage: set run.dir to another place")
+        if anew or self.started is None or identity(self.started) != identity(depends_on) or self.done is not None:
             shutil.rmtree(self.path, ignore_errors=True)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -79,15 +86,26 @@ def identity(depends_on: dict) -> str:
 
 
 def file_identity(source: str) -> Any:
-    """Stands for a local file or folder in an identity: names and sizes, contents too where small. Others: the name."""
+    """Stands for a local file or folder in an identity: names and contents. For anything else, the name itself."""
     path = Path(source).expanduser()
     if not path.exists():
         return source
     files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
-    return [
-        [p.name, p.stat().st_size, hashlib.sha256(p.read_bytes()).hexdigest()[:16] if p.stat().st_size < 2**20 else ""]
-        for p in files
-    ]
+    return [[p.name, _content(p)] for p in files]
+
+
+def lineage(root: Path) -> dict[str, dict]:
+    """The done records of a run that follow from one another, by stage: what came of earlier settings is left out."""
+    found: dict[str, dict] = {}
+    before = None
+    for stage in STAGES:
+        folder = StageFolder(root, stage)
+        started, done = folder.started, folder.done
+        if done is None or started is None or (before is not None and started["after"] != {before[0]: before[1]}):
+            break
+        found[stage] = done
+        before = (stage, identity(started))
+    return found
 
 
 def read_json(path: Path) -> Any:
@@ -120,6 +138,15 @@ def truncate_log(path: Path, last_step: int) -> None:
         aside = path.with_name(f".{path.name}")
         aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         os.replace(aside, path)
+
+
+def _content(path: Path) -> str:
+    """A hash of a file; of very large ones the size and the time it was written, which is quicker to read."""
+    facts = path.stat()
+    if facts.st_size > 2**30:
+        return f"{facts.st_size} bytes of {facts.st_mtime_ns}"
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def _differences(old: Any, new: Any, key: str = "") -> list[str]:

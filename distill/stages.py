@@ -6,7 +6,8 @@ Each stage is a function of the `Session` (recipe, accelerate handle, teacher an
 import dataclasses
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
@@ -16,18 +17,18 @@ from accelerate.utils import DistributedType, set_seed
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..students import HybridForCausalLM, build_student
 from ..teachers import load_teacher, teacher_info
 from .calibrate import calibrate
 from .card import CardFacts, load_snippet, quality_row
-from .config import STAGES, Recipe
+from .config import Recipe
 from .data import Corpus, PackedDataset, collate, tokenize_corpus
-from .export import export
+from .export import export, why_no_student, why_not
 from .objectives import Alignment, Distillation
 from .quality import HeldOut, answer
-from .run import RunError, StageFolder, file_identity, identity, read_json, write_json
+from .run import STAGES, RunError, StageFolder, file_identity, identity, lineage, read_json, write_json
 from .sources import DataError, source_identity
 from .trainer import train
 
@@ -56,6 +57,7 @@ class Session:
         self.accelerator = _accelerator(recipe)
         self.console = console or Console(quiet=not self.accelerator.is_main_process)
         self.on_step: Callable[[int], None] | None = None
+        self.exports = False  # whether this run goes on to the export
 
     def folder(self, stage: str) -> StageFolder:
         return StageFolder(self.root, stage)
@@ -134,6 +136,8 @@ class Session:
 def run_transfer(session: Session, folder: StageFolder) -> dict:
     """Builds the student and gives it the teacher's weights."""
     student = build_student(session.teacher, session.recipe.student)
+    if session.exports and (reason := why_not(student, session.recipe.export.format)):
+        raise RunError(f"export.format={session.recipe.export.format} cannot hold this student: {reason}")
     session.save(student, folder)
     if session.accelerator.is_main_process:
         (folder / "transfer_plan.txt").write_text(str(student.transfer_plan), encoding="utf-8")
@@ -193,7 +197,7 @@ def run_export(session: Session, folder: StageFolder) -> dict:
         target,
         settings.format,
         getattr(torch, settings.dtype),
-        card_facts(session.root, session.recipe),
+        card_facts(session.root),
     )
     session.say(
         f"export: {target} loads without Transpoint; logits differ by {figures['logits']:.1e} from the student's, "
@@ -246,8 +250,16 @@ def run_recipe(
     Raises:
         ConfigError, DataError, TeacherError, StudentError, ExportError, RunError, TrainingError: one line each.
     """
+    last = STAGES.index(until_stage or STAGES[-1])
+    forced = STAGES.index(from_stage) if from_stage else len(STAGES)
+    if from_stage and forced > last:
+        raise RunError(f"--from {from_stage} comes after --until {until_stage}: nothing would run")
+    needs = stage_inputs(recipe)
     session = Session(recipe, console)
     session.on_step = on_step
+    session.exports = last >= STAGES.index("export")
+    if session.exports and (reason := why_no_student(recipe.export.format, recipe.student)):
+        raise RunError(f"export.format={recipe.export.format} cannot hold this student: {reason}")
     main = session.accelerator.is_main_process
     if main:
         try:
@@ -259,13 +271,10 @@ def run_recipe(
     count = f"{accelerator.num_processes} process" + ("es" if accelerator.num_processes > 1 else "")
     precision = "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
     session.say(f"{session.root}: {count} on {accelerator.device.type}, matrix products in {precision}")
-    last = STAGES.index(until_stage or STAGES[-1])
-    forced = STAGES.index(from_stage) if from_stage else len(STAGES)
-    needs = stage_inputs(recipe)
     for position, stage in enumerate(STAGES[: last + 1]):
         folder = session.folder(stage)
         reason = folder.why_not_reusable(needs[stage])
-        if position >= forced and reason is None:
+        if position >= forced:
             reason = f"asked for by --from {from_stage}"
         if reason is None:
             session.say(f"{stage}: done before, reused")
@@ -273,13 +282,14 @@ def run_recipe(
         session.say(Text.assemble((stage, "bold"), f": {reason}"))
         session.accelerator.wait_for_everyone()
         if main:
-            folder.begin(needs[stage])
+            folder.begin(needs[stage], anew=position >= forced)
         session.accelerator.wait_for_everyone()
         set_seed(recipe.run.seed)
         begun = time.monotonic()
         record = _RUN[stage](session, folder)
         if main:
-            folder.finish({**record, "stage_seconds": round(time.monotonic() - begun, 1)})
+            seconds = round(time.monotonic() - begun, 1)
+            folder.finish({**record, "stage_seconds": seconds, "recipe": recipe.to_dict()})
         session.accelerator.wait_for_everyone()
     return session
 
@@ -315,35 +325,56 @@ def stage_inputs(recipe: Recipe) -> dict[str, dict]:
     return needs
 
 
-def card_facts(root: Path, recipe: Recipe) -> CardFacts:
-    """What the records of a run say for the model card."""
-    done = {stage: StageFolder(root, stage).done for stage in STAGES}
+def card_facts(root: Path) -> CardFacts:
+    """What the records of a run say for the model card of its latest student."""
+    done = {stage: record for stage, record in lineage(root).items() if stage in STUDENT_STAGES}
+    recipe = list(done.values())[-1]["recipe"]
+    tokens = {stage: record["training"]["tokens"] for stage, record in done.items() if "training" in record}
+    return CardFacts(teacher_info(recipe["teacher"]["source"]), recipe, tokens, quality_rows(root))
+
+
+def quality_rows(root: Path) -> list[dict]:
+    """Held-out quality of the teacher and of each stage's student, as recorded."""
     teacher = read_json(root / "teacher_quality.json")
     rows = [quality_row("teacher", teacher)] if teacher else []
-    rows += [quality_row(f"after {stage}", done[stage]["quality"]) for stage in STUDENT_STAGES if done[stage]]
-    tokens = {stage: done[stage]["training"]["tokens"] for stage in ("align", "distill") if done[stage]}
-    return CardFacts(teacher_info(recipe.teacher.source), recipe.to_dict(), tokens, rows)
+    done = lineage(root)
+    return rows + [quality_row(f"after {stage}", done[stage]["quality"]) for stage in STUDENT_STAGES if stage in done]
 
 
 def load_model(path: str | Path, dtype: str | torch.dtype = "auto", trust_remote_code: bool = False) -> PreTrainedModel:
-    """Any causal language model: a student's folder, an export, a hub id."""
-    if os.path.isdir(path) and _model_type(Path(path)) == "transpoint_hybrid":
-        return HybridForCausalLM.from_pretrained(path, dtype=dtype).eval()
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code)
-    return model.eval()
+    """Any causal language model: a student's folder, an export, a hub id. Raises RunError if it cannot be loaded."""
+    with _naming(path):
+        if os.path.isdir(path) and _model_type(Path(path)) == "transpoint_hybrid":
+            return HybridForCausalLM.from_pretrained(path, dtype=dtype).eval()
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code)
+        return model.eval()
 
 
-def load_tokenizer(path: str | Path):
-    return AutoTokenizer.from_pretrained(path)
+def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model. Raises RunError if it cannot be loaded."""
+    with _naming(path):
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+
+
+@contextmanager
+def _naming(path: str | Path) -> Iterator[None]:
+    """Turns whatever loading raises into one line that names the model."""
+    if not os.path.isdir(path) and (str(path).count("/") != 1 or str(path).startswith((".", "/", "~"))):
+        raise RunError(f"no model '{path}': neither a folder nor a hub id (OWNER/NAME)")
+    try:
+        yield
+    except Exception as error:
+        line = (str(error).strip().splitlines() or [""])[0]
+        raise RunError(f"model '{path}' cannot be loaded: {type(error).__name__}: {line}") from error
 
 
 def summary(session: Session) -> list:
     """What a finished run shows: layer plan, quality by stage, answers, and how to load the checkpoint."""
-    done = {stage: session.folder(stage).done for stage in STAGES}
+    done = lineage(session.root)
     mixers = done["transfer"]["mixers"]
     table = Table("model", "KL from teacher", "perplexity", "bits per byte", "same top token", title="held-out quality")
-    rows = card_facts(session.root, session.recipe).quality
-    if done["evaluate"]:
+    rows = quality_rows(session.root)
+    if "evaluate" in done:
         rows.append(quality_row("exported checkpoint", done["evaluate"]["quality"]))
     for row in rows:
         table.add_row(
@@ -356,9 +387,9 @@ def summary(session: Session) -> list:
     converted = sum(mixer != "attention" for mixer in mixers)
     plan = "".join("A" if mixer == "attention" else "M" for mixer in mixers)
     parts = [f"layer plan: {plan}  ({converted} of {len(mixers)} layers are Mamba-2)", table]
-    for entry in done["evaluate"]["answers"] if done["evaluate"] else ():
+    for entry in done["evaluate"]["answers"] if "evaluate" in done else ():
         parts.append(f"question: {entry['prompt']}\n teacher: {entry['teacher']}\n student: {entry['student']}")
-    if done["export"]:
+    if "export" in done:
         folder = (session.folder("export") / done["export"]["folder"]).resolve()
         parts.append(f"checkpoint: {folder}\n\n{load_snippet(str(folder), done['export']['folder'])}")
     return parts

@@ -56,7 +56,9 @@ def train(
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(_decayed(groups, config.weight_decay), betas=tuple(config.betas), fused=True)
     step = load_checkpoint(folder / "checkpoints", parameters, optimizer)
-    truncate_log(folder / "metrics.jsonl", step)
+    if accelerator.is_main_process:
+        truncate_log(folder / "metrics.jsonl", step)
+    accelerator.wait_for_everyone()
     if step:
         console.print(f"{folder.stage}: going on from step {step}")
     objective, optimizer = accelerator.prepare(objective, optimizer)
@@ -116,6 +118,7 @@ def train(
                 save_checkpoint(folder / "checkpoints", step, parameters, optimizer, config.keep_checkpoints)
             if on_step:
                 on_step(step)
+    accelerator.free_memory()  # it would hold on to the objective and the optimizer's state
     return {**figures, "tokens": config.steps * tokens_per_step, "seconds": time.monotonic() - begun}
 
 

@@ -20,7 +20,8 @@ class HybridForCausalLM:
     """A causal language model with mixers among its layers. Make one with `from_pretrained` or `build_student`.
 
     Everything a transformers model does, it does: `forward`, `generate` (with a `HybridCache`), `save_pretrained`.
-    Documents packed in one sequence are told by `position_ids` that restart at 0, without an attention mask.
+    Documents packed in one sequence are told by `position_ids` that restart at 0, without an attention mask and without
+    a cache (in training, or with `use_cache=False`), as transformers' own models do.
     """
 
     # Decay, step and skip lose too much in bfloat16.

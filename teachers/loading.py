@@ -57,7 +57,7 @@ def load_teacher(
     Raises:
         TeacherError: nothing is found under that name, or what is found cannot be loaded.
     """
-    dtype = _dtype(dtype)
+    dtype, source = _dtype(dtype), str(source)
     if source.startswith("random-"):
         model, tokenizer = random_teacher(source)
         for parameter in model.parameters():  # alone: rotary frequencies stay in float32, as in `from_pretrained`

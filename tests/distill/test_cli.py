@@ -9,10 +9,9 @@ import pytest
 
 import transpoint.distill.export
 import transpoint.distill.stages
-from transpoint.distill import cli
 from transpoint.distill.cli import COMMANDS, main
-from transpoint.distill.config import STAGES, describe_keys
-from transpoint.distill.run import read_json
+from transpoint.distill.config import describe_keys
+from transpoint.distill.run import STAGES, read_json
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 HELDOUT = TINY.parent / "sample" / "heldout.jsonl.zst"
@@ -79,17 +78,13 @@ def test_help_of_a_command(command, say):
         (["run", "a.yaml", "--until", "align", "b"], "unrecognized arguments: b"),
         (["status", "run", "a=1"], "unrecognized arguments: a=1"),
         (["export", "run", "--format", "gguf"], "argument --format: invalid choice: 'gguf'"),
-        (["eval", "model"], "the following arguments are required: --text"),
+        (["eval", "model", "--length", "0"], "is not a whole number of at least 1"),
         (["push", "run"], "the following arguments are required: REPO_ID"),
     ],
 )
 def test_bad_usage(arguments, told, say):
     code, out, err = say(*arguments)
     assert code == 2 and out == "" and err.startswith("usage: transpoint") and told in err
-
-
-def test_the_stages_are_those_of_the_recipe():
-    assert cli.STAGES == STAGES  # said twice, so that help needs no torch
 
 
 # Errors
@@ -131,7 +126,11 @@ def test_a_run_without_a_student(say, tmp_path):
     )
     assert complaint(say("generate", tmp_path, "Hello")).endswith(f"run `transpoint run {path}`")
     told = complaint(say("push", tmp_path, "owner/name"))
-    assert told == f"'{tmp_path}' has no finished export; run `transpoint run {path}` or `transpoint export`"
+    assert told.startswith(f"'{tmp_path}' has no finished export: `transpoint run {path}` makes one")
+    assert "--text" in complaint(say("eval", "random-model"))
+    assert complaint(say("generate", "nowhere", "Hello")).startswith(
+        "no model 'nowhere': neither a folder nor a hub id"
+    )
 
 
 @pytest.mark.parametrize(
@@ -276,7 +275,7 @@ def test_export(options, format, tiny_copy, say, monkeypatch, tmp_path):
     figures = {"logits": 1e-6, "decode": 2e-6, "scale": 9.0}
     monkeypatch.setattr(transpoint.distill.export, "verify", lambda *args: figures)
     code, out, err = say("export", tiny_copy, *options)
-    target = tiny_copy / "export" / format
+    target = tiny_copy / "exports" / f"{format}-float32"
     assert (code, err.count("error")) == (0, 0)
     assert out == f"{target}: the distill stage's student; logits differ by 1.0e-06, decoding by 2.0e-06\n"
     assert "after distill" in (target / "README.md").read_text() and (target / "modeling_hybrid.py").exists() == bool(
@@ -287,15 +286,14 @@ def test_export(options, format, tiny_copy, say, monkeypatch, tmp_path):
 
 
 def test_eval_measures_as_the_run_did(tiny_run, say):
-    arguments = ["--text", HELDOUT, "--length", 64, "--sequences", 8]
     quality = read_json(tiny_run / "evaluate" / "done.json")["quality"]
-    code, out, _ = say("eval", tiny_run / "export" / "native", "--teacher", "random-llama", *arguments)
+    code, out, _ = say("eval", tiny_run, "--teacher", "random-llama")
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if line.startswith("│")]
-    assert code == 0 and [row[0] for row in rows] == ["teacher", str(tiny_run / "export" / "native")]
+    assert code == 0 and [row[0] for row in rows] == ["teacher", str(tiny_run)]
     assert rows[0][1] == "0.0000" and rows[0][4] == "100.0%"
     expected = ["{kl:.4f}", "{perplexity:.2f}", "{bits_per_byte:.4f}", "{same_top:.1%}"]
     assert rows[1][1:] == [form.format(**quality) for form in expected]
-    code, out, _ = say("eval", tiny_run, *arguments)  # a run's latest student, and no teacher
+    code, out, _ = say("eval", tiny_run)  # a run's latest student, and no teacher
     (row,) = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if line.startswith("│")]
     assert code == 0 and row[1:] == ["", f"{quality['perplexity']:.2f}", f"{quality['bits_per_byte']:.4f}", ""]
 

@@ -14,7 +14,7 @@ import pytest
 from huggingface_hub import HfApi
 
 from transpoint.distill import hub
-from transpoint.distill.run import RunError, StageFolder
+from transpoint.distill.run import STAGES, RunError, StageFolder, identity
 
 TOKEN = "hf_" + "MarkerThatMustNotLeak"
 
@@ -127,7 +127,13 @@ def run(tmp_path):
     folder = root / "export" / "native"
     folder.mkdir(parents=True)
     (root / "recipe.yaml").write_text("run: {seed: 0}\n")
-    (root / "export" / "done.json").write_text('{"folder": "native"}')
+    before = {}
+    for stage in STAGES[: STAGES.index("export") + 1]:  # each names the one before it, as the pipeline writes them
+        depends_on = {"after": before} if before else {}
+        (root / stage).mkdir(exist_ok=True)
+        (root / stage / "stage.json").write_text(json.dumps(depends_on))
+        (root / stage / "done.json").write_text('{"folder": "native"}')
+        before = {stage: identity(depends_on)}
     (folder / "config.json").write_text('{"model_type": "granitemoehybrid"}')
     (folder / "README.md").write_text("---\nlicense: mit\n---\n# A model\n")
     (folder / "model.safetensors").write_bytes(bytes(range(256)) * 64)

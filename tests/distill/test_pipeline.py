@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from transpoint.distill import stages
-from transpoint.distill.config import STAGES, load_recipe
+from transpoint.distill.config import load_recipe
 from transpoint.distill.data import DataError
-from transpoint.distill.run import RunError, StageFolder, identity
+from transpoint.distill.run import STAGES, RunError, StageFolder, identity
 from transpoint.distill.stages import Session, load_model, run_recipe, stage_inputs, summary
 from transpoint.teachers import TeacherError
 from transpoint.teachers.random import random_teacher

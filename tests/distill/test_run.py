@@ -51,11 +51,14 @@ def test_file_identity(tmp_path, monkeypatch):
     file.parent.mkdir()
     file.write_text("{}")
     large = tmp_path / "teacher" / "model.safetensors"
-    large.write_bytes(bytes(2**20))
+    large.write_bytes(bytes(2**21))
     (tmp_path / "teacher" / "folder").mkdir()
     found = file_identity(str(file.parent))
-    assert [entry[:2] for entry in found] == [["config.json", 2], ["model.safetensors", 2**20]]
-    assert len(found[0][2]) == 16 and found[1][2] == ""  # a large file goes by its name and size
+    assert [entry[0] for entry in found] == ["config.json", "model.safetensors"]
+    large.write_bytes(bytes(2**21 - 1) + b"x")  # other weights of the same size
+    changed = file_identity(str(file.parent))
+    assert changed[0] == found[0] and changed[1] != found[1]
+    found = changed
     assert file_identity(str(file)) == found[:1]
     file.write_text("[]")
     assert file_identity(str(file.parent))[0] != found[0]
