@@ -15,7 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GraniteMoeHybridFo
 from transpoint.distill import export as module
 from transpoint.distill.card import CardFacts
 from transpoint.distill.config import Recipe
+from transpoint.distill.data import Corpus, PackedDataset
 from transpoint.distill.export import ExportError, export
+from transpoint.distill.quality import HeldOut
 from transpoint.students import StudentConfig, build_student
 from transpoint.teachers import TeacherInfo
 from transpoint.teachers.random import byte_tokenizer, random_teacher
@@ -406,3 +408,26 @@ def test_a_card_without_facts(tmp_path, unverified):
     assert front["license"] == "unknown" and "base_model" not in front
     assert "Licence: the teacher's, which could not be read from its files" in text
     assert "`MMMM`" in text and "## Quality" not in text and "## Training" not in text and "## Recipe" not in text
+
+
+def test_what_is_no_export_is_not_replaced(tmp_path, unverified):
+    student, tokenizer = make(), byte_tokenizer()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("mine")
+    with pytest.raises(ExportError, match="is there and is no earlier export: name another folder, or remove it"):
+        export(student, tokenizer, tmp_path / "mine")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+    for _ in range(2):  # an earlier export is replaced
+        export(student, tokenizer, tmp_path / "out")
+
+
+def test_packed_documents_are_measured_alike_in_student_and_export(tmp_path, unverified):
+    """A native export cannot tell packed documents apart in its Mamba layers: quality takes them one by one."""
+    student, tokenizer = make(), byte_tokenizer()
+    export(student, tokenizer, tmp_path / "out")
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    tokens = torch.randint(3, 250, (96,), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    corpus = Corpus(tokens, torch.tensor([0, 20, 50, 71]), "made up")
+    held_out = HeldOut(PackedDataset(corpus, 48), 2, tokenizer, student)
+    assert held_out.measure(reloaded).kl == pytest.approx(0, abs=1e-5)
+    assert held_out.measure(reloaded).perplexity == pytest.approx(held_out.measure(student).perplexity, rel=1e-4)

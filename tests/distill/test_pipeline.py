@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from transpoint.distill import stages
 from transpoint.distill.config import load_recipe
 from transpoint.distill.data import DataError
-from transpoint.distill.run import STAGES, RunError, StageFolder, identity
+from transpoint.distill.run import STAGES, RunError, StageFolder, identity, lineage
 from transpoint.distill.stages import Session, load_model, run_recipe, stage_inputs, summary
 from transpoint.teachers import TeacherError
 from transpoint.teachers.random import random_teacher
@@ -399,3 +399,47 @@ def test_the_card_of_a_run(tiny_run):
         assert row in text
     assert "random-llama" in text and "`MAMA`" in text and "- align: 5,120 tokens" in text
     assert str(tiny_run) not in text and str(SAMPLE) not in text and str(Path.home()) + "/" not in text
+
+
+# What must not happen
+
+
+def test_stages_of_other_settings_do_not_count(tiny_copy, run_tiny):
+    run_tiny(tiny_copy, "student.keep_attention=[0]", until_stage="transfer")
+    assert list(lineage(tiny_copy)) == ["transfer"] and (tiny_copy / "distill" / "done.json").exists()
+    plan, _ = summary(Session(load_recipe(tiny_copy / "recipe.yaml")))  # and no answers, no checkpoint
+    assert plan.startswith("layer plan: AMMM")
+    assert [row["model"] for row in stages.card_facts(tiny_copy).quality][1:] == ["after transfer"]
+    assert stages.card_facts(tiny_copy).recipe["student"]["keep_attention"] == [0]
+
+
+def test_what_is_not_a_stage_is_not_deleted(tmp_path, run_tiny):
+    (tmp_path / "transfer").mkdir()
+    (tmp_path / "transfer" / "mine.txt").write_text("mine")
+    with pytest.raises(RunError, match="holds something else than a stage: set run.dir to another place"):
+        run_tiny(tmp_path, until_stage="transfer")
+    assert (tmp_path / "transfer" / "mine.txt").read_text() == "mine"
+
+
+def test_an_impossible_export_is_refused_before_anything_runs(tmp_path, run_tiny):
+    with pytest.raises(RunError, match=r"export.format=native cannot hold this student: .*student.rope"):
+        run_tiny(tmp_path / "run", "student.rope=true")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(RunError, match="it holds what llama, mistral, qwen2 have, not qwen3"):
+        run_tiny(tmp_path / "run", "teacher.source=random-qwen3")
+    assert not (tmp_path / "run" / "calibrate").exists()
+    run_tiny(tmp_path / "run", "student.rope=true", until_stage="transfer")  # nothing is to be exported
+
+
+def test_until_before_from(tmp_path, run_tiny):
+    with pytest.raises(RunError, match="--from distill comes after --until align: nothing would run"):
+        run_tiny(tmp_path / "run", from_stage="distill", until_stage="align")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_bfloat16_teacher_has_a_float32_student(precision, tmp_path, run_tiny):
+    steps = ("align.steps=2", "distill.steps=2", f"run.precision={precision}")
+    run_tiny(tmp_path / "run", "teacher.dtype=bfloat16", *steps, until_stage="distill")
+    weights = load_file(tmp_path / "run" / "distill" / "student" / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
