@@ -157,6 +157,11 @@ class PackedDataset(torch.utils.data.Dataset):
         positions = offsets - np.maximum(starts[document], first)
         return {"input_ids": tokens.long(), "position_ids": torch.from_numpy(positions)}
 
+    def spread(self, count: int) -> list[dict[str, torch.Tensor]]:
+        """`count` items evenly over the whole, or all if there are fewer."""
+        count = min(count, len(self))
+        return [self[i * len(self) // count] for i in range(count)]
+
 
 def batch_indices(n_items: int, batch_size: int, seed: int, step: int) -> list[int]:
     """The items of batch `step` (from 0, counted through all epochs).

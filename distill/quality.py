@@ -34,9 +34,7 @@ class HeldOut:
         teacher: PreTrainedModel | None = None,
     ):
         # One document at a time: a model from elsewhere may not tell packed documents apart in all its layers.
-        count = min(sequences, len(dataset))
-        spread = [dataset[i * len(dataset) // count] for i in range(count)]
-        self.items = [part for sequence in spread for part in _documents(sequence)]
+        self.items = [part for sequence in dataset.spread(sequences) for part in _documents(sequence)]
         if not any(item["input_ids"].shape[1] > 1 for item in self.items):
             raise DataError("the held-out sequences hold no token that could be predicted: give longer ones, or more")
         predicted = (item["input_ids"][0, 1:] for item in self.items)

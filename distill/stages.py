@@ -146,10 +146,8 @@ def run_transfer(session: Session, folder: StageFolder) -> dict:
 
 def run_calibrate(session: Session, folder: StageFolder) -> dict:
     """Sets decay, step and scale from a few teacher batches."""
-    student, data = session.student("transfer"), session.train_data
-    count = min(session.recipe.calibrate.sequences, len(data))
-    spread = [i * len(data) // count for i in range(count)]
-    batches = [collate([data[i]]) for i in spread]
+    student = session.student("transfer")
+    batches = [collate([item]) for item in session.train_data.spread(session.recipe.calibrate.sequences)]
     batches = [{key: value.to(session.accelerator.device) for key, value in batch.items()} for batch in batches]
     found = calibrate(session.teacher, student, batches, session.recipe.calibrate.decay)
     session.save(student, folder)
