@@ -36,7 +36,7 @@ NATIVE_FAMILIES = ("llama", "mistral", "qwen2")  # what is outside attention is 
 NATIVE_NEEDS = "5.23"  # transformers before it normalises over all heads at once: silently other logits
 # What a custom checkpoint carries: the files this project trains with.
 _TRAVELS = ("students/configuration_hybrid", "students/modeling_hybrid", "students/cache", "students/mamba2")
-_TRAVELS += ("kernels/conv", "kernels/norm", "kernels/ssd")
+_TRAVELS += ("kernels/conv_reference", "kernels/norm_reference", "kernels/ssd_reference")
 
 
 class ExportError(ValueError):

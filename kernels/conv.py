@@ -1,10 +1,22 @@
-"""The short causal depthwise convolution of Mamba layers in plain PyTorch: whole sequences, and one decoding step."""
+"""The short causal depthwise convolution of Mamba layers: whole sequences, and one decoding step."""
 
-import torch
-import torch.nn.functional as F
+from . import conv_reference as reference
+from .backend import use_triton
+
+MAX_WIDTH = 8  # of the Triton kernels, which keep W - 1 rows in registers
 
 
-def causal_conv1d(x, weight, bias=None, *, activation=None, seq_idx=None, initial_state=None, return_final_state=False):
+def causal_conv1d(
+    x,
+    weight,
+    bias=None,
+    *,
+    activation=None,
+    seq_idx=None,
+    initial_state=None,
+    return_final_state=False,
+    backend="auto",
+):
     """Convolve each channel with its own W taps over the current and the W - 1 previous tokens.
 
     y[t] = activation(bias + sum_k weight[:, W-1-k] x[t-k]): weight[:, -1] multiplies the current token, as in
@@ -20,96 +32,53 @@ def causal_conv1d(x, weight, bias=None, *, activation=None, seq_idx=None, initia
             initial_state belongs to the document of the first token.
         initial_state: (B, C, W-1), the inputs just before the first token, oldest first; None for zeros.
         return_final_state: also return the last W - 1 inputs.
+        backend: "auto" (Triton kernels on an NVIDIA GPU where they fit), "triton" or "torch" (the plain reference).
 
     Returns:
         y (B, L, C) in x.dtype; with return_final_state, (y, state): state (B, C, W-1) in x.dtype holds the last inputs
         of the last document, oldest first, with initial_state or zeros in front where it has fewer than W - 1.
 
     Raises:
-        ValueError: a shape, L = 0, the type of seq_idx or activation does not fit.
+        ValueError: a shape, L = 0, the type of seq_idx or activation does not fit; or the backend cannot run.
     """
-    if x.dim() != 3 or x.shape[1] == 0:
-        raise ValueError(f"x: expected shape (B, L, C) with L >= 1, got {tuple(x.shape)}")
-    batch, length, channels = x.shape
-    width = _check_weights(weight, bias, activation, channels)
-    if initial_state is not None:
-        _check_shape("initial_state", initial_state, "B, C, W-1", (batch, channels, width - 1))
-    if seq_idx is not None:
-        _check_shape("seq_idx", seq_idx, "B, L", (batch, length))
-        if seq_idx.is_floating_point() or seq_idx.is_complex():
-            raise ValueError(f"seq_idx: expected integers, got {seq_idx.dtype}")
+    width = reference._check_sequence(x, weight, bias, activation, seq_idx, initial_state)
+    if not use_triton(backend, x, _unsupported(width)):
+        return reference.causal_conv1d(
+            x,
+            weight,
+            bias,
+            activation=activation,
+            seq_idx=seq_idx,
+            initial_state=initial_state,
+            return_final_state=return_final_state,
+        )
+    from . import conv_triton
 
-    if initial_state is None:
-        inputs = F.pad(x, (0, 0, width - 1, 0))
-    else:
-        inputs = torch.cat([initial_state.to(x.dtype).mT, x], 1)
-    if seq_idx is not None:  # number the documents, so that a value that comes back later is another document
-        document = F.pad((seq_idx[:, 1:] != seq_idx[:, :-1]).cumsum(1), (width, 0))
-
-    # As fast as F.conv1d(groups=C) on CPU, forward + backward (B=2, L=256, C=960, W=4), and it can mask taps.
-    dtype = _compute_dtype(x)
-    taps = weight.to(dtype).unbind(1)
-    inputs_ = inputs.to(dtype)
-    y = x.to(dtype) * taps[-1] if bias is None else torch.addcmul(bias.to(dtype), x.to(dtype), taps[-1])
-    for k in range(width - 1):
-        shifted = inputs_[:, k : k + length]
-        if seq_idx is not None:
-            foreign = document[:, k : k + length] != document[:, width - 1 :]
-            shifted = shifted.masked_fill(foreign.unsqueeze(-1), 0)
-        y = torch.addcmul(y, shifted, taps[k])
-    y = (F.silu(y) if activation == "silu" else y).to(x.dtype)
-    if not return_final_state:
-        return y
-
-    state = inputs[:, length:]
-    if seq_idx is not None:
-        state = state.masked_fill((document[:, length:] != document[:, -1:]).unsqueeze(-1), 0)
-    return y, state.mT.contiguous()
+    y = conv_triton.causal_conv1d(x, weight, bias, seq_idx, initial_state, activation == "silu")
+    return (y, reference._final_state(x, width, seq_idx, initial_state)) if return_final_state else y
 
 
-@torch.no_grad()
-def causal_conv1d_step(x, conv_state, weight, bias=None, *, activation=None):
+def causal_conv1d_step(x, conv_state, weight, bias=None, *, activation=None, backend="auto"):
     """Convolve one token, for decoding. Not differentiable.
 
     Args:
         x: (B, C).
         conv_state: (B, C, W-1), the last inputs, oldest first; updated in place.
-        weight, bias, activation: as in causal_conv1d.
+        weight, bias, activation, backend: as in causal_conv1d.
 
     Returns:
         y (B, C) in x.dtype.
 
     Raises:
-        ValueError: a shape or activation does not fit.
+        ValueError: a shape or activation does not fit; or the backend cannot run.
     """
-    if x.dim() != 2:
-        raise ValueError(f"x: expected shape (B, C), got {tuple(x.shape)}")
-    width = _check_weights(weight, bias, activation, x.shape[1])
-    _check_shape("conv_state", conv_state, "B, C, W-1", (*x.shape, width - 1))
-    dtype = _compute_dtype(x)
-    window = torch.cat([conv_state.to(dtype), x.to(dtype).unsqueeze(-1)], -1)
-    conv_state.copy_(window[..., 1:])
-    y = (window * weight.to(dtype)).sum(-1)
-    if bias is not None:
-        y = y + bias.to(dtype)
-    return (F.silu(y) if activation == "silu" else y).to(x.dtype)
+    width = reference._check_step(x, conv_state, weight, bias, activation)
+    if not use_triton(backend, x, _unsupported(width)):
+        return reference.causal_conv1d_step(x, conv_state, weight, bias, activation=activation)
+    from . import conv_triton
+
+    return conv_triton.causal_conv1d_step(x, conv_state, weight, bias, activation == "silu")
 
 
-def _compute_dtype(t):
-    return torch.float64 if t.dtype == torch.float64 else torch.float32
-
-
-def _check_weights(weight, bias, activation, channels):
-    """Check what both functions share and return the width W."""
-    if weight.dim() != 2 or weight.shape[0] != channels or weight.shape[1] == 0:
-        raise ValueError(f"weight: expected shape (C, W) with C = {channels}, W >= 1, got {tuple(weight.shape)}")
-    if bias is not None:
-        _check_shape("bias", bias, "C", (channels,))
-    if activation not in (None, "silu"):
-        raise ValueError(f'activation: expected None or "silu", got {activation!r}')
-    return weight.shape[1]
-
-
-def _check_shape(name, t, dims, shape):
-    if tuple(t.shape) != shape:
-        raise ValueError(f"{name}: expected shape ({dims}) = {shape}, got {tuple(t.shape)}")
+def _unsupported(width):
+    return f"W is at most {MAX_WIDTH}, got {width}" if width > MAX_WIDTH else None

@@ -1,12 +1,10 @@
-"""KL divergence between a student's and a teacher's next-token distributions, straight from their hidden states.
-
-The logits of a batch (tokens x vocabulary) are the largest tensor of a distillation step, so they are never held: a
-few tokens at a time go through both output matrices, and the gradients are computed in the same pass.
-"""
+"""Divergence between a student's and a teacher's next-token distributions, straight from their hidden states."""
 
 import torch
 
-CHUNK_BYTES = 64 * 2**20  # the float32 logits of one chunk and one model; up to four such matrices live at a time
+from . import kl_reference
+from .backend import use_triton
+from .kl_reference import check_arguments, common_dtype
 
 
 def linear_kl(
@@ -15,137 +13,104 @@ def linear_kl(
     teacher_hidden,
     teacher_weight,
     *,
+    divergence="forward",
+    beta=0.5,
     temperature=1.0,
     mask=None,
+    labels=None,
+    ce_weight=1.0,
     chunk_size=None,
+    return_parts=False,
+    backend="auto",
 ):
-    """Forward KL(teacher || student) of softmax(hidden @ weight.T / T), times T**2, mean over unmasked tokens.
+    """T**2 * divergence(softmax(teacher logits / T), softmax(student logits / T)) [+ ce_weight * cross-entropy].
 
-    The factor T**2 keeps the gradient's magnitude roughly the same for every temperature (Hinton et al. 2015, arXiv
-    1503.02531, section 2). Logits are a product in the autocast dtype, or else in the common dtype of hidden and
-    weight; all that follows is in float32 (float64 if an input is float64), sums over chunks included.
+    Logits are hidden @ weight.T; they are made a chunk of tokens at a time and never held whole. With p_t and p_s the
+    two distributions of a token, the divergence is, averaged over the tokens that count,
+
+        "forward"  KL(p_t || p_s)
+        "reverse"  KL(p_s || p_t)
+        "jsd"      beta KL(p_t || m) + (1 - beta) KL(p_s || m),  m = beta p_t + (1 - beta) p_s
+
+    (the generalised Jensen-Shannon divergence of Agarwal et al. 2023, arXiv 2306.13649, section 2). The factor T**2
+    keeps the gradient's magnitude roughly the same for every temperature (Hinton et al. 2015, arXiv 1503.02531,
+    section 2). The cross-entropy is -log softmax(student logits)[label], at temperature 1 and over the student's whole
+    vocabulary, averaged over the tokens whose label counts.
+
+    Logits are a product in the autocast dtype, or else in the common dtype of hidden and weight; all that follows is in
+    float32 (float64 if an input is float64), sums over chunks included.
 
     Differentiable once, in student_hidden and student_weight; the teacher gets no gradient. The gradients are computed
-    in the forward pass and kept: a tensor like student_hidden, and one like student_weight in float32, but only for
-    those of the two that require grad.
+    in the forward pass and kept, but only those of the two that require grad: a frozen head costs no product. Kept are
+    a tensor like student_hidden and one like student_weight (the latter in float32, except that the Triton kernels
+    round both once, to bfloat16, where the input is bfloat16).
 
     Args:
         student_hidden: (..., D_s) last hidden states, after the final norm.
         student_weight: (V_s, D_s) output matrix.
         teacher_hidden: (..., D_t), with the same leading dimensions as student_hidden.
         teacher_weight: (V_t, D_t). If the vocabularies are padded differently, the first min(V_s, V_t) rows of both
-            count and the others are left out of the softmax.
+            count for the divergence and the others are left out of its softmax.
+        divergence: "forward", "reverse" or "jsd".
+        beta: the teacher's share of the mixture, for "jsd": 0 < beta < 1.
         temperature: T > 0.
-        mask: bool or 0/1 over the leading dimensions, True where a token counts; None counts all.
-        chunk_size: tokens handled at a time; None takes as many as have CHUNK_BYTES of float32 logits.
+        mask: bool or 0/1 over the leading dimensions, True where a token counts; None counts all. A masked token counts
+            for nothing, its label included, and may hold NaN.
+        labels: integers over the leading dimensions, the next token's id or -100 where it does not count; None leaves
+            the cross-entropy out. Another label outside 0 ... V_s - 1 makes the loss NaN.
+        ce_weight: factor of the cross-entropy.
+        chunk_size: tokens handled at a time; None takes as many as fit a fixed number of bytes.
+        return_parts: also return the two terms, for a log.
+        backend: "auto" | "triton" | "torch"; auto takes the Triton kernels on NVIDIA GPUs. They need D_s and D_t to be
+            multiples of 16 bytes.
 
     Returns:
-        A scalar in float32 (or float64); zero, with zero gradients, if no token counts.
+        A scalar in float32 (or float64); zero, with zero gradients, if no token counts. With return_parts, a tuple
+        (loss, divergence with its T**2, cross-entropy without its weight): the latter two carry no gradient, and the
+        cross-entropy is zero without labels.
 
     Raises:
-        ValueError: a shape, temperature or chunk_size does not fit.
+        ValueError: a shape, divergence, beta, temperature, chunk_size or backend does not fit.
         RuntimeError: in a backward pass with create_graph=True.
     """
-    for side, hidden, weight in (
-        ("student", student_hidden, student_weight),
-        ("teacher", teacher_hidden, teacher_weight),
-    ):
-        if weight.dim() != 2 or hidden.dim() == 0 or weight.shape[1] != hidden.shape[-1]:
-            raise ValueError(
-                f"{side}_weight: expected shape (V, D) with the D of {side}_hidden {tuple(hidden.shape)}, "
-                f"got {tuple(weight.shape)}"
-            )
-    tokens = student_hidden.shape[:-1]
-    if teacher_hidden.shape[:-1] != tokens:
-        raise ValueError(f"teacher_hidden: expected shape (*{tuple(tokens)}, D_t), got {tuple(teacher_hidden.shape)}")
-    if mask is not None and mask.shape != tokens:
-        raise ValueError(f"mask: expected shape {tuple(tokens)}, got {tuple(mask.shape)}")
-    if not temperature > 0:
-        raise ValueError(f"temperature: expected a positive number, got {temperature}")
-    if chunk_size is None:
-        chunk_size = max(1, CHUNK_BYTES // (4 * min(student_weight.shape[0], teacher_weight.shape[0])))
-    elif chunk_size < 1:
-        raise ValueError(f"chunk_size: expected a positive integer, got {chunk_size}")
+    options = dict(divergence=divergence, beta=beta, temperature=temperature, mask=mask, labels=labels)
+    options.update(chunk_size=chunk_size)
+    tensors = (student_hidden, student_weight, teacher_hidden, teacher_weight)
+    check_arguments(*tensors, **options)
+    options.update(ce_weight=ce_weight)
+    dtypes = common_dtype(student_hidden, student_weight), common_dtype(teacher_hidden, teacher_weight)
+    if not use_triton(backend, student_hidden, _unsupported(tensors, dtypes)):
+        return kl_reference.linear_kl(*tensors, **options, return_parts=return_parts)
 
-    student_hidden = student_hidden.reshape(-1, student_hidden.shape[-1])
-    teacher_hidden = teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1])
-    if mask is not None:
-        # Drop masked tokens rather than weigh them by zero: it saves their work, and padding may hold NaN.
-        kept = mask.flatten().nonzero().squeeze(1)
-        student_hidden, teacher_hidden = student_hidden[kept], teacher_hidden[kept]
+    from .kl_triton import linear_kl as op
+
     grad = torch.is_grad_enabled()
-    return _LinearKL.apply(
-        student_hidden,
+    loss, parts, _, _ = op(
+        student_hidden.flatten(0, -2) if student_hidden.dim() > 1 else student_hidden[None],
         student_weight,
-        teacher_hidden,
+        teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1]),
         teacher_weight.detach(),
+        None if mask is None else mask.flatten() != 0,
+        None if labels is None else labels.flatten(),
+        *dtypes,
+        divergence,
+        beta,
         temperature,
-        chunk_size,
+        ce_weight,
+        chunk_size or 0,
         grad and student_hidden.requires_grad,
         grad and student_weight.requires_grad,
     )
+    return (loss, *parts.detach().unbind()) if return_parts else loss
 
 
-class _LinearKL(torch.autograd.Function):
-    """Mean KL over (M, D) hidden states; computes the gradients that are asked for in its forward pass."""
-
-    @staticmethod
-    def forward(ctx, s_hidden, s_weight, t_hidden, t_weight, temperature, chunk_size, hidden_grad, weight_grad):
-        vocab = min(len(s_weight), len(t_weight))
-        inputs = (s_hidden, s_weight, t_hidden, t_weight)
-        dtype = torch.float64 if any(t.dtype == torch.float64 for t in inputs) else torch.float32
-        total = s_hidden.new_zeros((), dtype=dtype)
-        d_hidden = torch.zeros_like(s_hidden) if hidden_grad else None
-        d_weight = torch.zeros_like(s_weight, dtype=dtype) if weight_grad else None
-        count = max(1, len(s_hidden))
-        s_hidden, s_weight = _common_dtype(s_hidden, s_weight[:vocab])
-        t_hidden, t_weight = _common_dtype(t_hidden, t_weight[:vocab])
-
-        with torch.autocast(s_hidden.device.type, enabled=False):
-            for start in range(0, len(s_hidden), chunk_size):
-                chunk = slice(start, start + chunk_size)
-                s_log = torch.log_softmax(_matmul(s_hidden[chunk], s_weight.mT, dtype).div_(temperature), -1)
-                t_log = torch.log_softmax(_matmul(t_hidden[chunk], t_weight.mT, dtype).div_(temperature), -1)
-                t_prob = t_log.exp()
-                total += t_log.sub_(s_log).mul_(t_prob).sum()
-                if hidden_grad or weight_grad:
-                    # The gradient is T (p_s - p_t) / count; the factor T / count is left to the backward pass, after
-                    # the products and the loss scale: here it could underflow in float16.
-                    d_logits = s_log.exp_().sub_(t_prob).to(s_hidden.dtype)
-                    if hidden_grad:
-                        d_hidden[chunk] = _matmul(d_logits, s_weight, dtype)
-                    if weight_grad:
-                        d_weight[:vocab] += _matmul(d_logits.mT, s_hidden[chunk], dtype)
-        ctx.save_for_backward(d_hidden, d_weight)
-        ctx.scale, ctx.weight_dtype = temperature / count, inputs[1].dtype
-        return total * (temperature**2 / count)
-
-    @staticmethod
-    def backward(ctx, d_loss):
-        # once_differentiable would not do: it raises only if d_loss requires grad, and else drops the second derivative
-        # without a word. Grad mode is on in here when the caller asked for create_graph.
-        if torch.is_grad_enabled():
-            raise RuntimeError("linear_kl: differentiable once only, so not with create_graph=True")
-        d_hidden, d_weight = ctx.saved_tensors
-        scale = d_loss * ctx.scale
-        if d_hidden is not None:
-            d_hidden = d_hidden * scale
-        if d_weight is not None:
-            d_weight = (d_weight * scale).to(ctx.weight_dtype)
-        return d_hidden, d_weight, None, None, None, None, None, None
-
-
-def _common_dtype(hidden, weight):
-    """Cast both as torch.autocast would: to its dtype where it is on, but never down from float64."""
-    dtype = torch.promote_types(hidden.dtype, weight.dtype)
-    device = hidden.device.type
-    if dtype != torch.float64 and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-    return hidden.to(dtype), weight.to(dtype)
-
-
-def _matmul(a, b, dtype):
-    """a @ b in float32 (or float64); CUDA keeps the float32 sum of half-precision operands, others round it once."""
-    if a.is_cuda and a.dtype in (torch.float16, torch.bfloat16):
-        return torch.mm(a, b, out_dtype=torch.float32).to(dtype)
-    return (a @ b).to(dtype)
+def _unsupported(tensors, dtypes):
+    """Why the Triton kernels cannot take these tensors, or None."""
+    for dtype, hidden in zip(dtypes, tensors[::2], strict=True):
+        if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+            return f"the kernels compute in float16, bfloat16 and float32, not {dtype}"
+        if hidden.shape[-1] * dtype.itemsize % 16:
+            return f"the kernels need hidden sizes that are multiples of 16 bytes, got {hidden.shape[-1]} in {dtype}"
+    if any(t.device != tensors[0].device for t in tensors):
+        return "the tensors are on different devices"
+    return None

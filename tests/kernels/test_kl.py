@@ -9,12 +9,36 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transpoint.kernels.kl import linear_kl
 
 
-def naive(student_hidden, student_weight, teacher_hidden, teacher_weight, temperature=1.0, mask=None):
+def naive(
+    student_hidden,
+    student_weight,
+    teacher_hidden,
+    teacher_weight,
+    divergence="forward",
+    beta=0.5,
+    temperature=1.0,
+    mask=None,
+    labels=None,
+    ce_weight=1.0,
+    return_parts=False,
+):
     vocab = min(len(student_weight), len(teacher_weight))
     s = torch.log_softmax(student_hidden @ student_weight[:vocab].T / temperature, -1)
-    t = torch.softmax(teacher_hidden @ teacher_weight[:vocab].T / temperature, -1)
-    kl = (t * (t.log() - s)).sum(-1) * temperature**2
-    return kl.mean() if mask is None else kl[mask.bool()].mean()
+    t = torch.log_softmax(teacher_hidden @ teacher_weight[:vocab].T / temperature, -1)
+    m = torch.log(beta * t.exp() + (1 - beta) * s.exp())
+
+    def kl(p, q):
+        return (p.exp() * (p - q)).sum(-1)
+
+    of_tokens = dict(forward=kl(t, s), reverse=kl(s, t), jsd=beta * kl(t, m) + (1 - beta) * kl(s, m))[divergence]
+    counts = torch.ones(of_tokens.shape, dtype=torch.bool) if mask is None else mask.bool()
+    value = of_tokens[counts].mean() * temperature**2
+    ce = torch.zeros((), dtype=value.dtype)
+    if labels is not None and (counts & (labels != -100)).any():
+        logits = student_hidden @ student_weight.T
+        ce = torch.nn.functional.cross_entropy(logits[counts], labels[counts].long())
+    loss = value + ce_weight * ce
+    return (loss, value, ce) if return_parts else loss
 
 
 def make(tokens=(2, 5), student_vocab=11, teacher_vocab=11, dtype=torch.float64):
@@ -64,6 +88,48 @@ def test_values_and_gradients(chunk_size, temperature, vocabularies):
     assert_equals_naive(make((2, 5), *vocabularies), chunk_size=chunk_size, temperature=temperature)
 
 
+@pytest.mark.parametrize("chunk_size", [3, None])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("vocabularies", [(11, 11), (11, 9), (9, 13)])
+@pytest.mark.parametrize(("divergence", "beta"), [("forward", 0.5), ("reverse", 0.5), ("jsd", 0.5), ("jsd", 0.1)])
+def test_divergences_and_cross_entropy(divergence, beta, vocabularies, temperature, chunk_size):
+    options = dict(divergence=divergence, beta=beta, temperature=temperature, chunk_size=chunk_size)
+    args = make((2, 5), *vocabularies)
+    assert_equals_naive(args, **options)
+    options.update(labels=torch.arange(10).view(2, 5) % vocabularies[0], ce_weight=0.3)
+    options["labels"][0, 1:3] = -100
+    assert_equals_naive(args, **options)
+    assert_equals_naive(args, **options, mask=torch.tensor([[1, 1, 0, 1, 1], [0, 0, 0, 1, 0]]))
+    parts = linear_kl(**args, **options, return_parts=True)
+    del options["chunk_size"]
+    for got, want in zip(parts, naive(**args, **options, return_parts=True), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+    assert parts[0].requires_grad and not parts[1].requires_grad and not parts[2].requires_grad
+
+
+def test_labels_that_do_not_count():
+    args = make()
+    want = linear_kl(**args)
+    ignored = torch.full((2, 5), -100)
+    loss, divergence, cross_entropy = linear_kl(**args, labels=ignored, return_parts=True)
+    assert loss == divergence == want and cross_entropy == 0
+    for g, w in zip(student_gradients(loss, args), student_gradients(want, args), strict=True):
+        torch.testing.assert_close(g, w)
+    for wrong in (-1, 11, 10**6):
+        assert linear_kl(**args, labels=ignored.clone().fill_(wrong)).isnan()
+
+
+def test_jsd_is_symmetric_and_bounded():
+    args = make()
+    swapped = {
+        k.replace("student", "x").replace("teacher", "student").replace("x", "teacher"): v for k, v in args.items()
+    }
+    for beta in (0.1, 0.5, 0.8):
+        value = linear_kl(**args, divergence="jsd", beta=beta)
+        torch.testing.assert_close(value, linear_kl(**swapped, divergence="jsd", beta=1 - beta))
+        assert 0 < value < -(beta * math.log(beta) + (1 - beta) * math.log(1 - beta))
+
+
 @pytest.mark.parametrize("tokens", [(), (1,), (7,), (2, 3, 2)])
 def test_any_leading_dimensions(tokens):
     assert_equals_naive(make(tokens), chunk_size=4)
@@ -104,12 +170,13 @@ def test_equal_models_have_no_divergence():
     assert linear_kl(hidden, weight, hidden, -weight) > 0.1
 
 
-def test_extreme_logits_stay_finite():
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
+def test_extreme_logits_stay_finite(divergence):
     args = {k: v.detach() * 200 for k, v in make(dtype=torch.float32).items()}
     args["student_hidden"].requires_grad_()
     args["student_weight"].requires_grad_()
-    loss = linear_kl(**args)
-    assert loss.isfinite() and loss > 1000
+    loss = linear_kl(**args, divergence=divergence)
+    assert loss.isfinite() and (0.3 < loss <= math.log(2) if divergence == "jsd" else loss > 1000)
     assert all(g.isfinite().all() for g in student_gradients(loss, args))
 
 
@@ -218,6 +285,11 @@ def test_weight_gradient_of_half_precision_is_summed_in_float32():
             dict(teacher_hidden=torch.zeros(2, 4, 6)),
             r"^teacher_hidden: expected shape \(\*\(2, 5\), D_t\), got \(2, 4, 6\)",
         ),
+        (dict(labels=torch.zeros(5, dtype=torch.long)), r"^labels: expected shape \(2, 5\), got \(5,\)$"),
+        (dict(labels=torch.zeros(2, 5)), r"^labels: expected integers, got torch.float32$"),
+        (dict(divergence="kl"), r'^divergence: expected "forward", "reverse" or "jsd", got \'kl\'$'),
+        (dict(divergence="jsd", beta=1.0), r"^beta: expected a number between 0 and 1, got 1.0$"),
+        (dict(backend="cuda"), r'^backend: expected "auto", "triton" or "torch", got \'cuda\'$'),
         (dict(mask=torch.ones(5)), r"^mask: expected shape \(2, 5\), got \(5,\)$"),
         (dict(temperature=0.0), r"^temperature: expected a positive number, got 0.0$"),
         (dict(chunk_size=0), r"^chunk_size: expected a positive integer, got 0$"),

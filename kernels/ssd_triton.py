@@ -1,0 +1,924 @@
+"""Triton kernels of the Mamba-2 scan, forward and backward, registered as torch custom ops.
+
+With chunks of Q tokens, b_t the sum of the log decays from the start of t's chunk to t, S the state that enters a chunk
+and G the gradient of the state that leaves it (Dao and Gu 2024, arXiv 2405.21060, section 6; differentiated by hand):
+
+    M_ts = C_t.B_s dt_s exp(b_t - b_s)  (s <= t)
+    y    = M x + exp(b) C S^T                            S' = exp(b_Q) S + x^T (exp(b_Q - b) dt B)
+    dx   = M^T dy + exp(b_Q - b) dt B G^T                G' = exp(b_Q) G + dy^T (exp(b) C)
+    dC   = (dy x^T * decays) B + exp(b) dy S             dB = (dy x^T * decays)^T C + exp(b_Q - b) dt x G
+
+The forward pass walks over the chunks with the state in registers and, for training, leaves S of every chunk. The
+backward pass walks back and leaves G of every chunk; then the chunks are independent, and one program takes one chunk
+for all the heads that share an operand, whose gradients it sums in registers.
+
+    _steps_kernel       step sizes and decays, for all that follow
+    _state_kernel       a walk that only finds states: S, G, or what a segment adds to them
+    _forward_kernel     the walk that finds outputs
+    _backward_kernel    all gradients of a chunk
+    where heads have one B and C between them (the usual Mamba-2), so that their scores C.B are computed once a chunk:
+    _output_kernel      outputs of a chunk from S, in training
+    _entering_kernel    what S gives dC; _leaving_kernel: what G gives dx and dB; _within_kernel: the rest, inside a
+                        chunk (one kernel for all three has too few registers)
+
+Where batch and heads are too few to fill the GPU, walks are cut into segments: a first _state_kernel finds what each
+segment adds to the state, and every walk starts by summing those before its own.
+
+Exponents are in base 2, and differences are taken before the exponential: they are <= 0, so nothing overflows.
+A program must not spill registers: what it spills goes to the L1 cache, of which its tiles leave little.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .backend import sm_count
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Launch parameters
+
+
+def chunk_length(state: int, dtype: torch.dtype, chunk_size: int | None) -> int:
+    """Tokens per chunk: a power of two from 16 to 128, at most chunk_size if that is given."""
+    if chunk_size is None:
+        chunk_size = 32 if state > 128 and dtype == torch.float32 else 64  # what shared memory holds
+    return min(128, max(16, 2 ** int(math.log2(chunk_size))))
+
+
+def part_size(P: int, N: int) -> int:
+    """The most rows of a state that the kernels handle at a time: registers hold a state of 8192 numbers."""
+    return 64 if N <= 128 else 32
+
+
+def config(kernel: str, N: int) -> dict:
+    """Warps and pipeline stages of a kernel: the fastest without register spills to speak of, on an H200."""
+    stages = {"forward": 3 if N <= 64 else 2, "backward": 2}
+    return {"num_warps": 4, "num_stages": stages.get(kernel, 3)}
+
+
+def _segments(programs: int, chunks: int, device: torch.device) -> int:
+    """Into how many parts to cut a walk over `chunks` chunks, when uncut walks would make `programs` programs."""
+    return max(1, min(2 * sm_count(device) // programs, chunks // 4))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kernels
+
+
+@triton.jit
+def softplus(x):
+    # log(1 + u) loses u's low bits where u is small; (1 + u) - 1 is what is left of u, and puts them back.
+    u = tl.exp(-tl.abs(x))
+    w = 1.0 + u
+    log1p = tl.where(w == 1.0, u, tl.log(w) * (u / tl.where(w == 1.0, 1.0, w - 1.0)))
+    return tl.maximum(x, 0.0) + log1p
+
+
+@triton.jit
+def _steps_kernel(
+    dt, dt_bias, A, seq_idx, steps, documents,
+    dt_sb, dt_sl, dt_sh, seq_sb, seq_sl, L, H, chunks,
+    SOFTPLUS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SEQ: tl.constexpr, Q: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """Pairs (B, H, chunks * Q, 2) of step size and summed log2 decay in the chunk; and changes of document in it."""
+    pid = tl.program_id(0)
+    b, c = (pid // chunks).to(tl.int64), (pid % chunks).to(tl.int64)
+    t = c * Q + tl.arange(0, Q)
+    h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    mask = (t < L)[:, None] & (h < H)[None, :]
+    value = tl.load(dt + b * dt_sb + t[:, None] * dt_sl + h[None, :] * dt_sh, mask=mask, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        value += tl.load(dt_bias + h, mask=h < H, other=0.0).to(tl.float32)[None, :]
+    if SOFTPLUS:
+        value = softplus(value)
+    value = tl.where(mask, value, 0.0)  # tokens past the end add nothing and decay nothing
+    rate = tl.load(A + h, mask=h < H, other=0.0).to(tl.float32) * LOG2E
+    place = ((b * H + h[None, :]) * chunks * Q + t[:, None]) * 2
+    tl.store(steps + place, value, mask=(h < H)[None, :])
+    tl.store(steps + place + 1, tl.cumsum(value * rate[None, :], 0), mask=(h < H)[None, :])
+    if HAS_SEQ:
+        if tl.program_id(1) == 0:
+            inside = (t < L) & (t > 0)
+            here = tl.load(seq_idx + b * seq_sb + t * seq_sl, mask=inside, other=0)
+            before = tl.load(seq_idx + b * seq_sb + (t - 1) * seq_sl, mask=inside, other=0)
+            tl.store(documents + b * chunks * Q + t, tl.cumsum((here != before).to(tl.int32), 0))
+
+
+@triton.jit
+def _load_steps(steps, Q: tl.constexpr):
+    """Step sizes and decays of a chunk, and the decay at its end."""
+    # In one tile: two small ones would be loaded anew in every layout they are used in, at many registers each.
+    pairs = tl.load(steps + 2 * tl.arange(0, Q)[:, None] + tl.arange(0, 2)[None, :])
+    step, decay = tl.split(pairs)
+    return step, decay, tl.load(steps + 2 * Q - 1)
+
+
+@triton.jit
+def _state_before(state, totals, total_decays, pid, rank, segments, at, mask, BLOCK: tl.constexpr):
+    """The state entering a segment: those before it, each decayed by the later ones."""
+    for j in range(rank):
+        state = state * tl.load(total_decays + pid * segments + j)
+        state += tl.load(totals + (pid * segments + j) * BLOCK + at, mask=mask, other=0.0)
+    return state
+
+
+@triton.jit
+def _state_kernel(
+    u, v, steps, documents, initial, final, states, totals, total_decays,
+    u_sb, u_sl, u_sh, v_sb, v_sl, v_sh, L, H, chunks, segments, per_segment,
+    SU: tl.constexpr, SV: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr,
+    REVERSE: tl.constexpr, TOTALS: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_FINAL: tl.constexpr,
+    STATES: tl.constexpr, HAS_SEQ: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Walk the chunks of one segment, state += u^T (weights * v), forward or back.
+
+    Forward: u = x, v = B, and state is S. In reverse: u = dy, v = C, and state is G. TOTALS: start from zero and leave
+    what the segment adds; else start from what comes before it and leave the state before every chunk (STATES) and the
+    last one (HAS_FINAL).
+    """
+    pid = tl.program_id(0).to(tl.int64)  # b, h
+    rank = tl.program_id(1)  # segments in the order of the walk
+    b, h = pid // H, pid % H
+    q = tl.arange(0, Q)
+    p, n = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
+    p_ok, n_ok = p < P, n < N
+    at = p[:, None] * N + n[None, :]
+    ok = p_ok[:, None] & n_ok[None, :]
+    u += b * u_sb + (h // SU) * u_sh
+    v += b * v_sb + (h // SV) * v_sh
+    steps += pid * chunks * Q * 2
+    documents += b * chunks * Q
+
+    state = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
+    carried = 1.0
+    if not TOTALS:
+        if HAS_INITIAL:
+            state = tl.load(initial + pid * P * N + at, mask=ok, other=0.0).to(tl.float32)
+        state = _state_before(state, totals, total_decays, pid, rank, segments, at, ok, P * N)
+    first = rank * per_segment
+    last = tl.minimum(first + per_segment, chunks)
+    for i in range(first, last):
+        c = tl.cast(chunks - 1 - i if REVERSE else i, tl.int64)
+        if STATES:
+            place = states + ((b * chunks + c) * H + h) * P * N
+            tl.store(place + at, state.to(states.dtype.element_ty), mask=ok)
+        t = c * Q + q
+        u_ = tl.load(u + t[:, None] * u_sl + p[None, :], mask=(t < L)[:, None] & p_ok[None, :], other=0.0)
+        v_ = tl.load(v + t[:, None] * v_sl + n[None, :], mask=(t < L)[:, None] & n_ok[None, :], other=0.0)
+        step, decay, end = _load_steps(steps + c * Q * 2, Q)
+        carry = tl.exp2(end)
+        if REVERSE:
+            weight = tl.exp2(decay)
+        else:
+            weight = tl.exp2(end - decay) * step
+        if HAS_SEQ:
+            document = tl.load(documents + t)
+            changes = tl.load(documents + c * Q + Q - 1)
+            weight = tl.where(document == (0 if REVERSE else changes), weight, 0.0)
+            carry = tl.where(changes == 0, carry, 0.0)
+        if BLOCK_P <= BLOCK_N:
+            u_ = (u_ * weight[:, None]).to(u_.dtype)
+        else:
+            v_ = (v_ * weight[:, None]).to(u_.dtype)
+        state = tl.dot(tl.trans(u_), v_, state * carry, input_precision=PRECISION)
+        carried *= carry
+    if TOTALS:
+        tl.store(totals + (pid * segments + rank) * P * N + at, state, mask=ok)
+        tl.store(total_decays + pid * segments + rank, carried)
+    elif HAS_FINAL:
+        if rank == segments - 1:
+            tl.store(final + pid * P * N + at, state, mask=ok)
+
+
+@triton.jit
+def _forward_kernel(
+    x, B, C, D, z, steps, documents, initial, totals, total_decays, out, y, final, states,
+    x_sb, x_sl, x_sh, B_sb, B_sl, B_sh, C_sb, C_sl, C_sh, z_sb, z_sl, z_sh, L, H, chunks, segments, per_segment,
+    SX: tl.constexpr, SB: tl.constexpr, SC: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr,
+    HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_SEQ: tl.constexpr, HAS_INITIAL: tl.constexpr,
+    HAS_FINAL: tl.constexpr, STATES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The outputs of one segment: walk its chunks with the state in registers."""
+    pid = tl.program_id(0).to(tl.int64)  # b, h
+    rank = tl.program_id(1)
+    b, h = pid // H, pid % H
+    q = tl.arange(0, Q)
+    p, n = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
+    p_ok, n_ok = p < P, n < N
+    at = p[:, None] * N + n[None, :]
+    ok = p_ok[:, None] & n_ok[None, :]
+    causal = q[:, None] >= q[None, :]
+    x += b * x_sb + (h // SX) * x_sh
+    B += b * B_sb + (h // SB) * B_sh
+    C += b * C_sb + (h // SC) * C_sh
+    if HAS_Z:
+        z += b * z_sb + h * z_sh
+    out += (b * L * H + h) * P
+    y += (b * L * H + h) * P
+    steps += pid * chunks * Q * 2
+    documents += b * chunks * Q
+    if HAS_D:
+        skip = tl.load(D + h).to(tl.float32)
+
+    state = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
+    if HAS_INITIAL:
+        state = tl.load(initial + pid * P * N + at, mask=ok, other=0.0).to(tl.float32)
+    state = _state_before(state, totals, total_decays, pid, rank, segments, at, ok, P * N)
+    first = rank * per_segment
+    last = tl.minimum(first + per_segment, chunks)
+    for i in range(first, last):
+        c = tl.cast(i, tl.int64)
+        t = c * Q + q
+        t_ok = t < L
+        x_ = tl.load(x + t[:, None] * x_sl + p[None, :], mask=t_ok[:, None] & p_ok[None, :], other=0.0)
+        B_ = tl.load(B + t[:, None] * B_sl + n[None, :], mask=t_ok[:, None] & n_ok[None, :], other=0.0)
+        C_ = tl.load(C + t[:, None] * C_sl + n[None, :], mask=t_ok[:, None] & n_ok[None, :], other=0.0)
+        step, decay, end = _load_steps(steps + c * Q * 2, Q)
+        visible = causal
+        from_start = tl.exp2(decay)
+        to_end = tl.exp2(end - decay) * step
+        carry = tl.exp2(end)
+        if HAS_SEQ:
+            document = tl.load(documents + t)
+            changes = tl.load(documents + c * Q + Q - 1)
+            visible = visible & (document[:, None] == document[None, :])
+            from_start = tl.where(document == 0, from_start, 0.0)
+            to_end = tl.where(document == changes, to_end, 0.0)
+            carry = tl.where(changes == 0, carry, 0.0)
+
+        entering = state.to(x_.dtype)
+        if STATES:
+            tl.store(states + ((b * chunks + c) * H + h) * P * N + at, entering, mask=ok)
+        mix = tl.dot(C_, tl.trans(B_), input_precision=PRECISION)
+        mix *= tl.exp2(tl.where(visible, decay[:, None] - decay[None, :], -float("inf"))) * step[None, :]
+        if HAS_D:
+            mix += tl.where(q[:, None] == q[None, :], skip, 0.0)
+        y_ = tl.dot(C_, tl.trans(entering), input_precision=PRECISION) * from_start[:, None]
+        y_ = tl.dot(mix.to(x_.dtype), x_, y_, input_precision=PRECISION)
+        place = t[:, None] * (H * P) + p[None, :]
+        y_ok = t_ok[:, None] & p_ok[None, :]
+        if HAS_Z:
+            z_ = tl.load(z + t[:, None] * z_sl + p[None, :], mask=y_ok, other=0.0).to(tl.float32)
+            if STATES:
+                tl.store(y + place, y_.to(y.dtype.element_ty), mask=y_ok)
+            y_ = y_ * (z_ / (1.0 + tl.exp(-z_)))
+        tl.store(out + place, y_.to(out.dtype.element_ty), mask=y_ok)
+        if BLOCK_P <= BLOCK_N:
+            keys = tl.trans((x_ * to_end[:, None]).to(x_.dtype))
+            state = tl.dot(keys, B_, state * carry, input_precision=PRECISION)
+        else:
+            keys = (B_ * to_end[:, None]).to(x_.dtype)
+            state = tl.dot(tl.trans(x_), keys, state * carry, input_precision=PRECISION)
+    if HAS_FINAL:
+        if rank == segments - 1:
+            tl.store(final + pid * P * N + at, state, mask=ok)
+
+
+@triton.jit
+def _raw_step_gradient(d_step, dt, dt_bias, h, t_ok, SOFTPLUS: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """Through the softplus and the bias of the step sizes; dt points to those of head h."""
+    if SOFTPLUS:
+        raw = tl.load(dt, mask=t_ok, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            raw += tl.load(dt_bias + h).to(tl.float32)
+        d_step = d_step / (1.0 + tl.exp(-raw))
+    return tl.where(t_ok, d_step, 0.0)
+
+
+@triton.jit
+def _output_kernel(
+    x, B, C, D, z, steps, documents, states, out, y,
+    x_sb, x_sl, x_sh, B_sb, B_sl, B_sh, C_sb, C_sl, C_sh, z_sb, z_sl, z_sh, L, H, chunks,
+    HEADS: tl.constexpr, SX: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, HAS_D: tl.constexpr,
+    HAS_Z: tl.constexpr, HAS_SEQ: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The outputs of one chunk, from the states that enter it, for HEADS heads of one B and C (so one score tile)."""
+    units = H // HEADS
+    pid = tl.program_id(0)
+    unit = pid % units
+    b, c = (pid // units // chunks).to(tl.int64), (pid // units % chunks).to(tl.int64)
+    p, n = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
+    p_ok, n_ok = p < P, n < N
+    at = p[:, None] * N + n[None, :]
+    at_ok = p_ok[:, None] & n_ok[None, :]
+    q = tl.arange(0, Q)
+    t = c * Q + q
+    xp_ok, bn_ok = (t < L)[:, None] & p_ok[None, :], (t < L)[:, None] & n_ok[None, :]
+    visible = q[:, None] >= q[None, :]
+    if HAS_SEQ:
+        document = tl.load(documents + b * chunks * Q + t)
+        visible = visible & (document[:, None] == document[None, :])
+    B_ = tl.load(B + b * B_sb + unit * B_sh + t[:, None] * B_sl + n[None, :], mask=bn_ok, other=0.0)
+    C_ = tl.load(C + b * C_sb + unit * C_sh + t[:, None] * C_sl + n[None, :], mask=bn_ok, other=0.0)
+    scores = tl.dot(C_, tl.trans(B_), input_precision=PRECISION)
+    for i in range(HEADS):
+        h = tl.cast(unit * HEADS + i, tl.int64)
+        x_ = tl.load(x + b * x_sb + (h // SX) * x_sh + t[:, None] * x_sl + p[None, :], mask=xp_ok, other=0.0)
+        state = tl.load(states + ((b * chunks + c) * H + h) * P * N + at, mask=at_ok, other=0.0)
+        step, decay, _ = _load_steps(steps + ((b * H + h) * chunks + c) * Q * 2, Q)
+        from_start = tl.exp2(decay)
+        if HAS_SEQ:
+            from_start = tl.where(document == 0, from_start, 0.0)
+        y_ = tl.dot(C_, tl.trans(state), input_precision=PRECISION) * from_start[:, None]
+        mix = scores * tl.exp2(tl.where(visible, decay[:, None] - decay[None, :], -float("inf"))) * step[None, :]
+        if HAS_D:
+            mix += tl.where(q[:, None] == q[None, :], tl.load(D + h).to(tl.float32), 0.0)
+        y_ = tl.dot(mix.to(x_.dtype), x_, y_, input_precision=PRECISION)
+        place = ((b * L + t[:, None]) * H + h) * P + p[None, :]
+        if HAS_Z:
+            tl.store(y + place, y_.to(y.dtype.element_ty), mask=xp_ok)
+            z_at = z + b * z_sb + h * z_sh + t[:, None] * z_sl + p[None, :]
+            z_ = tl.load(z_at, mask=xp_ok, other=0.0).to(tl.float32)
+            y_ = y_ * (z_ / (1.0 + tl.exp(-z_)))
+        tl.store(out + place, y_.to(out.dtype.element_ty), mask=xp_ok)
+
+
+@triton.jit
+def _before_and_after(before, after, SCAN: tl.constexpr, Q: tl.constexpr):
+    """For every token j of a chunk, the sum of before[s] over s < j and of after[t] over t >= j."""
+    if SCAN:
+        return tl.cumsum(after, 0, reverse=True) + tl.cumsum(before, 0) - before
+    # No barriers, but more registers: faster outside of loops.
+    q = tl.arange(0, Q)
+    return tl.sum(tl.where(q[:, None] <= q[None, :], after[None, :], before[None, :]), 1)
+
+
+@triton.jit
+def _entering_kernel(
+    C, dy, steps, documents, states, adjoints, dC, d_decays, passing,
+    C_sb, C_sl, C_sh, dy_sb, dy_sl, dy_sh, L, H, chunks,
+    HEADS: tl.constexpr, STAGES: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, HAS_SEQ: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What the state entering a chunk gives dC and the summed log decays; and, if it leaves again, all log decays."""
+    units = H // HEADS
+    pid = tl.program_id(0)
+    unit = pid % units
+    b, c = (pid // units // chunks).to(tl.int64), (pid // units % chunks).to(tl.int64)
+    p, n = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
+    p_ok, n_ok = p < P, n < N
+    at = p[:, None] * N + n[None, :]
+    at_ok = p_ok[:, None] & n_ok[None, :]
+    q = tl.arange(0, Q)
+    t = c * Q + q
+    yp_ok, cn_ok = (t < L)[:, None] & p_ok[None, :], (t < L)[:, None] & n_ok[None, :]
+    C_ = tl.load(C + b * C_sb + unit * C_sh + t[:, None] * C_sl + n[None, :], mask=cn_ok, other=0.0)
+    dC_ = tl.zeros((Q, BLOCK_N), tl.float32)
+    for i in tl.range(0, HEADS, num_stages=STAGES):  # named here: for all loads, not only those of products
+        h = tl.cast(unit * HEADS + i, tl.int64)
+        dy_ = tl.load(dy + b * dy_sb + h * dy_sh + t[:, None] * dy_sl + p[None, :], mask=yp_ok, other=0.0)
+        place = ((b * chunks + c) * H + h) * P * N
+        state = tl.load(states + place + at, mask=at_ok, other=0.0)
+        adjoint = tl.load(adjoints + place + at, mask=at_ok, other=0.0)
+        passed = tl.sum(tl.sum(state.to(tl.float32) * adjoint.to(tl.float32), 1), 0)
+        row = ((b * H + h) * chunks + c) * Q
+        _, decay, end = _load_steps(steps + row * 2, Q)
+        from_start = tl.exp2(decay)
+        passed *= tl.exp2(end)
+        if HAS_SEQ:
+            from_start = tl.where(tl.load(documents + b * chunks * Q + t) == 0, from_start, 0.0)
+            passed = tl.where(tl.load(documents + b * chunks * Q + c * Q + Q - 1) == 0, passed, 0.0)
+        tl.store(passing + (b * H + h) * chunks + c, passed)
+        y = tl.dot(C_, tl.trans(state), input_precision=PRECISION)
+        tl.store(d_decays + row + q, tl.sum(y * dy_, 1) * from_start)
+        dC_ = tl.dot((dy_ * from_start[:, None]).to(dy_.dtype), state, dC_, input_precision=PRECISION)
+    tl.store(dC + ((b * L + t[:, None]) * units + unit) * N + n[None, :], dC_.to(dC.dtype.element_ty), mask=cn_ok)
+
+
+@triton.jit
+def _leaving_kernel(
+    x, B, steps, documents, adjoints, passing, dx, dB, d_steps, x_sb, x_sl, x_sh, B_sb, B_sl, B_sh, L, H, chunks,
+    HEADS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, HAS_SEQ: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What the state leaving a chunk gives dx, dB and (pairs, d_steps) steps and log decays; HEADS heads of one B."""
+    units = H // HEADS
+    pid = tl.program_id(0)
+    unit = pid % units
+    b, c = (pid // units // chunks).to(tl.int64), (pid // units % chunks).to(tl.int64)
+    p, n = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
+    p_ok, n_ok = p < P, n < N
+    at = p[:, None] * N + n[None, :]
+    at_ok = p_ok[:, None] & n_ok[None, :]
+    q = tl.arange(0, Q)
+    t = c * Q + q
+    xp_ok, bn_ok = (t < L)[:, None] & p_ok[None, :], (t < L)[:, None] & n_ok[None, :]
+    B_ = tl.load(B + b * B_sb + unit * B_sh + t[:, None] * B_sl + n[None, :], mask=bn_ok, other=0.0)
+    dB_ = tl.zeros((Q, BLOCK_N), tl.float32)
+    for i in range(HEADS):
+        h = tl.cast(unit * HEADS + i, tl.int64)
+        place = ((b * chunks + c) * H + h) * P * N
+        adjoint = tl.load(adjoints + place + at, mask=at_ok, other=0.0)
+        x_ = tl.load(x + b * x_sb + h * x_sh + t[:, None] * x_sl + p[None, :], mask=xp_ok, other=0.0)
+        row = ((b * H + h) * chunks + c) * Q
+        step, decay, end = _load_steps(steps + row * 2, Q)
+        to_end = tl.exp2(end - decay)
+        if HAS_SEQ:
+            changes = tl.load(documents + b * chunks * Q + c * Q + Q - 1)
+            to_end = tl.where(tl.load(documents + b * chunks * Q + t) == changes, to_end, 0.0)
+        dx_ = tl.dot(B_, tl.trans(adjoint), input_precision=PRECISION) * to_end[:, None]
+        d_step = tl.sum(dx_ * x_, 1)
+        dx_at = dx + ((b * L + t[:, None]) * H + h) * P + p[None, :]
+        tl.store(dx_at, (dx_ * step[:, None]).to(dx.dtype.element_ty), mask=xp_ok)
+        dB_ = tl.dot((x_ * (to_end * step)[:, None]).to(x_.dtype), adjoint, dB_, input_precision=PRECISION)
+        # The log decay of a token acts on the keys before it, on their way to the end, and on the passing state.
+        keys = d_step * step
+        d_log = tl.cumsum(keys, 0) - keys + tl.load(passing + (b * H + h) * chunks + c)
+        tl.store(d_steps + (row + q[:, None]) * 2 + tl.arange(0, 2)[None, :], tl.join(d_step, d_log))
+    tl.store(dB + ((b * L + t[:, None]) * units + unit) * N + n[None, :], dB_.to(dB.dtype.element_ty), mask=bn_ok)
+
+
+@triton.jit
+def _within_kernel(
+    x, B, C, D, dy, dt, dt_bias, A, steps, documents, d_steps, d_decays, dx, dB, dC, ddt, d_heads,
+    x_sb, x_sl, x_sh, B_sb, B_sl, B_sh, C_sb, C_sl, C_sh, dy_sb, dy_sl, dy_sh, dt_sb, dt_sl, dt_sh,
+    L, H, chunks, d_plane,
+    HEADS: tl.constexpr, STAGES: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, HAS_D: tl.constexpr,
+    HAS_SEQ: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add what passes inside a chunk to what the two kernels before left, for HEADS heads of one B and C."""
+    units = H // HEADS
+    pid = tl.program_id(0)
+    unit = pid % units
+    b, c = (pid // units // chunks).to(tl.int64), (pid // units % chunks).to(tl.int64)
+    q = tl.arange(0, Q)
+    p, n = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
+    t = c * Q + q
+    t_ok = t < L
+    xp_ok, bn_ok = t_ok[:, None] & (p < P)[None, :], t_ok[:, None] & (n < N)[None, :]
+    visible = q[:, None] <= q[None, :]
+    dtype = x.dtype.element_ty
+    if HAS_SEQ:
+        document = tl.load(documents + b * chunks * Q + t)
+        visible = visible & (document[:, None] == document[None, :])
+    B_ = tl.load(B + b * B_sb + unit * B_sh + t[:, None] * B_sl + n[None, :], mask=bn_ok, other=0.0)
+    C_ = tl.load(C + b * C_sb + unit * C_sh + t[:, None] * C_sl + n[None, :], mask=bn_ok, other=0.0)
+    scores = tl.dot(B_, tl.trans(C_), input_precision=PRECISION)
+    own_scores = tl.sum(tl.where(q[:, None] == q[None, :], scores, 0.0), 1)
+    d_scores = tl.zeros((Q, Q), tl.float32)
+    for i in tl.range(0, HEADS, num_stages=STAGES):
+        h = tl.cast(unit * HEADS + i, tl.int64)
+        x_ = tl.load(x + b * x_sb + h * x_sh + t[:, None] * x_sl + p[None, :], mask=xp_ok, other=0.0)
+        dy_ = tl.load(dy + b * dy_sb + h * dy_sh + t[:, None] * dy_sl + p[None, :], mask=xp_ok, other=0.0)
+        dx_at = dx + ((b * L + t[:, None]) * H + h) * P + p[None, :]
+        dx_ = tl.load(dx_at, mask=xp_ok, other=0.0).to(tl.float32)
+        row = ((b * H + h) * chunks + c) * Q
+        step, decay, _ = _load_steps(steps + row * 2, Q)
+        d_step_across, d_log_across, _ = _load_steps(d_steps + row * 2, Q)
+        skip = 0.0
+        if HAS_D:
+            skip = tl.load(D + h).to(tl.float32)
+        mix, d_mix, d_step, d_decay, d_skip = _pairs(
+            x_, dy_, scores, own_scores, step, decay, visible, skip, Q, PRECISION
+        )
+        d_scores += d_mix
+        dx_ = tl.dot(mix, dy_, dx_, input_precision=PRECISION)
+        tl.store(dx_at, dx_.to(dtype), mask=xp_ok)
+        d_log = tl.cumsum(d_decay + tl.load(d_decays + row + q), 0, reverse=True) + d_log_across
+        d_step += d_step_across + tl.load(A + h).to(tl.float32) * d_log
+        raw = dt + b * dt_sb + t * dt_sl + h * dt_sh
+        d_step = _raw_step_gradient(d_step, raw, dt_bias, h, t_ok, SOFTPLUS, HAS_BIAS)
+        tl.store(ddt + (b * L + t) * H + h, d_step.to(ddt.dtype.element_ty), mask=t_ok)
+        # Sums over a chunk would cost barriers here.
+        tl.store(d_heads + row + q, step * d_log)
+        tl.store(d_heads + d_plane + row + q, d_step)
+        if HAS_D:
+            tl.store(d_heads + 2 * d_plane + row + q, d_skip)
+    place = ((b * L + t[:, None]) * units + unit) * N + n[None, :]
+    d_scores_ = d_scores.to(dtype)
+    dB_ = tl.load(dB + place, mask=bn_ok, other=0.0).to(tl.float32)
+    dB_ = tl.dot(d_scores_, C_, dB_, input_precision=PRECISION)
+    tl.store(dB + place, dB_.to(dtype), mask=bn_ok)
+    dC_ = tl.load(dC + place, mask=bn_ok, other=0.0).to(tl.float32)
+    dC_ = tl.dot(tl.trans(d_scores_), B_, dC_, input_precision=PRECISION)
+    tl.store(dC + place, dC_.to(dtype), mask=bn_ok)
+
+
+@triton.jit
+def _pairs(x, dy, scores, own_scores, step, decay, visible, skip, Q: tl.constexpr, PRECISION: tl.constexpr):
+    """What passes between pairs of tokens of a chunk, in tiles [s, t]; scores[s, t] = B_s.C_t, own_scores its diagonal.
+
+    Returns the mixing matrix, with the skip weight on its diagonal, in x's dtype; the gradients of the scores, of the
+    step sizes (direct), of the summed log decays, and, token by token, of the skip weight.
+    """
+    itself = tl.arange(0, Q)[:, None] == tl.arange(0, Q)[None, :]
+    d_mix = tl.dot(x, tl.trans(dy), input_precision=PRECISION)
+    d_skip = tl.sum(tl.where(itself, d_mix, 0.0), 1)
+    between = tl.exp2(tl.where(visible, decay[None, :] - decay[:, None], -float("inf")))
+    mix = (scores * (between * step[:, None]) + tl.where(itself, skip, 0.0)).to(x.dtype)
+    d_mix *= between
+    # A token's own pair does not depend on any decay: left out of these sums, its rounding stays out of them too.
+    each = tl.where(itself, 0.0, d_mix * scores)
+    d_step = tl.sum(each, 1)
+    d_decay = tl.sum(each * step[:, None], 0) - d_step * step
+    return mix, d_mix * step[:, None], d_step + d_skip * own_scores, d_decay, d_skip
+
+
+@triton.jit
+def _backward_kernel(
+    x, B, C, D, dy, dt, dt_bias, A, steps, documents, states, adjoints, dx, dB, dC, ddt, d_heads,
+    x_sb, x_sl, x_sh, B_sb, B_sl, B_sh, C_sb, C_sl, C_sh, dy_sb, dy_sl, dy_sh, dt_sb, dt_sl, dt_sh,
+    L, H, chunks, d_plane,
+    SX: tl.constexpr, SB: tl.constexpr, SC: tl.constexpr, HEADS: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+    Q: tl.constexpr, HAS_D: tl.constexpr, HAS_SEQ: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SOFTPLUS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """All gradients of one chunk, for HEADS neighbouring heads, among which every shared operand is shared.
+
+    Tiles over pairs of tokens are transposed, [s, t], so that most products take them as they come out of the last one.
+    The order of the work keeps few tiles alive at a time; what is left of 255 registers a thread is little.
+    """
+    units = H // HEADS
+    pid = tl.program_id(0)
+    unit = pid % units
+    b, c = (pid // units // chunks).to(tl.int64), (pid // units % chunks).to(tl.int64)
+    q = tl.arange(0, Q)
+    p, n = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
+    p_ok, n_ok = p < P, n < N
+    at = p[:, None] * N + n[None, :]
+    at_ok = p_ok[:, None] & n_ok[None, :]
+    t = c * Q + q
+    t_ok = t < L
+    xp_ok, bn_ok = t_ok[:, None] & p_ok[None, :], t_ok[:, None] & n_ok[None, :]
+    visible = q[:, None] <= q[None, :]
+    dtype = x.dtype.element_ty
+    if HAS_SEQ:
+        document = tl.load(documents + b * chunks * Q + t)
+        changes = tl.load(documents + b * chunks * Q + c * Q + Q - 1)
+        visible = visible & (document[:, None] == document[None, :])
+
+    if SX > 1:
+        dx_sum = tl.zeros((Q, BLOCK_P), tl.float32)
+    if SB > 1:
+        dB_sum = tl.zeros((Q, BLOCK_N), tl.float32)
+    if SC > 1:
+        dC_sum = tl.zeros((Q, BLOCK_N), tl.float32)
+
+    for i in range(HEADS):
+        h = tl.cast(unit * HEADS + i, tl.int64)
+        x_ = tl.load(x + b * x_sb + (h // SX) * x_sh + t[:, None] * x_sl + p[None, :], mask=xp_ok, other=0.0)
+        dy_ = tl.load(dy + b * dy_sb + h * dy_sh + t[:, None] * dy_sl + p[None, :], mask=xp_ok, other=0.0)
+        place = ((b * chunks + c) * H + h) * P * N
+        state = tl.load(states + place + at, mask=at_ok, other=0.0)
+        adjoint = tl.load(adjoints + place + at, mask=at_ok, other=0.0)
+        passed = tl.sum(tl.sum(state.to(tl.float32) * adjoint.to(tl.float32), 1), 0)
+        B_ = tl.load(B + b * B_sb + (h // SB) * B_sh + t[:, None] * B_sl + n[None, :], mask=bn_ok, other=0.0)
+        C_ = tl.load(C + b * C_sb + (h // SC) * C_sh + t[:, None] * C_sl + n[None, :], mask=bn_ok, other=0.0)
+        row = ((b * H + h) * chunks + c) * Q
+        step, decay, end = _load_steps(steps + row * 2, Q)
+        from_start = tl.exp2(decay)
+        to_end = tl.exp2(end - decay)
+        passed *= tl.exp2(end)
+        if HAS_SEQ:
+            from_start = tl.where(document == 0, from_start, 0.0)
+            to_end = tl.where(document == changes, to_end, 0.0)
+            passed = tl.where(changes == 0, passed, 0.0)
+
+        # Through the state that leaves the chunk, and the one that enters it.
+        dx_ = tl.dot(B_, tl.trans(adjoint), input_precision=PRECISION) * to_end[:, None]
+        d_step_out = tl.sum(dx_ * x_, 1)
+        dx_ *= step[:, None]
+        dB_ = tl.dot(x_, adjoint, input_precision=PRECISION) * (to_end * step)[:, None]
+        dC_ = tl.dot(dy_, state, input_precision=PRECISION) * from_start[:, None]
+        d_decay_in = tl.sum(dC_ * C_, 1)
+        if SX > 1:
+            dx_ += dx_sum
+        if SB > 1:
+            dB_ += dB_sum
+        if SC > 1:
+            dC_ += dC_sum
+
+        # Pairs of tokens inside the chunk.
+        scores = tl.dot(B_, tl.trans(C_), input_precision=PRECISION)
+        skip = 0.0
+        if HAS_D:
+            skip = tl.load(D + h).to(tl.float32)
+        own_scores = tl.sum(tl.where(q[:, None] == q[None, :], scores, 0.0), 1)
+        mix, d_mix, d_step, d_decay, d_skip = _pairs(
+            x_, dy_, scores, own_scores, step, decay, visible, skip, Q, PRECISION
+        )
+        dx_ = tl.dot(mix, dy_, dx_, input_precision=PRECISION)
+        if SX == 1 or i % SX == SX - 1:
+            dx_at = dx + ((b * L + t[:, None]) * (H // SX) + h // SX) * P + p[None, :]
+            tl.store(dx_at, dx_.to(dtype), mask=xp_ok)
+        if SX > 1:
+            dx_sum = tl.where(i % SX == SX - 1, 0.0, dx_)
+        d_mix_ = d_mix.to(dtype)
+        dB_ = tl.dot(d_mix_, C_, dB_, input_precision=PRECISION)
+        if SB == 1 or i % SB == SB - 1:
+            dB_at = dB + ((b * L + t[:, None]) * (H // SB) + h // SB) * N + n[None, :]
+            tl.store(dB_at, dB_.to(dtype), mask=bn_ok)
+        if SB > 1:
+            dB_sum = tl.where(i % SB == SB - 1, 0.0, dB_)
+        dC_ = tl.dot(tl.trans(d_mix_), B_, dC_, input_precision=PRECISION)
+        if SC == 1 or i % SC == SC - 1:
+            dC_at = dC + ((b * L + t[:, None]) * (H // SC) + h // SC) * N + n[None, :]
+            tl.store(dC_at, dC_.to(dtype), mask=bn_ok)
+        if SC > 1:
+            dC_sum = tl.where(i % SC == SC - 1, 0.0, dC_)
+
+        # The log decay of token j acts on what passes it: pairs s < j <= t, the state entering before it, the keys
+        # before it on their way to the end, and the state that passes the whole chunk.
+        d_log = _before_and_after(d_step_out * step, d_decay + d_decay_in, HEADS > 1, Q) + passed
+        d_step += d_step_out + tl.load(A + h).to(tl.float32) * d_log
+        raw = dt + b * dt_sb + t * dt_sl + h * dt_sh
+        d_step = _raw_step_gradient(d_step, raw, dt_bias, h, t_ok, SOFTPLUS, HAS_BIAS)
+        tl.store(ddt + (b * L + t) * H + h, d_step.to(ddt.dtype.element_ty), mask=t_ok)
+        # Sums over a chunk would cost barriers here.
+        tl.store(d_heads + row + q, step * d_log)
+        tl.store(d_heads + d_plane + row + q, d_step)
+        if HAS_D:
+            tl.store(d_heads + 2 * d_plane + row + q, d_skip)
+
+
+@triton.jit
+def _heads_kernel(d_heads, out, B, H, L, d_plane, BLOCK: tl.constexpr):
+    """Sum d_heads (3, B, H, L) over B and L."""
+    plane, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for b in range(B):
+        row = d_heads + plane * d_plane + (tl.cast(b, tl.int64) * H + h) * L
+        for start in range(0, L, BLOCK):
+            t = start + tl.arange(0, BLOCK)
+            total += tl.load(row + t, mask=t < L, other=0.0)
+    tl.store(out + plane * H + h, tl.sum(total, 0))
+
+
+@triton.jit
+def _gate_backward_kernel(
+    d_out, y, z, dy, dz, d_sb, d_sl, d_sh, z_sb, z_sl, z_sh, L, H, total, P: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Through out = y * silu(z): y, dy and dz are contiguous (B, L, H, P), d_out and z are strided."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    ok = i < total
+    p, h, t, b = i % P, i // P % H, i // P // H % L, i // P // H // L
+    d_ = tl.load(d_out + b * d_sb + t * d_sl + h * d_sh + p, mask=ok, other=0.0).to(tl.float32)
+    z_ = tl.load(z + b * z_sb + t * z_sl + h * z_sh + p, mask=ok, other=0.0).to(tl.float32)
+    y_ = tl.load(y + i, mask=ok, other=0.0).to(tl.float32)
+    gate = 1.0 / (1.0 + tl.exp(-z_))
+    tl.store(dy + i, (d_ * z_ * gate).to(dy.dtype.element_ty), mask=ok)
+    tl.store(dz + i, (d_ * y_ * gate * (1.0 + z_ * (1.0 - gate))).to(dz.dtype.element_ty), mask=ok)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Launches
+
+
+class _Launch:
+    """What all launches of one scan share."""
+
+    def __init__(self, x, dt, B, C, chunk_size):
+        self.batch, self.length, self.heads = dt.shape
+        self.P, self.N, self.device = x.shape[-1], B.shape[-1], x.device
+        self.shares = {"SX": self.heads // x.shape[2], "SB": self.heads // B.shape[2], "SC": self.heads // C.shape[2]}
+        self.Q = chunk_length(self.N, x.dtype, chunk_size)
+        self.chunks = triton.cdiv(self.length, self.Q)
+        self.together = math.lcm(*self.shares.values())  # neighbouring heads among which every operand is shared whole
+        self.one_score_tile = self.shares["SB"] == self.shares["SC"] == self.together > 1
+        self.per_chunk = (self.batch * self.chunks * (self.heads // self.together),)
+        tf32 = torch.backends.cuda.matmul.allow_tf32
+        self.common = {"P": self.P, "N": self.N, "Q": self.Q, "PRECISION": "tf32" if tf32 else "tf32x3"}
+        self.common |= {f"BLOCK_{k}": max(16, triton.next_power_of_2(self.common[k])) for k in "PN"}
+        per_segment = triton.cdiv(self.chunks, _segments(self.batch * self.heads, self.chunks, self.device))
+        self.walks = (triton.cdiv(self.chunks, per_segment), per_segment)
+
+    def new(self, *shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
+    def steps(self, dt, dt_bias, A, seq_idx, softplus):
+        """Step sizes and decays (B, H, chunks * Q, 2) and document numbers (B, chunks * Q; empty without seq_idx)."""
+        steps = self.new(self.batch, self.heads, self.chunks * self.Q, 2)
+        documents = self.new(*(0,) if seq_idx is None else (self.batch, self.chunks * self.Q), dtype=torch.int32)
+        block = min(16, triton.next_power_of_2(self.heads))
+        _steps_kernel[(self.batch * self.chunks, triton.cdiv(self.heads, block))](
+            dt, dt_bias, A, seq_idx, steps, documents,
+            *dt.stride(), *((0, 0) if seq_idx is None else seq_idx.stride()), self.length, self.heads, self.chunks,
+            SOFTPLUS=softplus, HAS_BIAS=dt_bias is not None, HAS_SEQ=seq_idx is not None, Q=self.Q, BLOCK_H=block,
+            num_warps=4,
+        )  # fmt: skip
+        return steps, documents
+
+    def totals(self, u, v, steps, documents, *, reverse):
+        """What each segment adds to the state, (B * H, segments, P * N), and by how much it decays the one before."""
+        rows = self.batch * self.heads
+        totals = self.new(rows, self.walks[0], self.P * self.N), self.new(rows, self.walks[0])
+        if self.walks[0] > 1:
+            self.walk(u, v, steps, documents, totals, reverse=reverse)
+        return totals
+
+    def walk(self, u, v, steps, documents, totals, *, reverse, initial=None, final=None, states=None):
+        """Launch _state_kernel; without final and states, it fills totals."""
+        segments, _ = self.walks
+        finding = states is None and final is None
+        grid = (self.batch * self.heads, segments - 1 if finding else segments)
+        shares = (self.heads // u.shape[2], self.heads // v.shape[2])
+        _state_kernel[grid](
+            u, v, steps, documents, initial, final, states, *totals,
+            *u.stride()[:3], *v.stride()[:3], self.length, self.heads, self.chunks, *self.walks,
+            SU=shares[0], SV=shares[1], REVERSE=reverse, TOTALS=finding, HAS_INITIAL=initial is not None,
+            HAS_FINAL=final is not None, STATES=states is not None, HAS_SEQ=documents.numel() > 0,
+            **self.common, **config("state", self.N),
+        )  # fmt: skip
+
+
+@torch.library.custom_op("transpoint::ssd_scan", mutates_args=())
+def ssd_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+    dt_softplus: bool,
+    return_final_state: bool,
+    chunk_size: int | None,
+    training: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The scan; see transpoint.kernels.ssd. x, B and C of one dtype, and contiguous in their last dimension.
+
+    Returns:
+        out (B, L, H, P) and the final state (B, H, P, N), empty unless asked for; and for the backward pass, empty
+        unless training: the states entering the chunks (B, chunks, H, P, N), the output before the gate, the step sizes
+        and decays (B, H, chunks * Q, 2), and the documents (B, chunks * Q).
+    """
+    launch = _Launch(x, dt, B, C, chunk_size)
+    batch, length, heads, P, N = launch.batch, launch.length, launch.heads, launch.P, launch.N
+    steps, documents = launch.steps(dt, dt_bias, A, seq_idx, dt_softplus)
+    totals = launch.totals(x, B, steps, documents, reverse=False)
+
+    out = x.new_empty(batch, length, heads, P)
+    y = x.new_empty(out.shape if training and z is not None else 0)
+    states = x.new_empty((batch, launch.chunks, heads, P, N) if training else 0)
+    final = launch.new(batch, heads, P, N) if return_final_state else launch.new(0)
+    strides = (*x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *((0, 0, 0) if z is None else z.stride()[:3]))
+    options = {"HAS_D": D is not None, "HAS_Z": z is not None, "HAS_SEQ": seq_idx is not None, **launch.common}
+    if training and launch.one_score_tile:
+        launch.walk(
+            x, B, steps, documents, totals, reverse=False,
+            initial=initial_state, final=final if return_final_state else None, states=states,
+        )  # fmt: skip
+        _output_kernel[launch.per_chunk](
+            x, B, C, D, z, steps, documents, states, out, y, *strides, length, heads, launch.chunks,
+            HEADS=launch.together, SX=launch.shares["SX"], **options, **config("output", N),
+        )  # fmt: skip
+    else:
+        _forward_kernel[(batch * heads, launch.walks[0])](
+            x, B, C, D, z, steps, documents, initial_state, *totals, out, y, final, states, *strides,
+            length, heads, launch.chunks, *launch.walks, HAS_INITIAL=initial_state is not None,
+            HAS_FINAL=return_final_state, STATES=training, **launch.shares, **options, **config("forward", N),
+        )  # fmt: skip
+    if not training:
+        steps, documents = launch.new(0), documents.new_empty(0)
+    return out, final, states, y, steps, documents
+
+
+@ssd_scan.register_fake
+def _(x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx, dt_softplus, return_final_state, chunk_size, training):
+    batch, length, heads = dt.shape
+    P, N, Q = x.shape[-1], B.shape[-1], chunk_length(B.shape[-1], x.dtype, chunk_size)
+    chunks = (length + Q - 1) // Q
+    f32 = {"dtype": torch.float32}
+    final = x.new_empty((batch, heads, P, N) if return_final_state else (0,), **f32)
+    states = x.new_empty((batch, chunks, heads, P, N) if training else (0,))
+    y = x.new_empty((batch, length, heads, P) if training and z is not None else (0,))
+    steps = x.new_empty((batch, heads, chunks * Q, 2) if training else (0,), **f32)
+    documents = x.new_empty((batch, chunks * Q) if training and seq_idx is not None else (0,), dtype=torch.int32)
+    return x.new_empty(batch, length, heads, P), final, states, y, steps, documents
+
+
+@torch.library.custom_op("transpoint::ssd_scan_backward", mutates_args=())
+def ssd_scan_backward(
+    d_out: Tensor,
+    d_final: Tensor | None,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    states: Tensor,
+    y: Tensor,
+    steps: Tensor,
+    documents: Tensor,
+    dt_softplus: bool,
+    initial_grad: bool,
+    chunk_size: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, dt, B, C, z, the initial state, and (3, H) float32 those of A, dt_bias and D."""
+    launch = _Launch(x, dt, B, C, chunk_size)
+    batch, length, heads, P, N = launch.batch, launch.length, launch.heads, launch.P, launch.N
+    d_out = _inner_contiguous(d_out)
+    dy, dz = d_out, x.new_empty(0)
+    if z is not None:
+        dy, dz = torch.empty_like(y), z.new_empty(z.shape)
+        block = 1024
+        _gate_backward_kernel[(triton.cdiv(dy.numel(), block),)](
+            d_out, y, z, dy, dz, *d_out.stride()[:3], *z.stride()[:3], length, heads, dy.numel(), P, block
+        )
+    totals = launch.totals(dy, C, steps, documents, reverse=True)
+    adjoints = torch.empty_like(states)
+    d_initial = launch.new(batch, heads, P, N) if initial_grad else None
+    launch.walk(
+        dy, C, steps, documents, totals, reverse=True, initial=d_final, final=d_initial, states=adjoints,
+    )  # fmt: skip
+
+    dx, dB, dC, ddt = (t.new_empty(t.shape) for t in (x, B, C, dt))
+    d_heads = launch.new(3, *steps.shape[:-1])  # of A, dt_bias and D, token by token
+    d_plane = d_heads[0].numel()
+    sizes = (length, heads, launch.chunks)
+    strides = (*x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *dy.stride()[:3])
+    options = {"HEADS": launch.together, "HAS_SEQ": documents.numel() > 0, **launch.common}
+    through = {"HAS_D": D is not None, "HAS_BIAS": dt_bias is not None, "SOFTPLUS": dt_softplus}
+    if launch.one_score_tile and launch.shares["SX"] == 1:
+        d_steps, d_decays = torch.empty_like(steps), launch.new(*steps.shape[:-1])
+        passing = launch.new(batch, heads, launch.chunks)
+        _entering_kernel[launch.per_chunk](
+            C, dy, steps, documents, states, adjoints, dC, d_decays, passing, *C.stride()[:3], *dy.stride()[:3], *sizes,
+            **options, STAGES=3, **config("entering", N),
+        )  # fmt: skip
+        _leaving_kernel[launch.per_chunk](
+            x, B, steps, documents, adjoints, passing, dx, dB, d_steps, *x.stride()[:3], *B.stride()[:3], *sizes,
+            **options, **config("leaving", N),
+        )  # fmt: skip
+        _within_kernel[launch.per_chunk](
+            x, B, C, D, dy, dt, dt_bias, A, steps, documents, d_steps, d_decays, dx, dB, dC, ddt, d_heads,
+            *strides, *dt.stride(), *sizes, d_plane, **options, **through, STAGES=3,
+            **config("within", N),
+        )  # fmt: skip
+    else:
+        _backward_kernel[launch.per_chunk](
+            x, B, C, D, dy, dt, dt_bias, A, steps, documents, states, adjoints, dx, dB, dC, ddt, d_heads,
+            *strides, *dt.stride(), *sizes, d_plane, **launch.shares, **options, **through,
+            **config("backward", N),
+        )  # fmt: skip
+    sums = launch.new(3, heads)
+    _heads_kernel[(3, heads)](d_heads, sums, batch, heads, steps.shape[2], d_plane, BLOCK=1024)
+    return dx, ddt, dB, dC, dz, x.new_empty(0) if d_initial is None else d_initial, sums
+
+
+@ssd_scan_backward.register_fake
+def _(
+    d_out, d_final, x, dt, A, B, C, D, z, dt_bias, states, y, steps, documents, dt_softplus, initial_grad, chunk_size
+):  # fmt: skip
+    batch, _, heads = dt.shape
+    f32 = {"dtype": torch.float32}
+    d_initial = x.new_empty(batch, heads, x.shape[-1], B.shape[-1], **f32) if initial_grad else x.new_empty(0)
+    dz = x.new_empty(0) if z is None else z.new_empty(z.shape)
+    grads = (t.new_empty(t.shape) for t in (x, dt, B, C))
+    return *grads, dz, d_initial, x.new_empty(3, heads, **f32)
+
+
+def _inner_contiguous(t: Tensor) -> Tensor:
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def _setup_context(ctx, inputs, output):
+    x, dt, A, B, C, D, z, dt_bias, initial_state, _, ctx.dt_softplus, ctx.return_final_state, ctx.chunk_size, _ = inputs
+    _, _, states, y, steps, documents = output
+    ctx.set_materialize_grads(False)  # else zeros are made for every output that is only for the backward pass
+    ctx.save_for_backward(x, dt, A, B, C, D, z, dt_bias, states, y, steps, documents)
+    ctx.initial_dtype = None if initial_state is None else initial_state.dtype
+
+
+def _backward(ctx, d_out, d_final, *_):
+    x, dt, A, B, C, D, z, dt_bias, states, y, steps, documents = ctx.saved_tensors
+    initial_grad = ctx.initial_dtype is not None and ctx.needs_input_grad[8]
+    if d_out is None:
+        d_out = x.new_zeros(*dt.shape, x.shape[-1])
+    dx, ddt, dB, dC, dz, d_initial, d_heads = ssd_scan_backward(
+        d_out, None if d_final is None else d_final.contiguous(),
+        x, dt, A, B, C, D, z, dt_bias, states, y, steps, documents, ctx.dt_softplus, initial_grad, ctx.chunk_size,
+    )  # fmt: skip
+    dA, d_bias, dD = d_heads.unbind(0)
+    return (
+        dx, ddt, dA.to(A.dtype), dB, dC,
+        None if D is None else dD.to(D.dtype),
+        None if z is None else dz,
+        None if dt_bias is None else d_bias.to(dt_bias.dtype),
+        d_initial.to(ctx.initial_dtype) if initial_grad else None,
+        None, None, None, None, None,
+    )  # fmt: skip
+
+
+def _refuse_double_backward(ctx, *_):
+    raise RuntimeError("ssd_scan: differentiable once only, so not with create_graph=True; backend='torch' can")
+
+
+ssd_scan.register_autograd(_backward, setup_context=_setup_context)
+ssd_scan_backward.register_autograd(_refuse_double_backward)

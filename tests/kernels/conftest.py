@@ -1,0 +1,15 @@
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session")
+def device():
+    """Where Triton kernels run: compiled on the GPU, or interpreted on the CPU (see tests/conftest.py)."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
