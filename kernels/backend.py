@@ -7,6 +7,7 @@ import os
 import torch
 
 BACKENDS = ("auto", "triton", "torch")
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 def use_triton(backend: str, tensor: torch.Tensor, unsupported: str | None = None) -> bool:
@@ -45,9 +46,8 @@ def sm_count(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-@functools.cache
 def _unavailable(device: torch.device) -> str | None:
-    if importlib.util.find_spec("triton") is None:
+    if not TRITON_INSTALLED:
         return "the package triton is not installed"
     if interpreted():
         return None

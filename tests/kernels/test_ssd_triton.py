@@ -12,7 +12,7 @@ GPU = torch.cuda.is_available()
 # Triton's interpreter multiplies bfloat16 matrices wrongly.
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * GPU
 # Relative L2 error; float32 products are sums of three in TF32.
-TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+TOLERANCE = {torch.float32: 2e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 # (H, Hx, Hb, Hc): nothing shared, what a converted teacher has, what Mamba-2 has, and other ways of sharing.
 GROUPINGS = [
     (3, 3, 3, 3),

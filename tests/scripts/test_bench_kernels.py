@@ -1,0 +1,214 @@
+import importlib.util
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+PATH = Path(__file__).parents[2] / "scripts" / "bench_kernels.py"
+
+
+@pytest.fixture(scope="module")
+def bench():
+    spec = importlib.util.spec_from_file_location("bench_kernels", PATH)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+def double(t):
+    return 2 * t["x"]
+
+
+def a_case(bench, ours=double, peers=None, targets=None):
+    """y = 2 x of 8 rows, the last 4 checked."""
+    return bench.Case(
+        op="double",
+        shape="8,3",
+        make=lambda: {"x": torch.randn(8, 3)},
+        ours=ours,
+        reference=double,
+        peers=peers or {},
+        costs=bench.elementwise_cost(24, inputs=1, size=4),
+        targets=targets or {},
+        leaves=("x",),
+        sliced=("x",),
+        cut=lambda t: t[-4:],
+    )
+
+
+def run(bench, case):
+    forward, both = bench.run_case(case, bench.Meter("cpu", 1), {"bytes_per_s": 1e9, "flop_per_s": 1e9})
+    return forward, both
+
+
+def test_every_op_runs_on_the_cpu(bench, tmp_path, capsys):
+    assert bench.main(["--quick", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "kernels-cpu.json").read_text())
+    ops = {record["op"] for record in report["records"]}
+    assert ops == {
+        "ssd_scan", "ssd_step", "causal_conv1d", "causal_conv1d_step", "gated_rms_norm", "linear_kl", "mixing_distance"
+    }  # fmt: skip
+    for record in report["records"]:
+        assert record["results"][bench.OURS]["eager_ms"] > 0
+        assert all(error < bench.TOLERANCE for error in record["errors"].values())
+    page = (tmp_path / "kernels.md").read_text()
+    assert "`python scripts/bench_kernels.py --device cpu --quick`" in page and str(tmp_path) not in page
+    assert page.count("| ssd_scan | 2,96,4,16,16, kv 2 | forward |") == 1
+
+    (tmp_path / "kernels.md").write_text(f"before\n{bench.BEGIN}\nold\n{bench.END}\nafter\n")
+    assert bench.main(["--table", "--out", str(tmp_path)]) == 0
+    again = (tmp_path / "kernels.md").read_text()
+    assert again.startswith("before\n") and again.endswith("after\n") and "old" not in again
+    assert page.strip() in again
+
+
+def test_only_and_budget_choose_rows(bench, capsys):
+    assert bench.main(["--quick", "--device", "cpu", "--only", "rms_norm", "--no-peers"]) == 0
+    printed = capsys.readouterr().out
+    assert "gated_rms_norm 64,96" in printed and "ssd_scan" not in printed and "PyTorch  " not in printed
+    assert bench.main(["--quick", "--device", "cpu", "--only", "rms_norm", "--budget", "0"]) == 0
+    assert "Not run: gated_rms_norm 64,96, groups 3 (over budget)." in capsys.readouterr().out
+
+
+def test_the_cpu_is_for_quick_runs(bench, capsys):
+    with pytest.raises(SystemExit):
+        bench.main(["--device", "cpu"])
+    assert "--quick" in capsys.readouterr().err
+
+
+def test_full_rows_build(bench):
+    cases = bench.Maker("cpu").full()
+    assert len({case.name for case in cases}) == len(cases)
+    for case in cases:
+        for name, targets in case.targets.items():
+            assert name in case.costs
+            for target in targets:
+                assert target["of"] in ("floor", "memory", *case.peers)
+
+
+@pytest.mark.parametrize(
+    "cost, expected",
+    [
+        # Tensors of 8*4096*32*64 bf16 numbers are 134 MB: 4 forward, 7 more backward, and dt.
+        (lambda b: b.scan_cost(8, 4096, 32, 64, 64, 32, 32, 32), {"forward": 0.126, "forward+backward": 0.347}),
+        (lambda b: b.scan_cost(1, 65536, 32, 64, 128, 32, 8, 8), {"forward": 0.189, "forward+backward": 0.504}),
+        (lambda b: b.scan_cost(8, 2048, 9, 64, 64, 9, 9, 9), {"forward": 0.0177, "forward+backward": 0.0487}),
+        (lambda b: b.step_cost(64, 32, 64, 128, 32, 1, 1, 4), {"step": 0.0315}),
+        (lambda b: b.elementwise_cost(8 * 4096 * 2304, 1), {"forward": 0.0705, "forward+backward": 0.176}),
+        (lambda b: b.elementwise_cost(32768 * 2048, 2), {"forward": 0.094, "forward+backward": 0.251}),
+        (lambda b: b.kl_cost(8192, 576, 576, 49152), {"forward+backward": 2.35}),
+        (lambda b: b.kl_cost(8192, 2048, 2048, 128256), {"forward+backward": 21.8}),
+    ],
+)
+def test_floors(bench, cost, expected):
+    rates = {"bytes_per_s": 4.28e12, "flop_per_s": 790e12}
+    assert {name: bench.floor_ms(c, rates) for name, c in cost(bench).items()} == pytest.approx(expected, rel=0.01)
+
+
+def test_scan_floor_counts_operations(bench):
+    """One token of one head, by hand."""
+    P, N, Q = 64, 128, 64
+    forward = 2 * Q * N + 2 * Q * P + 2 * 2 * N * P
+    backward = 3 * 2 * Q * N + 2 * 2 * Q * P + 4 * 2 * N * P
+    cost = bench.scan_cost(1, 1, 1, P, N, 1, 1, 1)
+    assert cost["forward"][1] == forward and cost["forward+backward"][1] == forward + backward
+
+
+def test_what_fails_is_reported(bench):
+    def refuses(t):
+        raise RuntimeError("not on | this GPU\nand a long story")
+
+    def missing(t):
+        import no_such_package  # noqa: F401
+
+    peers = {"refuses": refuses, "missing": missing, "fine": lambda t: bench.Call(lambda: double(t), (t["x"],))}
+    forward, _ = run(bench, a_case(bench, peers={**peers, "PyTorch": peers["fine"]}))
+    results = forward["results"]
+    assert results["refuses"] == {"refuses": "not on / this GPU"}
+    assert results["missing"] == {"refuses": "not installed (no_such_package)"}
+    assert results["fine"]["error"] < 1e-6 and results["fine"]["eager_ms"] > 0
+    assert bench.best_peer(forward)[0] in ("fine", "PyTorch")
+    assert not bench.is_wrong(forward)
+
+
+def test_ours_failing_is_wrong_and_reported(bench):
+    def broken(t):
+        raise ValueError("no such shape")
+
+    forward, both = run(bench, a_case(bench, ours=broken))
+    assert bench.is_wrong(forward) and bench.is_wrong(both)
+    assert forward["results"][bench.OURS]["refuses"] == "no such shape"
+    report = {"gpu": "X", "command": "", "versions": {}, "skipped": [], "records": [forward, both]}
+    report["ceilings"] = {"bytes_per_s": 1e12, "flop_per_s": 1e12}
+    assert "no such shape" in bench.table(report)
+
+
+@pytest.mark.parametrize(
+    "ours, errors",
+    [
+        (lambda t: 2 * t["x"] + 0.1 * t["x"].detach(), {"y"}),
+        (lambda t: (2 * t["x"]).detach() + 2.1 * (t["x"] - t["x"].detach()), {"dx"}),
+        (lambda t: 2 * t["x"] + 0.5 * (t["x"] - t["x"].detach()).flip(0), {"dx"}),  # a gradient outside the slice
+        (lambda t: torch.where(torch.arange(8)[:, None] < 1, math.nan, 2 * t["x"]), {"y"}),  # NaN outside the slice
+    ],
+)
+def test_wrong_values_and_gradients_are_found(bench, ours, errors):
+    forward, both = run(bench, a_case(bench, ours))
+    assert {name for name, error in both["errors"].items() if not error < bench.TOLERANCE} == errors
+    assert bench.is_wrong(both)
+
+
+def test_a_peer_of_something_else_is_no_measure(bench):
+    peers = {"PyTorch": lambda t: bench.Call(lambda: 3 * t["x"], (t["x"],))}
+    forward, _ = run(bench, a_case(bench, peers=peers))
+    assert forward["results"]["PyTorch"]["error"] == pytest.approx(0.5)
+    assert bench.best_peer(forward) == (None, None)
+
+
+def test_targets(bench):
+    record = {
+        "floor_ms": 1.0,
+        "targets": [
+            {"of": "mamba_ssm", "times": 4, "mode": "graph"},
+            {"of": "mamba_ssm", "times": 4, "mode": "eager"},
+            {"of": "floor", "within": 1.4},
+            {"of": "memory", "mb": 400},
+            {"of": "fla core", "times": 1, "mode": "graph"},
+        ],
+        "results": {
+            bench.OURS: {"graph_ms": 1.25, "eager_ms": 2.0, "peak_mb": 401},
+            "mamba_ssm": {"graph_ms": 5.0, "eager_ms": 6.0},
+            "fla core": {"refuses": "no"},
+        },
+    }
+    texts, met = zip(*bench.judge(record), strict=True)
+    assert met == (True, False, True, False, None)
+    assert texts[0] == "4 x mamba_ssm: 4.00" and texts[4] == "1 x fla core: not measured"
+
+
+def test_best_peer_leaves_out_context(bench):
+    results = {
+        bench.OURS: {"graph_ms": 1.0},
+        "attention, cuDNN": {"graph_ms": 0.1, "eager_ms": 0.1},
+        "a": {"graph_ms": 3.0, "eager_ms": 3.5},
+        "b": {"eager_ms": 2.0, "graph_refuses": "waits"},
+    }
+    assert bench.best_peer({"results": results}) == ("b", 2.0)
+
+
+def test_names_of_gpus(bench):
+    assert bench.slug("NVIDIA H200") == "h200"
+    assert bench.slug("NVIDIA H100 80GB HBM3") == "h100"
+    assert bench.slug("CPU") == "cpu"
+
+
+def test_a_page_without_markers_is_kept(bench, tmp_path):
+    (tmp_path / "kernels.md").write_text("mine")
+    with pytest.raises(ValueError, match="expected the lines"):
+        bench.write_table(tmp_path)
+    assert (tmp_path / "kernels.md").read_text() == "mine"
