@@ -22,7 +22,7 @@ for all the heads that share an operand, whose gradients it sums in registers.
                         chunk (one kernel for all three has too few registers)
 
 Where batch and heads are too few to fill the GPU, walks are cut into segments: a first _state_kernel finds what each
-segment adds to the state, and every walk starts by summing those before its own.
+part of a segment adds to the state, and _segments_kernel the states that enter the segments.
 
 Exponents are in base 2, and differences are taken before the exponential: they are <= 0, so nothing overflows.
 A program must not spill registers: what it spills goes to the L1 cache, of which its tiles leave little.
@@ -38,6 +38,7 @@ from torch import Tensor
 from .backend import sm_count
 
 LOG2E = tl.constexpr(1.4426950408889634)
+SLOTS = 4  # parts of a segment that are summed up by programs of their own
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -60,11 +61,6 @@ def config(kernel: str, N: int) -> dict:
     """Warps and pipeline stages of a kernel: the fastest without register spills to speak of, on an H200."""
     stages = {"forward": 3 if N <= 64 else 2, "backward": 2}
     return {"num_warps": 4, "num_stages": stages.get(kernel, 3)}
-
-
-def _segments(programs: int, chunks: int, device: torch.device) -> int:
-    """Into how many parts to cut a walk over `chunks` chunks, when uncut walks would make `programs` programs."""
-    return max(1, min(2 * sm_count(device) // programs, chunks // 4))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -120,31 +116,22 @@ def _load_steps(steps, Q: tl.constexpr):
 
 
 @triton.jit
-def _state_before(state, totals, total_decays, pid, rank, segments, at, mask, BLOCK: tl.constexpr):
-    """The state entering a segment: those before it, each decayed by the later ones."""
-    for j in range(rank):
-        state = state * tl.load(total_decays + pid * segments + j)
-        state += tl.load(totals + (pid * segments + j) * BLOCK + at, mask=mask, other=0.0)
-    return state
-
-
-@triton.jit
 def _state_kernel(
-    u, v, steps, documents, initial, final, states, totals, total_decays,
-    u_sb, u_sl, u_sh, v_sb, v_sl, v_sh, L, H, chunks, segments, per_segment,
+    u, v, steps, documents, entering, final, states, totals, total_decays,
+    u_sb, u_sl, u_sh, v_sb, v_sl, v_sh, L, H, chunks, parts, per_part,
     SU: tl.constexpr, SV: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr,
-    REVERSE: tl.constexpr, TOTALS: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_FINAL: tl.constexpr,
+    REVERSE: tl.constexpr, TOTALS: tl.constexpr, HAS_ENTERING: tl.constexpr, HAS_FINAL: tl.constexpr,
     STATES: tl.constexpr, HAS_SEQ: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Walk the chunks of one segment, state += u^T (weights * v), forward or back.
+    """Walk the chunks of one part of a sequence, state += u^T (weights * v), forward or back.
 
     Forward: u = x, v = B, and state is S. In reverse: u = dy, v = C, and state is G. TOTALS: start from zero and leave
-    what the segment adds; else start from what comes before it and leave the state before every chunk (STATES) and the
-    last one (HAS_FINAL).
+    what the part adds and by how much it decays what enters; else start from what enters it, and leave the state before
+    every chunk (STATES) and the last one (HAS_FINAL).
     """
     pid = tl.program_id(0).to(tl.int64)  # b, h
-    rank = tl.program_id(1)  # segments in the order of the walk
+    rank = tl.program_id(1)  # parts in the order of the walk
     b, h = pid // H, pid % H
     q = tl.arange(0, Q)
     p, n = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
@@ -158,12 +145,10 @@ def _state_kernel(
 
     state = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
     carried = 1.0
-    if not TOTALS:
-        if HAS_INITIAL:
-            state = tl.load(initial + pid * P * N + at, mask=ok, other=0.0).to(tl.float32)
-        state = _state_before(state, totals, total_decays, pid, rank, segments, at, ok, P * N)
-    first = rank * per_segment
-    last = tl.minimum(first + per_segment, chunks)
+    if HAS_ENTERING:
+        state = tl.load(entering + (pid * parts + rank) * P * N + at, mask=ok, other=0.0).to(tl.float32)
+    first = rank * per_part
+    last = tl.minimum(first + per_part, chunks)
     for i in range(first, last):
         c = tl.cast(chunks - 1 - i if REVERSE else i, tl.int64)
         if STATES:
@@ -190,19 +175,39 @@ def _state_kernel(
         state = tl.dot(tl.trans(u_), v_, state * carry, input_precision=PRECISION)
         carried *= carry
     if TOTALS:
-        tl.store(totals + (pid * segments + rank) * P * N + at, state, mask=ok)
-        tl.store(total_decays + pid * segments + rank, carried)
+        tl.store(totals + (pid * parts + rank) * P * N + at, state, mask=ok)
+        tl.store(total_decays + pid * parts + rank, carried)
     elif HAS_FINAL:
-        if rank == segments - 1:
+        if rank == parts - 1:
             tl.store(final + pid * P * N + at, state, mask=ok)
 
 
 @triton.jit
+def _segments_kernel(
+    totals, total_decays, initial, entering, segments,
+    SLOTS: tl.constexpr, SIZE: tl.constexpr, HAS_INITIAL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The states entering the segments of a walk, from what each of the SLOTS parts of every segment adds."""
+    pid = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    ok = at < SIZE
+    state = tl.zeros((BLOCK,), tl.float32)
+    if HAS_INITIAL:
+        state = tl.load(initial + pid * SIZE + at, mask=ok, other=0.0).to(tl.float32)
+    tl.store(entering + pid * segments * SIZE + at, state, mask=ok)
+    for segment in range(1, segments):
+        for slot in tl.static_range(SLOTS):
+            part = (pid * segments + segment - 1) * SLOTS + slot
+            state = state * tl.load(total_decays + part) + tl.load(totals + part * SIZE + at, mask=ok, other=0.0)
+        tl.store(entering + (pid * segments + segment) * SIZE + at, state, mask=ok)
+
+
+@triton.jit
 def _forward_kernel(
-    x, B, C, D, z, steps, documents, initial, totals, total_decays, out, y, final, states,
-    x_sb, x_sl, x_sh, B_sb, B_sl, B_sh, C_sb, C_sl, C_sh, z_sb, z_sl, z_sh, L, H, chunks, segments, per_segment,
+    x, B, C, D, z, steps, documents, entering, out, y, final, states,
+    x_sb, x_sl, x_sh, B_sb, B_sl, B_sh, C_sb, C_sl, C_sh, z_sb, z_sl, z_sh, L, H, chunks, parts, per_part,
     SX: tl.constexpr, SB: tl.constexpr, SC: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr,
-    HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_SEQ: tl.constexpr, HAS_INITIAL: tl.constexpr,
+    HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_SEQ: tl.constexpr, HAS_ENTERING: tl.constexpr,
     HAS_FINAL: tl.constexpr, STATES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -229,11 +234,10 @@ def _forward_kernel(
         skip = tl.load(D + h).to(tl.float32)
 
     state = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
-    if HAS_INITIAL:
-        state = tl.load(initial + pid * P * N + at, mask=ok, other=0.0).to(tl.float32)
-    state = _state_before(state, totals, total_decays, pid, rank, segments, at, ok, P * N)
-    first = rank * per_segment
-    last = tl.minimum(first + per_segment, chunks)
+    if HAS_ENTERING:
+        state = tl.load(entering + (pid * parts + rank) * P * N + at, mask=ok, other=0.0).to(tl.float32)
+    first = rank * per_part
+    last = tl.minimum(first + per_part, chunks)
     for i in range(first, last):
         c = tl.cast(i, tl.int64)
         t = c * Q + q
@@ -254,14 +258,14 @@ def _forward_kernel(
             to_end = tl.where(document == changes, to_end, 0.0)
             carry = tl.where(changes == 0, carry, 0.0)
 
-        entering = state.to(x_.dtype)
+        state_ = state.to(x_.dtype)
         if STATES:
-            tl.store(states + ((b * chunks + c) * H + h) * P * N + at, entering, mask=ok)
+            tl.store(states + ((b * chunks + c) * H + h) * P * N + at, state_, mask=ok)
         mix = tl.dot(C_, tl.trans(B_), input_precision=PRECISION)
         mix *= tl.exp2(tl.where(visible, decay[:, None] - decay[None, :], -float("inf"))) * step[None, :]
         if HAS_D:
             mix += tl.where(q[:, None] == q[None, :], skip, 0.0)
-        y_ = tl.dot(C_, tl.trans(entering), input_precision=PRECISION) * from_start[:, None]
+        y_ = tl.dot(C_, tl.trans(state_), input_precision=PRECISION) * from_start[:, None]
         y_ = tl.dot(mix.to(x_.dtype), x_, y_, input_precision=PRECISION)
         place = t[:, None] * (H * P) + p[None, :]
         y_ok = t_ok[:, None] & p_ok[None, :]
@@ -278,7 +282,7 @@ def _forward_kernel(
             keys = (B_ * to_end[:, None]).to(x_.dtype)
             state = tl.dot(tl.trans(x_), keys, state * carry, input_precision=PRECISION)
     if HAS_FINAL:
-        if rank == segments - 1:
+        if rank == parts - 1:
             tl.store(final + pid * P * N + at, state, mask=ok)
 
 
@@ -529,11 +533,12 @@ def _backward_kernel(
     x, B, C, D, dy, dt, dt_bias, A, steps, documents, states, adjoints, dx, dB, dC, ddt, d_heads,
     x_sb, x_sl, x_sh, B_sb, B_sl, B_sh, C_sb, C_sl, C_sh, dy_sb, dy_sl, dy_sh, dt_sb, dt_sl, dt_sh,
     L, H, chunks, d_plane,
-    SX: tl.constexpr, SB: tl.constexpr, SC: tl.constexpr, HEADS: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
-    Q: tl.constexpr, HAS_D: tl.constexpr, HAS_SEQ: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SX: tl.constexpr, SB: tl.constexpr, SC: tl.constexpr, HEADS: tl.constexpr, COUNT: tl.constexpr,
+    STAGES: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, HAS_D: tl.constexpr,
+    HAS_SEQ: tl.constexpr, HAS_BIAS: tl.constexpr,
     SOFTPLUS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """All gradients of one chunk, for HEADS neighbouring heads, among which every shared operand is shared.
+    """All gradients of COUNT chunks, for HEADS neighbouring heads, among which every shared operand is shared.
 
     Tiles over pairs of tokens are transposed, [s, t], so that most products take them as they come out of the last one.
     The order of the work keeps few tiles alive at a time; what is left of 255 registers a thread is little.
@@ -541,22 +546,14 @@ def _backward_kernel(
     units = H // HEADS
     pid = tl.program_id(0)
     unit = pid % units
-    b, c = (pid // units // chunks).to(tl.int64), (pid // units % chunks).to(tl.int64)
+    programs = tl.cdiv(chunks, COUNT)
+    b, first = (pid // units // programs).to(tl.int64), pid // units % programs * COUNT
     q = tl.arange(0, Q)
     p, n = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
     p_ok, n_ok = p < P, n < N
     at = p[:, None] * N + n[None, :]
     at_ok = p_ok[:, None] & n_ok[None, :]
-    t = c * Q + q
-    t_ok = t < L
-    xp_ok, bn_ok = t_ok[:, None] & p_ok[None, :], t_ok[:, None] & n_ok[None, :]
-    visible = q[:, None] <= q[None, :]
     dtype = x.dtype.element_ty
-    if HAS_SEQ:
-        document = tl.load(documents + b * chunks * Q + t)
-        changes = tl.load(documents + b * chunks * Q + c * Q + Q - 1)
-        visible = visible & (document[:, None] == document[None, :])
-
     if SX > 1:
         dx_sum = tl.zeros((Q, BLOCK_P), tl.float32)
     if SB > 1:
@@ -564,8 +561,20 @@ def _backward_kernel(
     if SC > 1:
         dC_sum = tl.zeros((Q, BLOCK_N), tl.float32)
 
-    for i in range(HEADS):
-        h = tl.cast(unit * HEADS + i, tl.int64)
+    trips = 1
+    if HEADS * COUNT > 1:
+        trips = HEADS * tl.minimum(COUNT, chunks - first)
+    for i in tl.range(0, trips, num_stages=STAGES):
+        # What depends on the chunk is found here, not before the loop: it would take registers all along.
+        c, h = tl.cast(first + i // HEADS, tl.int64), tl.cast(unit * HEADS + i % HEADS, tl.int64)
+        t = c * Q + q
+        t_ok = t < L
+        xp_ok, bn_ok = t_ok[:, None] & p_ok[None, :], t_ok[:, None] & n_ok[None, :]
+        visible = q[:, None] <= q[None, :]
+        if HAS_SEQ:
+            document = tl.load(documents + b * chunks * Q + t)
+            changes = tl.load(documents + b * chunks * Q + c * Q + Q - 1)
+            visible = visible & (document[:, None] == document[None, :])
         x_ = tl.load(x + b * x_sb + (h // SX) * x_sh + t[:, None] * x_sl + p[None, :], mask=xp_ok, other=0.0)
         dy_ = tl.load(dy + b * dy_sb + h * dy_sh + t[:, None] * dy_sl + p[None, :], mask=xp_ok, other=0.0)
         place = ((b * chunks + c) * H + h) * P * N
@@ -689,8 +698,10 @@ class _Launch:
         tf32 = torch.backends.cuda.matmul.allow_tf32
         self.common = {"P": self.P, "N": self.N, "Q": self.Q, "PRECISION": "tf32" if tf32 else "tf32x3"}
         self.common |= {f"BLOCK_{k}": max(16, triton.next_power_of_2(self.common[k])) for k in "PN"}
-        per_segment = triton.cdiv(self.chunks, _segments(self.batch * self.heads, self.chunks, self.device))
-        self.walks = (triton.cdiv(self.chunks, per_segment), per_segment)
+        rows = self.batch * self.heads
+        per_segment = triton.cdiv(self.chunks, max(1, 2 * sm_count(self.device) // rows))
+        self.per_segment = triton.cdiv(per_segment, SLOTS) * SLOTS
+        self.segments = triton.cdiv(self.chunks, self.per_segment)
 
     def new(self, *shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device=self.device)
@@ -708,26 +719,32 @@ class _Launch:
         )  # fmt: skip
         return steps, documents
 
-    def totals(self, u, v, steps, documents, *, reverse):
-        """What each segment adds to the state, (B * H, segments, P * N), and by how much it decays the one before."""
-        rows = self.batch * self.heads
-        totals = self.new(rows, self.walks[0], self.P * self.N), self.new(rows, self.walks[0])
-        if self.walks[0] > 1:
-            self.walk(u, v, steps, documents, totals, reverse=reverse)
-        return totals
+    def entering(self, u, v, steps, documents, initial, *, reverse):
+        """The states that enter the segments of a walk, (B, H, segments, P, N), or None for zeros."""
+        if self.segments == 1:
+            return initial
+        rows, size = self.batch * self.heads, self.P * self.N
+        slots = self.segments * SLOTS
+        totals = self.new(rows, slots, size), self.new(rows, slots)
+        self.walk(u, v, steps, documents, reverse=reverse, totals=totals)
+        entering = self.new(rows, self.segments, size)
+        _segments_kernel[(rows, triton.cdiv(size, 1024))](
+            *totals, initial, entering, self.segments,
+            SLOTS=SLOTS, SIZE=size, HAS_INITIAL=initial is not None, BLOCK=1024,
+        )  # fmt: skip
+        return entering
 
-    def walk(self, u, v, steps, documents, totals, *, reverse, initial=None, final=None, states=None):
-        """Launch _state_kernel; without final and states, it fills totals."""
-        segments, _ = self.walks
-        finding = states is None and final is None
-        grid = (self.batch * self.heads, segments - 1 if finding else segments)
-        shares = (self.heads // u.shape[2], self.heads // v.shape[2])
-        _state_kernel[grid](
-            u, v, steps, documents, initial, final, states, *totals,
-            *u.stride()[:3], *v.stride()[:3], self.length, self.heads, self.chunks, *self.walks,
-            SU=shares[0], SV=shares[1], REVERSE=reverse, TOTALS=finding, HAS_INITIAL=initial is not None,
-            HAS_FINAL=final is not None, STATES=states is not None, HAS_SEQ=documents.numel() > 0,
-            **self.common, **config("state", self.N),
+    def walk(self, u, v, steps, documents, *, reverse, entering=None, final=None, states=None, totals=None):
+        """Launch _state_kernel: for totals, or else for states and the final one."""
+        parts, per_part, programs = self.segments, self.per_segment, self.segments
+        if totals is not None:
+            parts, per_part, programs = parts * SLOTS, per_part // SLOTS, (parts - 1) * SLOTS
+        _state_kernel[(self.batch * self.heads, programs)](
+            u, v, steps, documents, entering, final, states, *(totals or (None, None)),
+            *u.stride()[:3], *v.stride()[:3], self.length, self.heads, self.chunks, parts, per_part,
+            SU=self.heads // u.shape[2], SV=self.heads // v.shape[2], REVERSE=reverse, TOTALS=totals is not None,
+            HAS_ENTERING=entering is not None, HAS_FINAL=final is not None, STATES=states is not None,
+            HAS_SEQ=documents.numel() > 0, **self.common, **config("state", self.N),
         )  # fmt: skip
 
 
@@ -758,7 +775,7 @@ def ssd_scan(
     launch = _Launch(x, dt, B, C, chunk_size)
     batch, length, heads, P, N = launch.batch, launch.length, launch.heads, launch.P, launch.N
     steps, documents = launch.steps(dt, dt_bias, A, seq_idx, dt_softplus)
-    totals = launch.totals(x, B, steps, documents, reverse=False)
+    entering = launch.entering(x, B, steps, documents, initial_state, reverse=False)
 
     out = x.new_empty(batch, length, heads, P)
     y = x.new_empty(out.shape if training and z is not None else 0)
@@ -768,17 +785,17 @@ def ssd_scan(
     options = {"HAS_D": D is not None, "HAS_Z": z is not None, "HAS_SEQ": seq_idx is not None, **launch.common}
     if training and launch.one_score_tile:
         launch.walk(
-            x, B, steps, documents, totals, reverse=False,
-            initial=initial_state, final=final if return_final_state else None, states=states,
+            x, B, steps, documents, reverse=False, entering=entering,
+            final=final if return_final_state else None, states=states,
         )  # fmt: skip
         _output_kernel[launch.per_chunk](
             x, B, C, D, z, steps, documents, states, out, y, *strides, length, heads, launch.chunks,
             HEADS=launch.together, SX=launch.shares["SX"], **options, **config("output", N),
         )  # fmt: skip
     else:
-        _forward_kernel[(batch * heads, launch.walks[0])](
-            x, B, C, D, z, steps, documents, initial_state, *totals, out, y, final, states, *strides,
-            length, heads, launch.chunks, *launch.walks, HAS_INITIAL=initial_state is not None,
+        _forward_kernel[(batch * heads, launch.segments)](
+            x, B, C, D, z, steps, documents, entering, out, y, final, states, *strides,
+            length, heads, launch.chunks, launch.segments, launch.per_segment, HAS_ENTERING=entering is not None,
             HAS_FINAL=return_final_state, STATES=training, **launch.shares, **options, **config("forward", N),
         )  # fmt: skip
     if not training:
@@ -831,11 +848,11 @@ def ssd_scan_backward(
         _gate_backward_kernel[(triton.cdiv(dy.numel(), block),)](
             d_out, y, z, dy, dz, *d_out.stride()[:3], *z.stride()[:3], length, heads, dy.numel(), P, block
         )
-    totals = launch.totals(dy, C, steps, documents, reverse=True)
+    entering = launch.entering(dy, C, steps, documents, d_final, reverse=True)
     adjoints = torch.empty_like(states)
     d_initial = launch.new(batch, heads, P, N) if initial_grad else None
     launch.walk(
-        dy, C, steps, documents, totals, reverse=True, initial=d_final, final=d_initial, states=adjoints,
+        dy, C, steps, documents, reverse=True, entering=entering, final=d_initial, states=adjoints,
     )  # fmt: skip
 
     dx, dB, dC, ddt = (t.new_empty(t.shape) for t in (x, B, C, dt))
@@ -862,10 +879,12 @@ def ssd_scan_backward(
             **config("within", N),
         )  # fmt: skip
     else:
-        _backward_kernel[launch.per_chunk](
+        count = 1  # chunks a program
+        units = heads // launch.together
+        _backward_kernel[(batch * triton.cdiv(launch.chunks, count) * units,)](
             x, B, C, D, dy, dt, dt_bias, A, steps, documents, states, adjoints, dx, dB, dC, ddt, d_heads,
             *strides, *dt.stride(), *sizes, d_plane, **launch.shares, **options, **through,
-            **config("backward", N),
+            COUNT=count, STAGES=2, **config("backward", N),
         )  # fmt: skip
     sums = launch.new(3, heads)
     _heads_kernel[(3, heads)](d_heads, sums, batch, heads, steps.shape[2], d_plane, BLOCK=1024)
