@@ -107,6 +107,25 @@ def _steps_kernel(
 
 
 @triton.jit
+def _load(ptr, stride, row, column, rows, columns):
+    """A tile of a matrix whose rows are contiguous; zeros beyond its end."""
+    mask = (row < rows)[:, None] & (column < columns)[None, :]
+    return tl.load(ptr + row[:, None] * stride + column[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _store(ptr, stride, row, column, rows, columns, value):
+    mask = (row < rows)[:, None] & (column < columns)[None, :]
+    tl.store(ptr + row[:, None] * stride + column[None, :], value.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _place(pid, chunks, units):
+    """Batch row, chunk, and unit of heads of a program: units of one chunk are neighbours."""
+    return (pid // units // chunks).to(tl.int64), (pid // units % chunks).to(tl.int64), pid % units
+
+
+@triton.jit
 def _load_steps(steps, Q: tl.constexpr):
     """Step sizes and decays of a chunk, and the decay at its end."""
     # In one tile: two small ones would be loaded anew in every layout they are used in, at many registers each.
@@ -135,9 +154,6 @@ def _state_kernel(
     b, h = pid // H, pid % H
     q = tl.arange(0, Q)
     p, n = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
-    p_ok, n_ok = p < P, n < N
-    at = p[:, None] * N + n[None, :]
-    ok = p_ok[:, None] & n_ok[None, :]
     u += b * u_sb + (h // SU) * u_sh
     v += b * v_sb + (h // SV) * v_sh
     steps += pid * chunks * Q * 2
@@ -146,17 +162,17 @@ def _state_kernel(
     state = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
     carried = 1.0
     if HAS_ENTERING:
-        state = tl.load(entering + (pid * parts + rank) * P * N + at, mask=ok, other=0.0).to(tl.float32)
+        state = _load(entering + (pid * parts + rank) * P * N, N, p, n, P, N).to(tl.float32)
     first = rank * per_part
     last = tl.minimum(first + per_part, chunks)
     for i in range(first, last):
         c = tl.cast(chunks - 1 - i if REVERSE else i, tl.int64)
         if STATES:
             place = states + ((b * chunks + c) * H + h) * P * N
-            tl.store(place + at, state.to(states.dtype.element_ty), mask=ok)
+            _store(place, N, p, n, P, N, state.to(states.dtype.element_ty))
         t = c * Q + q
-        u_ = tl.load(u + t[:, None] * u_sl + p[None, :], mask=(t < L)[:, None] & p_ok[None, :], other=0.0)
-        v_ = tl.load(v + t[:, None] * v_sl + n[None, :], mask=(t < L)[:, None] & n_ok[None, :], other=0.0)
+        u_ = _load(u, u_sl, t, p, L, P)
+        v_ = _load(v, v_sl, t, n, L, N)
         step, decay, end = _load_steps(steps + c * Q * 2, Q)
         carry = tl.exp2(end)
         if REVERSE:
@@ -175,11 +191,11 @@ def _state_kernel(
         state = tl.dot(tl.trans(u_), v_, state * carry, input_precision=PRECISION)
         carried *= carry
     if TOTALS:
-        tl.store(totals + (pid * parts + rank) * P * N + at, state, mask=ok)
+        _store(totals + (pid * parts + rank) * P * N, N, p, n, P, N, state)
         tl.store(total_decays + pid * parts + rank, carried)
     elif HAS_FINAL:
         if rank == parts - 1:
-            tl.store(final + pid * P * N + at, state, mask=ok)
+            _store(final + pid * P * N, N, p, n, P, N, state)
 
 
 @triton.jit
@@ -217,9 +233,6 @@ def _forward_kernel(
     b, h = pid // H, pid % H
     q = tl.arange(0, Q)
     p, n = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
-    p_ok, n_ok = p < P, n < N
-    at = p[:, None] * N + n[None, :]
-    ok = p_ok[:, None] & n_ok[None, :]
     causal = q[:, None] >= q[None, :]
     x += b * x_sb + (h // SX) * x_sh
     B += b * B_sb + (h // SB) * B_sh
@@ -235,16 +248,15 @@ def _forward_kernel(
 
     state = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
     if HAS_ENTERING:
-        state = tl.load(entering + (pid * parts + rank) * P * N + at, mask=ok, other=0.0).to(tl.float32)
+        state = _load(entering + (pid * parts + rank) * P * N, N, p, n, P, N).to(tl.float32)
     first = rank * per_part
     last = tl.minimum(first + per_part, chunks)
     for i in range(first, last):
         c = tl.cast(i, tl.int64)
         t = c * Q + q
-        t_ok = t < L
-        x_ = tl.load(x + t[:, None] * x_sl + p[None, :], mask=t_ok[:, None] & p_ok[None, :], other=0.0)
-        B_ = tl.load(B + t[:, None] * B_sl + n[None, :], mask=t_ok[:, None] & n_ok[None, :], other=0.0)
-        C_ = tl.load(C + t[:, None] * C_sl + n[None, :], mask=t_ok[:, None] & n_ok[None, :], other=0.0)
+        x_ = _load(x, x_sl, t, p, L, P)
+        B_ = _load(B, B_sl, t, n, L, N)
+        C_ = _load(C, C_sl, t, n, L, N)
         step, decay, end = _load_steps(steps + c * Q * 2, Q)
         visible = causal
         from_start = tl.exp2(decay)
@@ -260,21 +272,19 @@ def _forward_kernel(
 
         state_ = state.to(x_.dtype)
         if STATES:
-            tl.store(states + ((b * chunks + c) * H + h) * P * N + at, state_, mask=ok)
+            _store(states + ((b * chunks + c) * H + h) * P * N, N, p, n, P, N, state_)
         mix = tl.dot(C_, tl.trans(B_), input_precision=PRECISION)
         mix *= tl.exp2(tl.where(visible, decay[:, None] - decay[None, :], -float("inf"))) * step[None, :]
         if HAS_D:
             mix += tl.where(q[:, None] == q[None, :], skip, 0.0)
         y_ = tl.dot(C_, tl.trans(state_), input_precision=PRECISION) * from_start[:, None]
         y_ = tl.dot(mix.to(x_.dtype), x_, y_, input_precision=PRECISION)
-        place = t[:, None] * (H * P) + p[None, :]
-        y_ok = t_ok[:, None] & p_ok[None, :]
         if HAS_Z:
-            z_ = tl.load(z + t[:, None] * z_sl + p[None, :], mask=y_ok, other=0.0).to(tl.float32)
+            z_ = _load(z, z_sl, t, p, L, P).to(tl.float32)
             if STATES:
-                tl.store(y + place, y_.to(y.dtype.element_ty), mask=y_ok)
+                _store(y, H * P, t, p, L, P, y_)
             y_ = y_ * (z_ / (1.0 + tl.exp(-z_)))
-        tl.store(out + place, y_.to(out.dtype.element_ty), mask=y_ok)
+        _store(out, H * P, t, p, L, P, y_)
         if BLOCK_P <= BLOCK_N:
             keys = tl.trans((x_ * to_end[:, None]).to(x_.dtype))
             state = tl.dot(keys, B_, state * carry, input_precision=PRECISION)
@@ -283,7 +293,7 @@ def _forward_kernel(
             state = tl.dot(tl.trans(x_), keys, state * carry, input_precision=PRECISION)
     if HAS_FINAL:
         if rank == parts - 1:
-            tl.store(final + pid * P * N + at, state, mask=ok)
+            _store(final + pid * P * N, N, p, n, P, N, state)
 
 
 @triton.jit
@@ -307,27 +317,21 @@ def _output_kernel(
 ):  # fmt: skip
     """The outputs of one chunk, from the states that enter it, for HEADS heads of one B and C (so one score tile)."""
     units = H // HEADS
-    pid = tl.program_id(0)
-    unit = pid % units
-    b, c = (pid // units // chunks).to(tl.int64), (pid // units % chunks).to(tl.int64)
+    b, c, unit = _place(tl.program_id(0), chunks, units)
     p, n = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
-    p_ok, n_ok = p < P, n < N
-    at = p[:, None] * N + n[None, :]
-    at_ok = p_ok[:, None] & n_ok[None, :]
     q = tl.arange(0, Q)
-    t = c * Q + q
-    xp_ok, bn_ok = (t < L)[:, None] & p_ok[None, :], (t < L)[:, None] & n_ok[None, :]
+    left = (L - c * Q).to(tl.int32)  # tokens from here on
     visible = q[:, None] >= q[None, :]
     if HAS_SEQ:
-        document = tl.load(documents + b * chunks * Q + t)
+        document = tl.load(documents + (b * chunks + c) * Q + q)
         visible = visible & (document[:, None] == document[None, :])
-    B_ = tl.load(B + b * B_sb + unit * B_sh + t[:, None] * B_sl + n[None, :], mask=bn_ok, other=0.0)
-    C_ = tl.load(C + b * C_sb + unit * C_sh + t[:, None] * C_sl + n[None, :], mask=bn_ok, other=0.0)
+    B_ = _load(B + b * B_sb + unit * B_sh + c * Q * B_sl, B_sl, q, n, left, N)
+    C_ = _load(C + b * C_sb + unit * C_sh + c * Q * C_sl, C_sl, q, n, left, N)
     scores = tl.dot(C_, tl.trans(B_), input_precision=PRECISION)
     for i in range(HEADS):
         h = tl.cast(unit * HEADS + i, tl.int64)
-        x_ = tl.load(x + b * x_sb + (h // SX) * x_sh + t[:, None] * x_sl + p[None, :], mask=xp_ok, other=0.0)
-        state = tl.load(states + ((b * chunks + c) * H + h) * P * N + at, mask=at_ok, other=0.0)
+        x_ = _load(x + b * x_sb + (h // SX) * x_sh + c * Q * x_sl, x_sl, q, p, left, P)
+        state = _load(states + ((b * chunks + c) * H + h) * P * N, N, p, n, P, N)
         step, decay, _ = _load_steps(steps + ((b * H + h) * chunks + c) * Q * 2, Q)
         from_start = tl.exp2(decay)
         if HAS_SEQ:
@@ -337,13 +341,12 @@ def _output_kernel(
         if HAS_D:
             mix += tl.where(q[:, None] == q[None, :], tl.load(D + h).to(tl.float32), 0.0)
         y_ = tl.dot(mix.to(x_.dtype), x_, y_, input_precision=PRECISION)
-        place = ((b * L + t[:, None]) * H + h) * P + p[None, :]
+        place = (b * L * H + h) * P
         if HAS_Z:
-            tl.store(y + place, y_.to(y.dtype.element_ty), mask=xp_ok)
-            z_at = z + b * z_sb + h * z_sh + t[:, None] * z_sl + p[None, :]
-            z_ = tl.load(z_at, mask=xp_ok, other=0.0).to(tl.float32)
+            _store(y + place + c * Q * H * P, H * P, q, p, left, P, y_)
+            z_ = _load(z + b * z_sb + h * z_sh + c * Q * z_sl, z_sl, q, p, left, P).to(tl.float32)
             y_ = y_ * (z_ / (1.0 + tl.exp(-z_)))
-        tl.store(out + place, y_.to(out.dtype.element_ty), mask=xp_ok)
+        _store(out + place + c * Q * H * P, H * P, q, p, left, P, y_)
 
 
 @triton.jit
@@ -365,37 +368,31 @@ def _entering_kernel(
 ):  # fmt: skip
     """What the state entering a chunk gives dC and the summed log decays; and, if it leaves again, all log decays."""
     units = H // HEADS
-    pid = tl.program_id(0)
-    unit = pid % units
-    b, c = (pid // units // chunks).to(tl.int64), (pid // units % chunks).to(tl.int64)
+    b, c, unit = _place(tl.program_id(0), chunks, units)
     p, n = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
-    p_ok, n_ok = p < P, n < N
-    at = p[:, None] * N + n[None, :]
-    at_ok = p_ok[:, None] & n_ok[None, :]
     q = tl.arange(0, Q)
-    t = c * Q + q
-    yp_ok, cn_ok = (t < L)[:, None] & p_ok[None, :], (t < L)[:, None] & n_ok[None, :]
-    C_ = tl.load(C + b * C_sb + unit * C_sh + t[:, None] * C_sl + n[None, :], mask=cn_ok, other=0.0)
+    left = (L - c * Q).to(tl.int32)  # tokens from here on
+    C_ = _load(C + b * C_sb + unit * C_sh + c * Q * C_sl, C_sl, q, n, left, N)
     dC_ = tl.zeros((Q, BLOCK_N), tl.float32)
     for i in tl.range(0, HEADS, num_stages=STAGES):  # named here: for all loads, not only those of products
         h = tl.cast(unit * HEADS + i, tl.int64)
-        dy_ = tl.load(dy + b * dy_sb + h * dy_sh + t[:, None] * dy_sl + p[None, :], mask=yp_ok, other=0.0)
+        dy_ = _load(dy + b * dy_sb + h * dy_sh + c * Q * dy_sl, dy_sl, q, p, left, P)
         place = ((b * chunks + c) * H + h) * P * N
-        state = tl.load(states + place + at, mask=at_ok, other=0.0)
-        adjoint = tl.load(adjoints + place + at, mask=at_ok, other=0.0)
+        state = _load(states + place, N, p, n, P, N)
+        adjoint = _load(adjoints + place, N, p, n, P, N)
         passed = tl.sum(tl.sum(state.to(tl.float32) * adjoint.to(tl.float32), 1), 0)
         row = ((b * H + h) * chunks + c) * Q
         _, decay, end = _load_steps(steps + row * 2, Q)
         from_start = tl.exp2(decay)
         passed *= tl.exp2(end)
         if HAS_SEQ:
-            from_start = tl.where(tl.load(documents + b * chunks * Q + t) == 0, from_start, 0.0)
-            passed = tl.where(tl.load(documents + b * chunks * Q + c * Q + Q - 1) == 0, passed, 0.0)
+            from_start = tl.where(tl.load(documents + (b * chunks + c) * Q + q) == 0, from_start, 0.0)
+            passed = tl.where(tl.load(documents + (b * chunks + c + 1) * Q - 1) == 0, passed, 0.0)
         tl.store(passing + (b * H + h) * chunks + c, passed)
         y = tl.dot(C_, tl.trans(state), input_precision=PRECISION)
         tl.store(d_decays + row + q, tl.sum(y * dy_, 1) * from_start)
         dC_ = tl.dot((dy_ * from_start[:, None]).to(dy_.dtype), state, dC_, input_precision=PRECISION)
-    tl.store(dC + ((b * L + t[:, None]) * units + unit) * N + n[None, :], dC_.to(dC.dtype.element_ty), mask=cn_ok)
+    _store(dC + (b * L * units + unit) * N + c * Q * units * N, units * N, q, n, left, N, dC_)
 
 
 @triton.jit
@@ -406,39 +403,32 @@ def _leaving_kernel(
 ):  # fmt: skip
     """What the state leaving a chunk gives dx, dB and (pairs, d_steps) steps and log decays; HEADS heads of one B."""
     units = H // HEADS
-    pid = tl.program_id(0)
-    unit = pid % units
-    b, c = (pid // units // chunks).to(tl.int64), (pid // units % chunks).to(tl.int64)
+    b, c, unit = _place(tl.program_id(0), chunks, units)
     p, n = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
-    p_ok, n_ok = p < P, n < N
-    at = p[:, None] * N + n[None, :]
-    at_ok = p_ok[:, None] & n_ok[None, :]
     q = tl.arange(0, Q)
-    t = c * Q + q
-    xp_ok, bn_ok = (t < L)[:, None] & p_ok[None, :], (t < L)[:, None] & n_ok[None, :]
-    B_ = tl.load(B + b * B_sb + unit * B_sh + t[:, None] * B_sl + n[None, :], mask=bn_ok, other=0.0)
+    left = (L - c * Q).to(tl.int32)  # tokens from here on
+    B_ = _load(B + b * B_sb + unit * B_sh + c * Q * B_sl, B_sl, q, n, left, N)
     dB_ = tl.zeros((Q, BLOCK_N), tl.float32)
     for i in range(HEADS):
         h = tl.cast(unit * HEADS + i, tl.int64)
         place = ((b * chunks + c) * H + h) * P * N
-        adjoint = tl.load(adjoints + place + at, mask=at_ok, other=0.0)
-        x_ = tl.load(x + b * x_sb + h * x_sh + t[:, None] * x_sl + p[None, :], mask=xp_ok, other=0.0)
+        adjoint = _load(adjoints + place, N, p, n, P, N)
+        x_ = _load(x + b * x_sb + h * x_sh + c * Q * x_sl, x_sl, q, p, left, P)
         row = ((b * H + h) * chunks + c) * Q
         step, decay, end = _load_steps(steps + row * 2, Q)
         to_end = tl.exp2(end - decay)
         if HAS_SEQ:
-            changes = tl.load(documents + b * chunks * Q + c * Q + Q - 1)
-            to_end = tl.where(tl.load(documents + b * chunks * Q + t) == changes, to_end, 0.0)
+            changes = tl.load(documents + (b * chunks + c + 1) * Q - 1)
+            to_end = tl.where(tl.load(documents + (b * chunks + c) * Q + q) == changes, to_end, 0.0)
         dx_ = tl.dot(B_, tl.trans(adjoint), input_precision=PRECISION) * to_end[:, None]
         d_step = tl.sum(dx_ * x_, 1)
-        dx_at = dx + ((b * L + t[:, None]) * H + h) * P + p[None, :]
-        tl.store(dx_at, (dx_ * step[:, None]).to(dx.dtype.element_ty), mask=xp_ok)
+        _store(dx + (b * L * H + h) * P + c * Q * H * P, H * P, q, p, left, P, dx_ * step[:, None])
         dB_ = tl.dot((x_ * (to_end * step)[:, None]).to(x_.dtype), adjoint, dB_, input_precision=PRECISION)
         # The log decay of a token acts on the keys before it, on their way to the end, and on the passing state.
         keys = d_step * step
         d_log = tl.cumsum(keys, 0) - keys + tl.load(passing + (b * H + h) * chunks + c)
         tl.store(d_steps + (row + q[:, None]) * 2 + tl.arange(0, 2)[None, :], tl.join(d_step, d_log))
-    tl.store(dB + ((b * L + t[:, None]) * units + unit) * N + n[None, :], dB_.to(dB.dtype.element_ty), mask=bn_ok)
+    _store(dB + (b * L * units + unit) * N + c * Q * units * N, units * N, q, n, left, N, dB_)
 
 
 @triton.jit
@@ -452,30 +442,26 @@ def _within_kernel(
 ):  # fmt: skip
     """Add what passes inside a chunk to what the two kernels before left, for HEADS heads of one B and C."""
     units = H // HEADS
-    pid = tl.program_id(0)
-    unit = pid % units
-    b, c = (pid // units // chunks).to(tl.int64), (pid // units % chunks).to(tl.int64)
+    b, c, unit = _place(tl.program_id(0), chunks, units)
     q = tl.arange(0, Q)
     p, n = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
-    t = c * Q + q
-    t_ok = t < L
-    xp_ok, bn_ok = t_ok[:, None] & (p < P)[None, :], t_ok[:, None] & (n < N)[None, :]
+    left = (L - c * Q).to(tl.int32)  # tokens from here on
     visible = q[:, None] <= q[None, :]
     dtype = x.dtype.element_ty
     if HAS_SEQ:
-        document = tl.load(documents + b * chunks * Q + t)
+        document = tl.load(documents + (b * chunks + c) * Q + q)
         visible = visible & (document[:, None] == document[None, :])
-    B_ = tl.load(B + b * B_sb + unit * B_sh + t[:, None] * B_sl + n[None, :], mask=bn_ok, other=0.0)
-    C_ = tl.load(C + b * C_sb + unit * C_sh + t[:, None] * C_sl + n[None, :], mask=bn_ok, other=0.0)
+    B_ = _load(B + b * B_sb + unit * B_sh + c * Q * B_sl, B_sl, q, n, left, N)
+    C_ = _load(C + b * C_sb + unit * C_sh + c * Q * C_sl, C_sl, q, n, left, N)
     scores = tl.dot(B_, tl.trans(C_), input_precision=PRECISION)
     own_scores = tl.sum(tl.where(q[:, None] == q[None, :], scores, 0.0), 1)
     d_scores = tl.zeros((Q, Q), tl.float32)
     for i in tl.range(0, HEADS, num_stages=STAGES):
         h = tl.cast(unit * HEADS + i, tl.int64)
-        x_ = tl.load(x + b * x_sb + h * x_sh + t[:, None] * x_sl + p[None, :], mask=xp_ok, other=0.0)
-        dy_ = tl.load(dy + b * dy_sb + h * dy_sh + t[:, None] * dy_sl + p[None, :], mask=xp_ok, other=0.0)
-        dx_at = dx + ((b * L + t[:, None]) * H + h) * P + p[None, :]
-        dx_ = tl.load(dx_at, mask=xp_ok, other=0.0).to(tl.float32)
+        x_ = _load(x + b * x_sb + h * x_sh + c * Q * x_sl, x_sl, q, p, left, P)
+        dy_ = _load(dy + b * dy_sb + h * dy_sh + c * Q * dy_sl, dy_sl, q, p, left, P)
+        dx_at = dx + (b * L * H + h) * P
+        dx_ = _load(dx_at + c * Q * H * P, H * P, q, p, left, P).to(tl.float32)
         row = ((b * H + h) * chunks + c) * Q
         step, decay, _ = _load_steps(steps + row * 2, Q)
         d_step_across, d_log_across, _ = _load_steps(d_steps + row * 2, Q)
@@ -487,25 +473,25 @@ def _within_kernel(
         )
         d_scores += d_mix
         dx_ = tl.dot(mix, dy_, dx_, input_precision=PRECISION)
-        tl.store(dx_at, dx_.to(dtype), mask=xp_ok)
+        _store(dx_at + c * Q * H * P, H * P, q, p, left, P, dx_)
         d_log = tl.cumsum(d_decay + tl.load(d_decays + row + q), 0, reverse=True) + d_log_across
         d_step += d_step_across + tl.load(A + h).to(tl.float32) * d_log
-        raw = dt + b * dt_sb + t * dt_sl + h * dt_sh
-        d_step = _raw_step_gradient(d_step, raw, dt_bias, h, t_ok, SOFTPLUS, HAS_BIAS)
-        tl.store(ddt + (b * L + t) * H + h, d_step.to(ddt.dtype.element_ty), mask=t_ok)
+        raw = dt + b * dt_sb + c * Q * dt_sl + h * dt_sh + q * dt_sl
+        d_step = _raw_step_gradient(d_step, raw, dt_bias, h, q < left, SOFTPLUS, HAS_BIAS)
+        tl.store(ddt + (b * L + c * Q) * H + h + q * H, d_step.to(ddt.dtype.element_ty), mask=q < left)
         # Sums over a chunk would cost barriers here.
         tl.store(d_heads + row + q, step * d_log)
         tl.store(d_heads + d_plane + row + q, d_step)
         if HAS_D:
             tl.store(d_heads + 2 * d_plane + row + q, d_skip)
-    place = ((b * L + t[:, None]) * units + unit) * N + n[None, :]
+    place = (b * L * units + unit) * N
     d_scores_ = d_scores.to(dtype)
-    dB_ = tl.load(dB + place, mask=bn_ok, other=0.0).to(tl.float32)
+    dB_ = _load(dB + place + c * Q * units * N, units * N, q, n, left, N).to(tl.float32)
     dB_ = tl.dot(d_scores_, C_, dB_, input_precision=PRECISION)
-    tl.store(dB + place, dB_.to(dtype), mask=bn_ok)
-    dC_ = tl.load(dC + place, mask=bn_ok, other=0.0).to(tl.float32)
+    _store(dB + place + c * Q * units * N, units * N, q, n, left, N, dB_)
+    dC_ = _load(dC + place + c * Q * units * N, units * N, q, n, left, N).to(tl.float32)
     dC_ = tl.dot(tl.trans(d_scores_), B_, dC_, input_precision=PRECISION)
-    tl.store(dC + place, dC_.to(dtype), mask=bn_ok)
+    _store(dC + place + c * Q * units * N, units * N, q, n, left, N, dC_)
 
 
 @triton.jit
@@ -544,15 +530,10 @@ def _backward_kernel(
     The order of the work keeps few tiles alive at a time; what is left of 255 registers a thread is little.
     """
     units = H // HEADS
-    pid = tl.program_id(0)
-    unit = pid % units
-    programs = tl.cdiv(chunks, COUNT)
-    b, first = (pid // units // programs).to(tl.int64), pid // units % programs * COUNT
+    b, first, unit = _place(tl.program_id(0), tl.cdiv(chunks, COUNT), units)
+    first *= COUNT
     q = tl.arange(0, Q)
     p, n = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
-    p_ok, n_ok = p < P, n < N
-    at = p[:, None] * N + n[None, :]
-    at_ok = p_ok[:, None] & n_ok[None, :]
     dtype = x.dtype.element_ty
     if SX > 1:
         dx_sum = tl.zeros((Q, BLOCK_P), tl.float32)
@@ -569,20 +550,19 @@ def _backward_kernel(
         c, h = tl.cast(first + i // HEADS, tl.int64), tl.cast(unit * HEADS + i % HEADS, tl.int64)
         t = c * Q + q
         t_ok = t < L
-        xp_ok, bn_ok = t_ok[:, None] & p_ok[None, :], t_ok[:, None] & n_ok[None, :]
         visible = q[:, None] <= q[None, :]
         if HAS_SEQ:
             document = tl.load(documents + b * chunks * Q + t)
             changes = tl.load(documents + b * chunks * Q + c * Q + Q - 1)
             visible = visible & (document[:, None] == document[None, :])
-        x_ = tl.load(x + b * x_sb + (h // SX) * x_sh + t[:, None] * x_sl + p[None, :], mask=xp_ok, other=0.0)
-        dy_ = tl.load(dy + b * dy_sb + h * dy_sh + t[:, None] * dy_sl + p[None, :], mask=xp_ok, other=0.0)
+        x_ = _load(x + b * x_sb + (h // SX) * x_sh, x_sl, t, p, L, P)
+        dy_ = _load(dy + b * dy_sb + h * dy_sh, dy_sl, t, p, L, P)
         place = ((b * chunks + c) * H + h) * P * N
-        state = tl.load(states + place + at, mask=at_ok, other=0.0)
-        adjoint = tl.load(adjoints + place + at, mask=at_ok, other=0.0)
+        state = _load(states + place, N, p, n, P, N)
+        adjoint = _load(adjoints + place, N, p, n, P, N)
         passed = tl.sum(tl.sum(state.to(tl.float32) * adjoint.to(tl.float32), 1), 0)
-        B_ = tl.load(B + b * B_sb + (h // SB) * B_sh + t[:, None] * B_sl + n[None, :], mask=bn_ok, other=0.0)
-        C_ = tl.load(C + b * C_sb + (h // SC) * C_sh + t[:, None] * C_sl + n[None, :], mask=bn_ok, other=0.0)
+        B_ = _load(B + b * B_sb + (h // SB) * B_sh, B_sl, t, n, L, N)
+        C_ = _load(C + b * C_sb + (h // SC) * C_sh, C_sl, t, n, L, N)
         row = ((b * H + h) * chunks + c) * Q
         step, decay, end = _load_steps(steps + row * 2, Q)
         from_start = tl.exp2(decay)
@@ -618,21 +598,21 @@ def _backward_kernel(
         )
         dx_ = tl.dot(mix, dy_, dx_, input_precision=PRECISION)
         if SX == 1 or i % SX == SX - 1:
-            dx_at = dx + ((b * L + t[:, None]) * (H // SX) + h // SX) * P + p[None, :]
-            tl.store(dx_at, dx_.to(dtype), mask=xp_ok)
+            heads = H // SX
+            _store(dx + (b * L * heads + h // SX) * P, heads * P, t, p, L, P, dx_)
         if SX > 1:
             dx_sum = tl.where(i % SX == SX - 1, 0.0, dx_)
         d_mix_ = d_mix.to(dtype)
         dB_ = tl.dot(d_mix_, C_, dB_, input_precision=PRECISION)
         if SB == 1 or i % SB == SB - 1:
-            dB_at = dB + ((b * L + t[:, None]) * (H // SB) + h // SB) * N + n[None, :]
-            tl.store(dB_at, dB_.to(dtype), mask=bn_ok)
+            heads = H // SB
+            _store(dB + (b * L * heads + h // SB) * N, heads * N, t, n, L, N, dB_)
         if SB > 1:
             dB_sum = tl.where(i % SB == SB - 1, 0.0, dB_)
         dC_ = tl.dot(tl.trans(d_mix_), B_, dC_, input_precision=PRECISION)
         if SC == 1 or i % SC == SC - 1:
-            dC_at = dC + ((b * L + t[:, None]) * (H // SC) + h // SC) * N + n[None, :]
-            tl.store(dC_at, dC_.to(dtype), mask=bn_ok)
+            heads = H // SC
+            _store(dC + (b * L * heads + h // SC) * N, heads * N, t, n, L, N, dC_)
         if SC > 1:
             dC_sum = tl.where(i % SC == SC - 1, 0.0, dC_)
 
