@@ -89,6 +89,7 @@ def mixing_distance(
 
     q, k = _common(q.detach(), k.detach())
     B, C = _common(B, C)
+    A, dt_bias = A.contiguous(), None if dt_bias is None else dt_bias.contiguous()
     distance, norm, _ = matching_triton.mixing_distance(
         q, k, dt, A, B, C, dt_bias, seq_idx, mask, float(q.shape[-1] ** -0.5 if scale is None else scale), dt_softplus,
         window, None if softcap is None else float(softcap),

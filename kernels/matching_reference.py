@@ -145,8 +145,8 @@ def check_distance(q, k, dt, A, B, C, scale, dt_bias, seq_idx, window, softcap, 
     """Raise a ValueError if the arguments of mixing_distance do not fit together."""
     _check_inputs(None, dt, A, B, C, None, dt_bias, leading="B, L")
     batch, length, heads = dt.shape
-    if length == 0:
-        raise ValueError("dt: expected at least one token, got L = 0")
+    if batch == 0 or length == 0:
+        raise ValueError(f"dt: expected at least one token, got {'B' if batch == 0 else 'L'} = 0")
     if q.dim() != 4 or q.shape[:3] != dt.shape:
         raise ValueError(f"q: expected shape (B, L, H, P) with (B, L, H) = {tuple(dt.shape)}, got {tuple(q.shape)}")
     if k.dim() != 4 or k.shape[:2] != dt.shape[:2] or k.shape[3] != q.shape[3]:

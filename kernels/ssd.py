@@ -77,7 +77,7 @@ def ssd_scan(
 
     dtype = torch.promote_types(torch.promote_types(x.dtype, B.dtype), C.dtype)
     x_, B, C = (_inner_contiguous(t.to(dtype)) for t in (x, B, C))
-    z = None if z is None else _inner_contiguous(z)
+    A, D, z, dt_bias = (_inner_contiguous(t) for t in (A, D, z, dt_bias))
     tensors = [x, dt, A, B, C, D, z, dt_bias, initial_state]
     training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     # Rows of the state do not interact: more of them than fit in registers go part by part.
@@ -115,15 +115,17 @@ def ssd_step(state, x, dt, A, B, C, *, D=None, z=None, dt_bias=None, dt_softplus
     Raises:
         ValueError: a shape or a number of heads does not fit; or backend is "triton" and the kernel cannot run.
     """
-    unsupported = "the kernel takes a state that is contiguous along N" if state.stride(-1) != 1 else None
+    unsupported = None
+    if state.stride(-1) != 1 or state.dtype == torch.float64:
+        unsupported = "the kernel takes a state that is contiguous along N, and not float64"
     if not use_triton(backend, x, unsupported):
         return reference.ssd_step(state, x, dt, A, B, C, D=D, z=z, dt_bias=dt_bias, dt_softplus=dt_softplus)
     reference.check_step(state, x, dt, A, B, C, D, z, dt_bias)
     from .ssd_step_triton import ssd_step as step
 
-    x, B, C = (_inner_contiguous(t) for t in (x, B, C))
-    return step(state, x, dt, A, B, C, D, None if z is None else _inner_contiguous(z), dt_bias, dt_softplus)
+    x, A, B, C, D, z, dt_bias = (_inner_contiguous(t) for t in (x, A, B, C, D, z, dt_bias))
+    return step(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
 
 
 def _inner_contiguous(t):
-    return t if t.stride(-1) == 1 else t.contiguous()
+    return t if t is None or t.stride(-1) == 1 else t.contiguous()

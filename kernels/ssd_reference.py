@@ -155,8 +155,8 @@ def check_scan(x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx, chunk_size
     """Raise a ValueError if the arguments of ssd_scan do not fit together."""
     _check_inputs(x, dt, A, B, C, D, dt_bias, leading="B, L")
     batch, length, heads = dt.shape
-    if length == 0:
-        raise ValueError("x: expected at least one token, got L = 0")
+    if batch == 0 or length == 0:
+        raise ValueError(f"x: expected at least one token, got {'B' if batch == 0 else 'L'} = 0")
     if z is not None:
         _check_shape("z", z, "B, L, H, P", (batch, length, heads, x.shape[-1]))
     if initial_state is not None:

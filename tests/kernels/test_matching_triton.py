@@ -195,6 +195,7 @@ def test_views_of_one_wide_projection(device):
     turned = {
         n: v.detach().transpose(1, 3).contiguous().transpose(1, 3) for n, v in args.items() if n in ("q", "B", "C")
     }
+    turned |= {n: args[n].detach().repeat_interleave(2)[::2] for n in ("A", "dt_bias")}
     turned = {name: v.requires_grad_(name in TRAINED) for name, v in turned.items()}
     got = with_gradients(mixing_distance, {**args, **turned}, backend="triton")
     for name in want:

@@ -288,6 +288,8 @@ def test_errors_name_the_argument(change, message):
 def test_no_tokens_is_an_error():
     with pytest.raises(ValueError, match="^x: expected at least one token, got L = 0$"):
         ssd_scan(**make(0))
+    with pytest.raises(ValueError, match="^x: expected at least one token, got B = 0$"):
+        ssd_scan(**make(6, batch=0))
 
 
 def test_step_errors_name_the_argument():

@@ -161,6 +161,9 @@ def test_views_of_one_wide_projection(device):
     assert torch.equal(got, ssd_scan(**args, backend="triton"))
     # A last dimension that is not contiguous is copied.
     args["C"] = args["C"].mT.contiguous().mT
+    for name in ("A", "D", "dt_bias"):
+        args[name] = args[name].repeat_interleave(2)[::2]
+    args["initial_state"] = args["initial_state"].mT.contiguous().mT
     assert torch.equal(got, ssd_scan(**args, backend="triton"))
 
 
@@ -260,6 +263,8 @@ def test_what_the_kernels_cannot_do_is_said(device):
     torch.testing.assert_close(ssd_scan(**large), ssd_scan(**large, backend="torch"))
     with pytest.raises(ValueError, match="^x: expected a number of heads that divides H = 4, got 3$"):
         ssd_scan(**{**args, "x": torch.zeros(2, 4, 3, 16, device=device)}, backend="triton")
+    with pytest.raises(ValueError, match="^x: expected at least one token, got B = 0$"):
+        ssd_scan(**make(device, 4, batch=0), backend="triton")
 
 
 # Real shapes ---------------------------------------------------------------------------------------------------------
