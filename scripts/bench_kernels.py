@@ -25,7 +25,9 @@ import math
 import os
 import re
 import shlex
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -1073,12 +1075,17 @@ def summary(report):
     rates = report["ceilings"]
     versions = ", ".join(f"{n} {v}" for n, v in report["versions"].items() if v)
     missing = ", ".join(n for n, v in report["versions"].items() if not v)
-    first_calls = {(r["op"], r["shape"]): r["results"].get(OURS, {}).get("first_call_s", 0) for r in report["records"]}
+    first = report.get("first_step")
+    first = (
+        f" First training step of a process: {first['compiling']:.1f} s, later {first['cached']:.1f} s."
+        if first
+        else ""
+    )
     lines = [
         f"### {report['gpu']}",
         "",
         f"`{report['command']}`: {rates_text(rates)}. {versions}{f'; not installed: {missing}' if missing else ''}. "
-        f"Times in ms, memory in MB. Our first calls, compilation included: {sum(first_calls.values()):.1f} s for all.",
+        f"Times in ms, memory in MB.{first}",
         "",
         "| op | shape | pass | graph | eager | best peer | its graph | faster by | its eager | faster by "
         "| floor | times floor | memory, peer's | worst error | target |",
@@ -1162,6 +1169,42 @@ def write_table(folder):
     return text
 
 
+def training_step(device):
+    """One forward and backward pass of every op a Mamba-2 layer and its loss train with; returns the seconds taken."""
+    from transpoint.kernels.conv import causal_conv1d
+    from transpoint.kernels.kl import linear_kl
+    from transpoint.kernels.norm import gated_rms_norm
+    from transpoint.kernels.ssd import ssd_scan
+
+    maker = Maker(device)
+    half = functools.partial(maker.randn, 2, 512)
+    x, taps = leaf(half(2304)), leaf(maker.randn(2304, 4))
+    gate, scale = half(576), leaf(maker.randn(576))
+    hidden, head, other = leaf(maker.randn(1024, 576)), leaf(maker.randn(4096, 576)), maker.randn(4096, 576)
+    start = time.perf_counter()
+    mixed = causal_conv1d(x, taps, activation="silu", **maker.backend)
+    values, keys, queries, _ = mixed.split([192, 192, 576, 1344], -1)
+    parts = (t.unflatten(-1, (-1, 64)) for t in (values, keys, queries))
+    steps = maker.steps(2, 512, 9)
+    y = ssd_scan(
+        *(next(parts), steps["dt"], steps["A"], *parts), D=steps["D"], dt_bias=steps["dt_bias"], **maker.backend
+    )
+    y = gated_rms_norm(y.flatten(2), scale, gate, groups=9, **maker.backend)
+    loss = y.float().mean() + linear_kl(hidden, head, hidden.detach(), other, **maker.backend)
+    loss.backward()
+    float(loss)
+    return time.perf_counter() - start
+
+
+def first_step(device):
+    """Seconds of the first training_step of a new process: with an empty cache of compiled kernels, and again."""
+    run = [sys.executable, __file__, "--first-step", "--device", device]
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, "TRITON_CACHE_DIR": folder}
+        runs = [subprocess.run(run, env=environment, capture_output=True, text=True, check=True) for _ in range(2)]
+    return dict(zip(("compiling", "cached"), (float(r.stdout.split()[-1]) for r in runs), strict=True))
+
+
 def slug(gpu):
     """NVIDIA H200 -> h200, NVIDIA H100 80GB HBM3 -> h100."""
     words = re.findall(r"[a-z0-9]+", gpu.lower())
@@ -1194,10 +1237,11 @@ def parse(argv):
     parser.add_argument("--quick", action="store_true", help="tiny shapes; printed only, unless --out")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:1, cpu")
     parser.add_argument("--no-peers", action="store_true", help="time ours alone")
+    parser.add_argument("--first-step", action="store_true", help="only print the seconds of a first training step")
     parser.add_argument("--table", action="store_true", help="only make the table again from the JSON")
     parser.add_argument("--budget", type=float, default=math.inf, metavar="SECONDS", help="start no row after that")
     args = parser.parse_args(argv)
-    if args.device.startswith("cpu") and not (args.quick or args.table):
+    if args.device.startswith("cpu") and not (args.quick or args.table or args.first_step):
         parser.error("on the CPU only --quick shapes are worth the wait")
     return args
 
@@ -1212,6 +1256,11 @@ def main(argv=None):
     cuda = args.device.startswith("cuda")
     if cuda:
         torch.cuda.set_device(torch.device(args.device).index or 0)
+    if args.first_step:
+        torch.zeros(1, device=args.device)  # the GPU's start is not ours
+        print(training_step(args.device))
+        return 0
+    if cuda:
         tame_autotuners()
     meter = Meter(args.device, patience_ms=10 if args.quick else 100)
     maker = Maker(args.device)
@@ -1227,6 +1276,8 @@ def main(argv=None):
         "records": [],
     }
     meter.free()
+    if cuda and not args.only:
+        report["first_step"] = first_step(args.device)
     rates = report["ceilings"]
     say(f"{report['gpu']}: {rates_text(rates)}")
     peers = "" if args.no_peers else ".*" if cuda else "PyTorch"

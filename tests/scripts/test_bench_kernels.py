@@ -212,3 +212,8 @@ def test_a_page_without_markers_is_kept(bench, tmp_path):
     with pytest.raises(ValueError, match="expected the lines"):
         bench.write_table(tmp_path)
     assert (tmp_path / "kernels.md").read_text() == "mine"
+
+
+def test_first_step_of_a_new_process(bench):
+    seconds = bench.first_step("cpu")
+    assert set(seconds) == {"compiling", "cached"} and all(0 < s < 60 for s in seconds.values())
