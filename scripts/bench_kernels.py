@@ -1192,7 +1192,7 @@ def training_step(device):
     y = gated_rms_norm(y.flatten(2), scale, gate, groups=9, **maker.backend)
     loss = y.float().mean() + linear_kl(hidden, head, hidden.detach(), other, **maker.backend)
     loss.backward()
-    float(loss)
+    loss.item()
     return time.perf_counter() - start
 
 
