@@ -8,10 +8,13 @@ from torch import Tensor
 from .ssd_triton import softplus
 
 
-def config(P: int, N: int) -> dict:
-    """The rows of a state that a program updates, and its warps: 16 elements or more a thread keep memory busy."""
-    block_p = min(triton.next_power_of_2(P), max(1, 8192 // triton.next_power_of_2(N)))
-    return {"BLOCK_P": block_p, "num_warps": 4}
+def config(P: int, N: int, dtype: torch.dtype) -> dict:
+    """The rows of a state that a program updates, and its warps: the fastest of many on an H200, batch 256."""
+    elements, warps = (8192, 4) if dtype == torch.float32 else (1024, 1)
+    return {
+        "BLOCK_P": min(triton.next_power_of_2(P), max(1, elements // triton.next_power_of_2(N))),
+        "num_warps": warps,
+    }
 
 
 @triton.jit
@@ -66,7 +69,7 @@ def ssd_step(
     batch, heads = dt.shape
     P, N = x.shape[-1], B.shape[-1]
     y = x.new_empty(batch, heads, P)
-    options = config(P, N)
+    options = config(P, N, state.dtype)
     _step_kernel[(batch * heads, triton.cdiv(P, options["BLOCK_P"]))](
         state, x, dt, A, B, C, D, z, dt_bias, y,
         *state.stride()[:3], *x.stride()[:2], *dt.stride(), *B.stride()[:2], *C.stride()[:2],
