@@ -1,4 +1,4 @@
-"""Which implementation of an op runs: Triton kernels on NVIDIA GPUs, or the plain PyTorch reference."""
+"""Which implementation of an op runs, Triton kernels or the PyTorch reference; and what all kernels share."""
 
 import functools
 import importlib.util
@@ -38,6 +38,11 @@ def use_triton(backend: str, tensor: torch.Tensor, unsupported: str | None = Non
 def interpreted() -> bool:
     """Whether Triton kernels run in its interpreter, on the CPU (TRITON_INTERPRET=1, set before the first import)."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def inner_contiguous(t: torch.Tensor | None) -> torch.Tensor | None:
+    """t itself, or a copy if its last dimension is not contiguous: all other strides are taken as they are."""
+    return t if t is None or t.stride(-1) == 1 else t.contiguous()
 
 
 @functools.cache

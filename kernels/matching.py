@@ -10,7 +10,7 @@ matching_reference.py has the same function in plain PyTorch, matching_triton.py
 import torch
 
 from . import matching_reference as reference
-from .backend import use_triton
+from .backend import inner_contiguous, use_triton
 
 __all__ = ["mixing_distance"]
 
@@ -89,7 +89,7 @@ def mixing_distance(
 
     q, k = _common(q.detach(), k.detach())
     B, C = _common(B, C)
-    A, dt_bias = A.contiguous(), None if dt_bias is None else dt_bias.contiguous()
+    A, dt_bias = inner_contiguous(A), inner_contiguous(dt_bias)
     distance, norm, _ = matching_triton.mixing_distance(
         q, k, dt, A, B, C, dt_bias, seq_idx, mask, float(q.shape[-1] ** -0.5 if scale is None else scale), dt_softplus,
         window, None if softcap is None else float(softcap),
@@ -100,5 +100,4 @@ def mixing_distance(
 def _common(*tensors):
     """The tensors in one dtype, contiguous in the last dimension."""
     dtype = torch.promote_types(*(t.dtype for t in tensors))
-    tensors = (t.to(dtype) for t in tensors)
-    return [t if t.stride(-1) == 1 else t.contiguous() for t in tensors]
+    return [inner_contiguous(t.to(dtype)) for t in tensors]

@@ -10,7 +10,7 @@ are never copied. ssd_reference.py has the same functions in plain PyTorch, ssd_
 import torch
 
 from . import ssd_reference as reference
-from .backend import use_triton
+from .backend import inner_contiguous, use_triton
 from .ssd_reference import ssd_matrix
 
 __all__ = ["ssd_matrix", "ssd_scan", "ssd_step"]
@@ -76,8 +76,8 @@ def ssd_scan(
     from . import ssd_triton
 
     dtype = torch.promote_types(torch.promote_types(x.dtype, B.dtype), C.dtype)
-    x_, B, C = (_inner_contiguous(t.to(dtype)) for t in (x, B, C))
-    A, D, z, dt_bias = (_inner_contiguous(t) for t in (A, D, z, dt_bias))
+    x_, B, C = (inner_contiguous(t.to(dtype)) for t in (x, B, C))
+    A, D, z, dt_bias = (inner_contiguous(t) for t in (A, D, z, dt_bias))
     tensors = [x, dt, A, B, C, D, z, dt_bias, initial_state]
     training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     # Rows of the state do not interact: more of them than fit in registers go part by part.
@@ -123,9 +123,5 @@ def ssd_step(state, x, dt, A, B, C, *, D=None, z=None, dt_bias=None, dt_softplus
     reference.check_step(state, x, dt, A, B, C, D, z, dt_bias)
     from .ssd_step_triton import ssd_step as step
 
-    x, A, B, C, D, z, dt_bias = (_inner_contiguous(t) for t in (x, A, B, C, D, z, dt_bias))
+    x, A, B, C, D, z, dt_bias = (inner_contiguous(t) for t in (x, A, B, C, D, z, dt_bias))
     return step(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
-
-
-def _inner_contiguous(t):
-    return t if t is None or t.stride(-1) == 1 else t.contiguous()

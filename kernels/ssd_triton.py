@@ -35,7 +35,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .backend import sm_count
+from .backend import inner_contiguous, sm_count
 
 LOG2E = tl.constexpr(1.4426950408889634)
 SLOTS = 4  # parts of a segment that are summed up by programs of their own
@@ -820,7 +820,7 @@ def ssd_scan_backward(
     """Gradients of x, dt, B, C, z, the initial state, and (3, H) float32 those of A, dt_bias and D."""
     launch = _Launch(x, dt, B, C, chunk_size)
     batch, length, heads, P, N = launch.batch, launch.length, launch.heads, launch.P, launch.N
-    d_out = _inner_contiguous(d_out)
+    d_out = inner_contiguous(d_out)
     dy, dz = d_out, x.new_empty(0)
     if z is not None:
         dy, dz = torch.empty_like(y), z.new_empty(z.shape)
@@ -881,10 +881,6 @@ def _(
     dz = x.new_empty(0) if z is None else z.new_empty(z.shape)
     grads = (t.new_empty(t.shape) for t in (x, dt, B, C))
     return *grads, dz, d_initial, x.new_empty(3, heads, **f32)
-
-
-def _inner_contiguous(t: Tensor) -> Tensor:
-    return t if t.stride(-1) == 1 else t.contiguous()
 
 
 def _setup_context(ctx, inputs, output):

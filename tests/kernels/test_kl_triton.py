@@ -21,13 +21,6 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 3e-2}
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * GPU  # the interpreter multiplies bfloat16 wrongly
 
 
-@pytest.fixture(autouse=True, scope="module")
-def fill_new_tensors_with_nan():
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """So that small problems have several tiles and parts, in the interpreter."""

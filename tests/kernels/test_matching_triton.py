@@ -21,13 +21,6 @@ GROUPINGS = [(2, 2, 2, 2), (3, 1, 1, 3), (4, 2, 1, 1), (4, 1, 4, 2), (4, 4, 2, 4
 TRAINED = ("dt", "A", "B", "C", "dt_bias")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def fill_new_tensors_with_nan():
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def make(device, length, grouping=(2, 1, 1, 2), batch=1, P=16, N=16, dtype=torch.float32, seed=0, rate=1.0):
     """Random arguments of mixing_distance; the student's require grad."""
     heads, hk, hb, hc = grouping

@@ -18,13 +18,6 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 EXAMPLES = 25 if torch.cuda.is_available() else 50  # where most of them are compiled
 
 
-@pytest.fixture(autouse=True, scope="module")
-def fill_new_tensors_with_nan():
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def assert_near(got, want, tolerance, name=""):
     assert got.shape == want.shape, name
     distance = torch.linalg.vector_norm(got.double() - want)
