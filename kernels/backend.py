@@ -51,6 +51,11 @@ def sm_count(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
+def power_of_2(n: int) -> int:
+    """The least power of two that is not less than n: what Triton asks of a block's size."""
+    return 1 << (n - 1).bit_length()
+
+
 def _unavailable(device: torch.device) -> str | None:
     if not TRITON_INSTALLED:
         return "the package triton is not installed"

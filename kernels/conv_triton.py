@@ -11,9 +11,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .backend import sm_count
+from .custom_op import CustomOp, once
+from .launch import launched
 
 # Launch parameters. A program is a tile of S walks x block_c channels, a thread of it `vec` neighbouring channels of a
 # walk: S = 32 * warps * vec / block_c. A walk loads `steps` tokens before it uses the first, `stages` - 1 times ahead,
@@ -23,12 +24,8 @@ BACKWARD = {"block_c": 128, "vec": 4, "warps": 2, "steps": 4, "stages": 3, "loop
 STEP = {"block_c": 256, "warps": 2}
 
 
-def _parameters(table, x, others, seq_idx, config):
-    """The table's parameters for x (B, L, C), with config's in their place.
-
-    Returns a kernel's constants, loops, and the numbers of programs along L and along C.
-    """
-    table = {**table, **(config or {})}
+def _parameters(table, x, others, seq_idx):
+    """By the table, for x (B, L, C): a kernel's constants, loops, and the numbers of programs along L and along C."""
     batch, length, channels = x.shape
     # The strides of batches are passed in units of VEC elements, so that the compiler knows how far rows are aligned.
     vec = 1
@@ -328,58 +325,55 @@ def _step_kernel(
 # Launches
 
 
-def forward(x, weight, bias, seq_idx, initial_state, silu, config=None):
-    """y of the arguments of `causal_conv1d`."""
+def _forward(run, x, weight, bias, seq_idx, initial_state, silu):
+    training = x.requires_grad
     x, weight, bias, seq_idx, initial_state = _arranged(x, weight, bias, seq_idx, initial_state)
     batch, length, channels = x.shape
-    constants, loops, programs, blocks = _parameters(FORWARD, x, (), seq_idx, config)
+    constants, loops, programs, blocks = _parameters(FORWARD, x, (), seq_idx)
     vec = constants["VEC"]
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    with torch.cuda.device_of(x):
-        _forward_kernel[(batch * programs * blocks,)](
-            x, weight, bias, seq_idx, initial_state, y,
-            length, loops, x.stride(0) // vec, length * channels // vec, 0 if seq_idx is None else seq_idx.stride(0),
-            X_ROW=x.stride(1), C=channels, W=weight.shape[1], SILU=silu, **constants,
-        )  # fmt: skip
+    y = run.like(x)
+    run(
+        _forward_kernel, (batch * programs * blocks,),
+        x, weight, bias, seq_idx, initial_state, y,
+        length, loops, x.stride(0) // vec, length * channels // vec, 0 if seq_idx is None else seq_idx.stride(0),
+        X_ROW=x.stride(1), C=channels, W=weight.shape[1], SILU=silu, **constants,
+    )  # fmt: skip
+    if run.dry and training:
+        _gradients(run, y, x, weight, bias, seq_idx, initial_state, silu)
     return y
 
 
-def backward(dy, x, weight, bias, seq_idx, initial_state, silu, config=None):
-    """dx, the gradient of initial_state or None, and those of weight and bias as rows of one float32 (W + 1, C)."""
-    dinitial = None
-    if initial_state is not None:
-        dinitial = torch.empty(initial_state.shape, dtype=initial_state.dtype, device=x.device)
+def _gradients(run, dy, x, weight, bias, seq_idx, initial_state, silu):
+    dinitial = run.new(0) if initial_state is None else run.like(initial_state)
     x, weight, bias, seq_idx, initial_state = _arranged(x, weight, bias, seq_idx, initial_state)
     dy = _rows(dy)
     batch, length, channels = x.shape
     width = weight.shape[1]
-    constants, loops, programs, blocks = _parameters(BACKWARD, x, (dy,), seq_idx, config)
+    constants, loops, programs, blocks = _parameters(BACKWARD, x, (dy,), seq_idx)
     vec = constants["VEC"]
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    partial = torch.empty(batch * programs, width + 1, channels, dtype=torch.float32, device=x.device)
-    with torch.cuda.device_of(x):
-        _backward_kernel[(batch * programs * blocks,)](
-            dy, x, weight, bias, seq_idx, initial_state, dx, dinitial, partial,
-            length, loops, dy.stride(0) // vec, x.stride(0) // vec, length * channels // vec,
-            0 if seq_idx is None else seq_idx.stride(0),
-            DY_ROW=dy.stride(1), X_ROW=x.stride(1), C=channels, W=width, SILU=silu, **constants,
-        )  # fmt: skip
+    dx = run.like(x)
+    partial = run.new(batch * programs, width + 1, channels)
+    run(
+        _backward_kernel, (batch * programs * blocks,),
+        dy, x, weight, bias, seq_idx, initial_state, dx, None if initial_state is None else dinitial, partial,
+        length, loops, dy.stride(0) // vec, x.stride(0) // vec, length * channels // vec,
+        0 if seq_idx is None else seq_idx.stride(0),
+        DY_ROW=dy.stride(1), X_ROW=x.stride(1), C=channels, W=width, SILU=silu, **constants,
+    )  # fmt: skip
     return dx, dinitial, partial.sum(0)
 
 
-def step(x, conv_state, weight, bias, silu, config=None):
-    """y of `causal_conv1d_step`; moves conv_state on."""
+def _step(run, x, conv_state, weight, bias, silu):
     if x.stride(1) != 1:
         x = x.contiguous()
     bias = None if bias is None else bias.contiguous()
     batch, channels = x.shape
-    config = {**STEP, **(config or {})}
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    with torch.cuda.device_of(x):
-        _step_kernel[(batch * triton.cdiv(channels, config["block_c"]),)](
-            x, conv_state, weight.contiguous(), bias, y, x.stride(0), *conv_state.stride(),
-            C=channels, W=weight.shape[1], SILU=silu, BLOCK_C=config["block_c"], num_warps=config["warps"],
-        )  # fmt: skip
+    y = run.like(x)
+    run(
+        _step_kernel, (batch * -(-channels // STEP["block_c"]),),
+        x, conv_state, weight.contiguous(), bias, y, x.stride(0), *conv_state.stride(),
+        C=channels, W=weight.shape[1], SILU=silu, BLOCK_C=STEP["block_c"], num_warps=STEP["warps"],
+    )  # fmt: skip
     return y
 
 
@@ -403,37 +397,7 @@ def _rows(t):
 # Operators
 
 
-def causal_conv1d(x, weight, bias, seq_idx, initial_state, silu):
-    """y of the arguments of `conv.causal_conv1d`, differentiable.
-
-    Compilers trace the registered operator; eager calls take the shorter way of a plain autograd function.
-    """
-    if torch.compiler.is_compiling() or type(x) is not Tensor:
-        return _causal_conv1d(x, weight, bias, seq_idx, initial_state, silu)
-    return _Function.apply(x, weight, bias, seq_idx, initial_state, silu)
-
-
-def causal_conv1d_step(x, conv_state, weight, bias, silu):
-    if torch.compiler.is_compiling() or type(x) is not Tensor:
-        with torch.no_grad():
-            return _causal_conv1d_step(x, conv_state, weight, bias, silu)
-    return step(x, conv_state, weight, bias, silu)
-
-
-@torch.library.custom_op("transpoint::causal_conv1d", mutates_args=())
-def _causal_conv1d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor | None, initial_state: Tensor | None, silu: bool
-) -> Tensor:
-    return forward(x, weight, bias, seq_idx, initial_state, silu)
-
-
-@_causal_conv1d.register_fake
-def _(x, weight, bias, seq_idx, initial_state, silu):
-    return x.new_empty(x.shape)
-
-
-@torch.library.custom_op("transpoint::causal_conv1d_backward", mutates_args=())
-def _causal_conv1d_backward(
+def causal_conv1d_backward(
     dy: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -442,23 +406,28 @@ def _causal_conv1d_backward(
     initial_state: Tensor | None,
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dx, dinitial, sums = backward(dy, x, weight, bias, seq_idx, initial_state, silu)
-    return dx, x.new_empty(0) if dinitial is None else dinitial, sums
+    """dx, the gradient of initial_state (empty without it), and those of weight and bias as rows of one float32
+    (W + 1, C)."""
+    return launched(_gradients, dy, x, weight, bias, seq_idx, initial_state, silu)
 
 
-@_causal_conv1d_backward.register_fake
-def _(dy, x, weight, bias, seq_idx, initial_state, silu):
-    dinitial = x.new_empty(0) if initial_state is None else initial_state.new_empty(initial_state.shape)
-    return x.new_empty(x.shape), dinitial, x.new_empty(weight.shape[1] + 1, x.shape[2], dtype=torch.float32)
+def _fake_gradients(dy, x, weight, bias, seq_idx, initial_state, silu):
+    f32 = {"dtype": torch.float32}
+    dinitial = x.new_empty(0, **f32) if initial_state is None else initial_state.new_empty(initial_state.shape)
+    return x.new_empty(x.shape), dinitial, x.new_empty(weight.shape[1] + 1, x.shape[2], **f32)
 
 
-@torch.library.custom_op("transpoint::causal_conv1d_step", mutates_args=("conv_state",))
-def _causal_conv1d_step(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
-    return step(x, conv_state, weight, bias, silu)
+causal_conv1d_backward = CustomOp(causal_conv1d_backward, _fake_gradients, **once("causal_conv1d"))
 
 
-@_causal_conv1d_step.register_fake
-def _(x, conv_state, weight, bias, silu):
+def causal_conv1d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor | None, initial_state: Tensor | None, silu: bool
+) -> Tensor:
+    """y of the arguments of `conv.causal_conv1d`."""
+    return launched(_forward, x, weight, bias, seq_idx, initial_state, silu)
+
+
+def _fake(x, weight, bias, seq_idx, initial_state, silu):
     return x.new_empty(x.shape)
 
 
@@ -467,29 +436,23 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(*tensors)
 
 
-def _gradients(ctx, dy, backward):
-    """The gradients of the operator's arguments, by `backward`: the operator or the function behind it."""
+def _backward(ctx, dy):
     _, weight, bias, _, initial_state = ctx.saved_tensors
-    dx, dinitial, sums = backward(dy, *ctx.saved_tensors, ctx.silu)
+    dx, dinitial, sums = causal_conv1d_backward(dy, *ctx.saved_tensors, ctx.silu)
     dbias = None if bias is None else sums[-1].to(bias.dtype)
     return dx, sums[:-1].t().to(weight.dtype), dbias, None, None if initial_state is None else dinitial, None
 
 
-_causal_conv1d.register_autograd(lambda ctx, dy: _gradients(ctx, dy, _causal_conv1d_backward), setup_context=_save)
+causal_conv1d = CustomOp(causal_conv1d, _fake, save=_save, gradients=_backward)
 
 
-@_causal_conv1d_backward.register_autograd
-def _(ctx, *grads):
-    raise RuntimeError("causal_conv1d: differentiable once only, its backward has no derivative")
+def causal_conv1d_step(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
+    """y of `conv.causal_conv1d_step`; moves conv_state on."""
+    return launched(_step, x, conv_state, weight, bias, silu)
 
 
-class _Function(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *inputs):
-        _save(ctx, inputs, None)
-        return forward(*inputs)
+def _fake_step(x, conv_state, weight, bias, silu):
+    return x.new_empty(x.shape)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        return _gradients(ctx, dy, backward)
+
+causal_conv1d_step = CustomOp(causal_conv1d_step, _fake_step, mutates=("conv_state",))

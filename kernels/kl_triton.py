@@ -16,11 +16,14 @@ import functools
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra import libdevice
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .backend import interpreted, sm_count
+from .backend import interpreted, power_of_2, sm_count
+from .custom_op import CustomOp, once
 from .kl_reference import IGNORED_LABEL
+from .launch import launched
 
 BUFFER_BYTES = 256 * 10**6  # for the values of a chunk: the student's of all its tokens, the teacher's of a part
 PART_BYTES = 64 * 2**20  # of those, for a part of one model
@@ -450,127 +453,27 @@ def _finish_kernel(
     tl.store(loss_ptr, loss)
 
 
-@torch.library.custom_op("transpoint::linear_kl", mutates_args=())
-def linear_kl(
-    student_hidden: torch.Tensor,
-    student_weight: torch.Tensor,
-    teacher_hidden: torch.Tensor,
-    teacher_weight: torch.Tensor,
-    mask: torch.Tensor | None,
-    labels: torch.Tensor | None,
-    student_dtype: torch.dtype,
-    teacher_dtype: torch.dtype,
-    divergence: str,
-    beta: float,
-    temperature: float,
-    ce_weight: float,
-    chunk_size: int,
-    hidden_grad: bool,
-    weight_grad: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Loss, its two parts, and its gradients in student_hidden and student_weight (empty where not asked for).
-
-    The arguments of `transpoint.kernels.kl.linear_kl` with tokens in one dimension, a bool mask, the dtypes that each
-    model's product is computed in, and chunk_size 0 for the default.
-    """
-    return launch(
-        student_hidden,
-        student_weight,
-        teacher_hidden,
-        teacher_weight,
-        mask,
-        labels,
-        student_dtype,
-        teacher_dtype,
-        divergence,
-        beta,
-        temperature,
-        ce_weight,
-        chunk_size,
-        hidden_grad,
-        weight_grad,
-    )
+# ---------------------------------------------------------------------------------------------------------------------
+# Launches
 
 
-@linear_kl.register_fake
-def _(student_hidden, student_weight, *args):
-    hidden_grad, weight_grad = args[-2:]
-    loss = student_hidden.new_empty((), dtype=torch.float32)
-    return (
-        loss,
-        loss.new_empty(2),
-        student_hidden.new_empty(student_hidden.shape if hidden_grad else 0, dtype=_grad_dtype(student_hidden)),
-        student_weight.new_empty(student_weight.shape if weight_grad else 0, dtype=_grad_dtype(student_weight)),
-    )
-
-
-@torch.library.custom_op("transpoint::linear_kl_backward", mutates_args=())
-def linear_kl_backward(d_loss: torch.Tensor, grad: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The gradient that the forward pass kept, times that of the loss, in the dtype of its input."""
-    return torch.mul(grad, d_loss, out=torch.empty_like(grad, dtype=dtype))
-
-
-@linear_kl_backward.register_fake
-def _(d_loss, grad, dtype):
-    return torch.empty_like(grad, dtype=dtype)
-
-
-def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*output[2:])
-    ctx.dtypes = inputs[0].dtype, inputs[1].dtype
-    ctx.wanted = inputs[-2:]
-
-
-def _backward(ctx, d_loss, *_):
-    grads = [
-        linear_kl_backward(d_loss, grad, dtype) if wanted else None
-        for grad, dtype, wanted in zip(ctx.saved_tensors, ctx.dtypes, ctx.wanted, strict=True)
-    ]
-    return *grads, *[None] * 13
-
-
-def _no_second_derivative(ctx, *_):
-    raise RuntimeError("linear_kl: differentiable once only, so not with create_graph=True")
-
-
-linear_kl.register_autograd(_backward, setup_context=_setup_context)
-linear_kl_backward.register_autograd(_no_second_derivative)
-
-
-def launch(
-    s_hidden,
-    s_weight,
-    t_hidden,
-    t_weight,
-    mask,
-    labels,
-    s_dtype,
-    t_dtype,
-    divergence,
-    beta,
-    temperature,
-    ce_weight,
-    chunk_size,
-    hidden_grad,
-    weight_grad,
-    config=None,
-):
-    """What the op `linear_kl` does; config overrides entries of `default_config`, and chunk and part (in tokens)."""
-    device, tokens = s_hidden.device, len(s_hidden)
+def _kl(
+    run, s_hidden, s_weight, t_hidden, t_weight, mask, labels, s_dtype, t_dtype, divergence, beta, temperature,
+    ce_weight, chunk_size, hidden_grad, weight_grad,
+):  # fmt: skip
+    tokens = len(s_hidden)
     shared = min(len(s_weight), len(t_weight))
     vocab = len(s_weight) if labels is not None else shared
     own_sum = labels is not None and (vocab > shared or temperature != 1)
     grad = hidden_grad or weight_grad
-    config = {**default_config(torch.promote_types(s_dtype, t_dtype), device), **(config or {})}
+    config = default_config(torch.promote_types(s_dtype, t_dtype), s_hidden.device)
 
+    loss, terms, scalars = run.new(), run.new(2), run.new(4)
+    d_hidden = run.new(*s_hidden.shape if hidden_grad else (0,), dtype=_grad_dtype(s_hidden))
     if not tokens:
-        wanted = ((s_hidden, hidden_grad), (s_weight, weight_grad))
-        grads = (t.new_zeros(t.shape if needed else 0, dtype=_grad_dtype(t)) for t, needed in wanted)
-        return s_hidden.new_zeros((), dtype=torch.float32), s_hidden.new_zeros(2, dtype=torch.float32), *grads
-    new = functools.partial(torch.empty, dtype=torch.float32, device=device)
-    loss, terms, scalars = new(()), new(2), new(4)
-    d_hidden = s_hidden.new_empty(s_hidden.shape if hidden_grad else 0, dtype=_grad_dtype(s_hidden))
-    total = _WeightGradient(s_weight, vocab) if weight_grad else None
+        d_weight = run.new(*s_weight.shape if weight_grad else (0,), dtype=_grad_dtype(s_weight))
+        return loss.zero_(), terms.zero_(), d_hidden, d_weight.zero_()
+    total = _WeightGradient(s_weight, vocab) if weight_grad and not run.dry else None
     if mask is not None:
         mask = mask.contiguous().view(torch.uint8)
         if weight_grad:  # a NaN in a masked token's hidden state times its gradient of zero would be one
@@ -578,7 +481,7 @@ def launch(
     if labels is not None:
         labels = labels.contiguous()
     given = dict(MASK=mask is not None, LABELS=labels is not None)
-    _count_kernel[(1,)](mask, labels, scalars, tokens, temperature, ce_weight, **given, BLOCK=4096, num_warps=16)
+    run(_count_kernel, (1,), mask, labels, scalars, tokens, temperature, ce_weight, **given, BLOCK=4096, num_warps=16)
 
     student = _Model(s_hidden, s_weight[:vocab], s_dtype, shared, config)
     teacher = _Model(t_hidden, t_weight[:shared], t_dtype, shared, config)
@@ -586,14 +489,16 @@ def launch(
     m, n, k = config["tile"]
     # The other divergences take two passes over a row, and registers for two sums more.
     split, group = (config["split"], config["group"]) if divergence == "forward" else (1, max(1, config["group"] // 2))
-    student.allocate(chunk if grad else part, part, own_sum)
-    teacher.allocate(part, part, False)
-    divergences = new(tokens * split)
-    ces = new(tokens * split) if labels is not None else None
+    student.allocate(run, chunk if grad else part, part, own_sum)
+    teacher.allocate(run, part, part, False)
+    divergences = run.new(tokens * split)
+    ces = run.new(tokens * split) if labels is not None else None
 
     def products(at, row, rows):
-        programs = config["programs"] * sm_count(device)
-        _logits_kernel[(min(programs, triton.cdiv(rows, m) * (student.tiles + teacher.tiles)),)](
+        programs = config["programs"] * sm_count(s_hidden.device)
+        run(
+            _logits_kernel,
+            (min(programs, -(-rows // m) * (student.tiles + teacher.tiles)),),
             *student.descriptors,
             *student.sums,
             *teacher.descriptors,
@@ -620,7 +525,9 @@ def launch(
 
     def combine(at, row, rows):
         values = student.values[row:]
-        _combine_kernel[(rows * split,)](
+        run(
+            _combine_kernel,
+            (rows * split,),
             values,
             values.view(s_dtype),
             teacher.values,
@@ -644,7 +551,7 @@ def launch(
             GRAD=grad,
             N=n,
             GROUP=group,
-            TILES=triton.next_power_of_2(student.tiles),
+            TILES=power_of_2(student.tiles),
             SPLIT=split,
             STAGES=config["combine_stages"],
             num_warps=config["combine_warps"],
@@ -656,6 +563,8 @@ def launch(
             where = at, at - start if grad else 0, min(part, end - at)
             products(*where)
             combine(*where)
+        if run.dry:
+            continue
         d = student.values.view(s_dtype)[: end - start]
         if hidden_grad:
             products_of_blocks = [_matmul(d[:, columns], student.weight[rows]) for columns, rows in student.blocks]
@@ -666,7 +575,9 @@ def launch(
     d = None
     student.values = teacher.values = None  # their memory is enough for what comes
     student.descriptors = teacher.descriptors = None
-    _finish_kernel[(1,)](
+    run(
+        _finish_kernel,
+        (1,),
         divergences,
         ces,
         scalars,
@@ -679,7 +590,7 @@ def launch(
         BLOCK=4096,
         num_warps=16,
     )
-    d_weight = total.finish(scalars[0]) if weight_grad else s_weight.new_empty(0, dtype=_grad_dtype(s_weight))
+    d_weight = run.new(0, dtype=_grad_dtype(s_weight)) if total is None else total.finish(scalars[0])
     return loss, terms, d_hidden, d_weight
 
 
@@ -690,20 +601,19 @@ class _Model:
         self.hidden, self.weight = _operand(hidden, dtype), _operand(weight, dtype)
         self.tile = m, n, k = config["tile"]
         vocab = len(weight)
-        self.tiles = triton.cdiv(shared, n) + triton.cdiv(vocab - shared, n)
+        self.tiles = -(-shared // n) + -(-(vocab - shared) // n)
         # Which columns of the values belong to which rows of the weight.
-        after = triton.cdiv(shared, n) * n
+        after = -(-shared // n) * n
         self.blocks = [(slice(0, shared), slice(0, shared))]
         if vocab > shared:
             self.blocks.append((slice(after, after + vocab - shared), slice(shared, vocab)))
         self.dtype = torch.float32 if dtype == torch.float32 else torch.bfloat16
         self.row_bytes = self.tiles * n * self.dtype.itemsize
 
-    def allocate(self, rows, part, own_sum):
+    def allocate(self, run, rows, part, own_sum):
         m, n, k = self.tile
-        device = self.hidden.device
-        self.values = torch.empty(rows, self.tiles * n, dtype=self.dtype, device=device)
-        sums = torch.empty(3 if own_sum else 2, part, self.tiles, dtype=torch.float32, device=device)
+        self.values = run.new(rows, self.tiles * n, dtype=self.dtype)
+        sums = run.new(3 if own_sum else 2, part, self.tiles)
         self.sums = [*sums, None][:3]
         self.descriptors = [
             TensorDescriptor.from_tensor(self.hidden, [m, k]),
@@ -811,3 +721,75 @@ def _adds_in_float32(device):
     except RuntimeError:
         return False
     return True
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Operators
+
+
+def linear_kl_backward(d_loss: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient that the forward pass kept, times that of the loss, in the dtype of its input."""
+    return torch.mul(grad, d_loss, out=torch.empty_like(grad, dtype=dtype))
+
+
+def _fake_gradient(d_loss, grad, dtype):
+    return torch.empty_like(grad, dtype=dtype)
+
+
+linear_kl_backward = CustomOp(linear_kl_backward, _fake_gradient, **once("linear_kl"))
+
+
+def linear_kl(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    mask: Tensor | None,
+    labels: Tensor | None,
+    student_dtype: torch.dtype,
+    teacher_dtype: torch.dtype,
+    divergence: str,
+    beta: float,
+    temperature: float,
+    ce_weight: float,
+    chunk_size: int,
+    hidden_grad: bool,
+    weight_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, its two parts, and its gradients in student_hidden and student_weight (empty where not asked for).
+
+    The arguments of `transpoint.kernels.kl.linear_kl` with tokens in one dimension, a bool mask, the dtypes that each
+    model's product is computed in, and chunk_size 0 for the default.
+    """
+    return launched(
+        _kl, student_hidden, student_weight, teacher_hidden, teacher_weight, mask, labels, student_dtype, teacher_dtype,
+        divergence, beta, temperature, ce_weight, chunk_size, hidden_grad, weight_grad,
+    )  # fmt: skip
+
+
+def _fake(student_hidden, student_weight, *args):
+    hidden_grad, weight_grad = args[-2:]
+    loss = student_hidden.new_empty((), dtype=torch.float32)
+    return (
+        loss,
+        loss.new_empty(2),
+        student_hidden.new_empty(student_hidden.shape if hidden_grad else 0, dtype=_grad_dtype(student_hidden)),
+        student_weight.new_empty(student_weight.shape if weight_grad else 0, dtype=_grad_dtype(student_weight)),
+    )
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*output[2:])
+    ctx.dtypes = inputs[0].dtype, inputs[1].dtype
+    ctx.wanted = inputs[-2:]
+
+
+def _backward(ctx, d_loss, *_):
+    grads = [
+        linear_kl_backward(d_loss, grad, dtype) if wanted else None
+        for grad, dtype, wanted in zip(ctx.saved_tensors, ctx.dtypes, ctx.wanted, strict=True)
+    ]
+    return *grads, *[None] * 13
+
+
+linear_kl = CustomOp(linear_kl, _fake, save=_save, gradients=_backward)

@@ -26,7 +26,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .backend import interpreted, sm_count
+from .backend import interpreted, power_of_2, sm_count
+from .custom_op import CustomOp, once
+from .launch import launched
 
 LOG2E = tl.constexpr(1.4426950408889634)
 REACH = tl.constexpr(64.0)  # 2^-64 is 5e-20: what decays further is far below float32's rounding of what does not
@@ -637,24 +639,23 @@ def _steps_backward_kernel(
 # Launches
 
 
-class _Launch:
-    """What the kernels of one call have in common. `config` overrides the launch parameters of kernels, by name."""
+class _Matching:
+    """What the kernels of one call have in common."""
 
-    def __init__(self, q, k, dt, A, B, C, dt_bias, seq_idx, mask, scale, dt_softplus, window, softcap, config=None):
+    def __init__(self, run, q, k, dt, A, B, C, dt_bias, seq_idx, mask, scale, dt_softplus, window, softcap):
+        self.run = run
         self.tensors = q, k, B, C
         self.batch, self.length, self.heads = dt.shape
         self.head_dim, self.state = q.shape[-1], B.shape[-1]
-        self.device = dt.device
-        self.pitch = triton.cdiv(self.length, LONGEST_BLOCK) * LONGEST_BLOCK
-        self.overrides = config or {}
+        self.pitch = -(-self.length // LONGEST_BLOCK) * LONGEST_BLOCK
 
         self.steps = dt, dt_bias, A, mask
         self.steps_flags = {"SOFTPLUS": dt_softplus, "HAS_BIAS": dt_bias is not None, "HAS_MASK": mask is not None}
         self.seq_idx = seq_idx
         has_docs = seq_idx is not None or mask is not None
-        self.decay = torch.empty(5, self.batch, self.heads, self.pitch, dtype=torch.float32, device=self.device)
+        self.decay = run.new(5, self.batch, self.heads, self.pitch)
         shape = (2, self.batch, self.pitch) if has_docs else (1,)
-        self.documents = torch.empty(shape, dtype=torch.int32, device=self.device)
+        self.documents = run.new(*shape, dtype=torch.int32)
 
         log2e = LOG2E.value
         self.numbers = (self.pitch, self.decay.stride(0), self.documents.stride(0))
@@ -679,14 +680,15 @@ class _Launch:
         """Run _decay_kernel: `decay` and `documents` of the tokens."""
         dt, dt_bias, A, mask = self.steps
         seq_idx = self.seq_idx
-        _decay_kernel[(self.batch * self.heads,)](
+        self.run(
+            _decay_kernel, (self.batch * self.heads,),
             dt, dt_bias, A, seq_idx, mask, self.decay, self.documents,
             *dt.stride(), *_strides(seq_idx), *_strides(mask), self.length, self.heads, *self.numbers[:3],
             **self.steps_flags, HAS_SEQ=seq_idx is not None, BLOCK=self._block(), TILE=tile, num_warps=4,
         )  # fmt: skip
 
     def config(self, kernel):
-        return config(kernel, self.head_dim, self.state, self.precision) | self.overrides.get(kernel, {})
+        return config(kernel, self.head_dim, self.state, self.precision)
 
     def _input_precision(self, t):
         """Triton's name of it; that of half precision does not matter."""
@@ -702,16 +704,17 @@ class _Launch:
         return self.length, self.window, self.batch, self.heads, *(t.shape[2] for t in self.tensors[1:]), *self.numbers
 
     def vector(self):
-        return torch.empty(self.batch, self.heads, self.pitch, dtype=torch.float32, device=self.device)
+        return self.run.new(self.batch, self.heads, self.pitch)
 
     def forward(self):
         """Distance and norm (B, H), and the log2-sum-exp2 of the logits (B, H, pitch)."""
         options = self.config("forward")
         self.prepare(options["S"])
-        blocks = triton.cdiv(self.length, options["T"])
+        blocks = -(-self.length // options["T"])
         lse = self.vector()
-        sums = torch.empty(self.batch, self.heads, blocks, 2, dtype=torch.float32, device=self.device)
-        _forward_kernel[(blocks * self.batch * self.heads,)](
+        sums = self.run.new(self.batch, self.heads, blocks, 2)
+        self.run(
+            _forward_kernel, (blocks * self.batch * self.heads,),
             *self.inputs(), lse, sums, *self.strides(), *self.shape(),
             **self.flags, **options,
         )  # fmt: skip
@@ -726,9 +729,10 @@ class _Launch:
         dC = self._shared("rows", 3, "T", _rows_kernel, lse, grad, row_sums)
         dB = self._shared("columns", 2, "S", _columns_kernel, lse, grad, direct, column_sums)
         dt, dt_bias, A, mask = self.steps
-        ddt = torch.empty_like(dt, memory_format=torch.contiguous_format)
-        sums = torch.empty(self.batch, self.heads, 2, dtype=torch.float32, device=self.device)
-        _steps_backward_kernel[(self.batch * self.heads,)](
+        ddt = self.run.like(dt)
+        sums = self.run.new(self.batch, self.heads, 2)
+        self.run(
+            _steps_backward_kernel, (self.batch * self.heads,),
             dt, dt_bias, A, mask, row_sums, direct, column_sums, ddt, sums,
             *dt.stride(), *_strides(mask), self.length, self.heads, self.pitch,
             **self.steps_flags, BLOCK=self._block(), num_warps=4,
@@ -741,12 +745,13 @@ class _Launch:
         options = self.config(name)
         tensor = self.tensors[operand]
         heads = tensor.shape[2]
-        programs = triton.cdiv(self.length, options[own]) * self.batch * heads
-        splits = _splits(programs, self.heads // heads, self.device)
+        programs = -(-self.length // options[own]) * self.batch * heads
+        splits = _splits(programs, self.heads // heads, tensor.device)
         sharing = self.heads // heads // splits
         dtype = tensor.dtype if splits == 1 else torch.float32
-        out = torch.empty(splits, *tensor.shape, dtype=dtype, device=self.device)
-        kernel[(programs * splits,)](
+        out = self.run.new(splits, *tensor.shape, dtype=dtype)
+        self.run(
+            kernel, (programs * splits,),
             *self.inputs(), lse, grad, out, *vectors, *self.strides(), *self.shape(), sharing, splits,
             **self.flags, **options,
         )  # fmt: skip
@@ -758,42 +763,24 @@ def _strides(t):
 
 
 def _padded(size):
-    return max(16, triton.next_power_of_2(size))
+    return max(16, power_of_2(size))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Custom ops
+# Operators
 
 
-@torch.library.custom_op("transpoint::mixing_distance", mutates_args=())
-def mixing_distance(
-    q: Tensor,
-    k: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    dt_bias: Tensor | None,
-    seq_idx: Tensor | None,
-    mask: Tensor | None,
-    scale: float,
-    dt_softplus: bool,
-    window: int | None,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Distance (B, H), norm of the attention matrix (B, H), and what the backward pass needs; all float32."""
-    return _Launch(q, k, dt, A, B, C, dt_bias, seq_idx, mask, scale, dt_softplus, window, softcap).forward()
+def _forward(run, *inputs):
+    outputs = _Matching(run, *inputs).forward()
+    if run.dry and any(t is not None and t.requires_grad for t in inputs[2:7]):
+        _gradients(run, outputs[2], outputs[0], *inputs)
+    return outputs
 
 
-@mixing_distance.register_fake
-def _(q, k, dt, A, B, C, dt_bias, seq_idx, mask, scale, dt_softplus, window, softcap):
-    batch, length, heads = dt.shape
-    pitch = (length + LONGEST_BLOCK - 1) // LONGEST_BLOCK * LONGEST_BLOCK
-    shapes = (batch, heads), (batch, heads), (batch, heads, pitch)
-    return tuple(dt.new_empty(shape, dtype=torch.float32) for shape in shapes)
+def _gradients(run, lse, grad, *inputs):
+    return _Matching(run, *inputs).backward(lse, grad)
 
 
-@torch.library.custom_op("transpoint::mixing_distance_backward", mutates_args=())
 def mixing_distance_backward(
     lse: Tensor,
     grad: Tensor,
@@ -812,17 +799,47 @@ def mixing_distance_backward(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of dt, A, B, C and dt_bias (empty if there is none)."""
-    launch = _Launch(q, k, dt, A, B, C, dt_bias, seq_idx, mask, scale, dt_softplus, window, softcap)
-    return launch.backward(lse, grad)
+    inputs = q, k, dt, A, B, C, dt_bias, seq_idx, mask, scale, dt_softplus, window, softcap
+    return launched(_gradients, lse, grad, *inputs)
 
 
-@mixing_distance_backward.register_fake
-def _(lse, grad, q, k, dt, A, B, C, dt_bias, *_):
+def _fake_gradients(lse, grad, q, k, dt, A, B, C, dt_bias, *_):
     bias = A.new_empty(0) if dt_bias is None else torch.empty_like(dt_bias)
     return *(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (dt, A, B, C)), bias
 
 
-def _setup_context(ctx, inputs, output):
+mixing_distance_backward = CustomOp(
+    mixing_distance_backward, _fake_gradients, **once("mixing_distance", remedy="; backend='torch' can")
+)
+
+
+def mixing_distance(
+    q: Tensor,
+    k: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    dt_bias: Tensor | None,
+    seq_idx: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+    dt_softplus: bool,
+    window: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Distance (B, H), norm of the attention matrix (B, H), and what the backward pass needs; all float32."""
+    return launched(_forward, q, k, dt, A, B, C, dt_bias, seq_idx, mask, scale, dt_softplus, window, softcap)
+
+
+def _fake(q, k, dt, A, B, C, dt_bias, seq_idx, mask, scale, dt_softplus, window, softcap):
+    batch, length, heads = dt.shape
+    pitch = (length + LONGEST_BLOCK - 1) // LONGEST_BLOCK * LONGEST_BLOCK
+    shapes = (batch, heads), (batch, heads), (batch, heads, pitch)
+    return tuple(dt.new_empty(shape, dtype=torch.float32) for shape in shapes)
+
+
+def _save(ctx, inputs, output):
     *tensors, ctx.scale, ctx.dt_softplus, ctx.window, ctx.softcap = inputs
     ctx.save_for_backward(output[2], *tensors)
 
@@ -834,9 +851,4 @@ def _backward(ctx, grad, grad_norm, grad_lse):
     return None, None, ddt, dA, dB, dC, None if tensors[6] is None else dbias, None, None, None, None, None, None
 
 
-def _refuse_double_backward(ctx, *grads):
-    raise RuntimeError("mixing_distance: differentiable once only, so not with create_graph=True; backend='torch' can")
-
-
-mixing_distance.register_autograd(_backward, setup_context=_setup_context)
-mixing_distance_backward.register_autograd(_refuse_double_backward)
+mixing_distance = CustomOp(mixing_distance, _fake, save=_save, gradients=_backward)

@@ -10,10 +10,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .backend import sm_count
+from .backend import power_of_2, sm_count
 from .conv_triton import sigmoid
+from .custom_op import CustomOp, once
+from .launch import launched
 
 # Launch parameters: elements of a tile per thread and warps (more for a group that needs them), channels that a tile of
 # several groups may span. For the backward pass also warps per multiprocessor (what registers leave room for), whether
@@ -23,16 +24,15 @@ BACKWARD = {"elements": 8, "warps": 4, "span": 512, "sm_warps": 20, "reload": Fa
 BACKWARD_LARGE = {"elements": 16, "warps": 4, "span": 512, "sm_warps": 20, "reload": True, "stages": 1}  # over 1024
 
 
-def _parameters(table, tensors, groups, config):
+def _parameters(table, tensors, groups):
     """A kernel's constants, and the number of tiles along the rows, for rows (N, C)."""
-    table = {**table, **(config or {})}
     rows, channels = tensors[0].shape
     size = channels // groups
     # Row strides are passed in units of VEC elements, so that the compiler knows how far rows are aligned.
     vec = 1
     if all(t.data_ptr() % 16 == 0 for t in tensors):
         vec = math.gcd(16 // min(t.element_size() for t in tensors), size, *(t.stride(0) for t in tensors))
-    block = max(triton.next_power_of_2(size), 8)
+    block = max(power_of_2(size), 8)
     block_g = min(groups & -groups, max(1, table["span"] // block))  # a power of two that divides groups
     warps = min(32, max(table["warps"], block // (32 * table["elements"])))
     block_r = max(1, 32 * warps * table["elements"] // (block_g * block))
@@ -130,44 +130,42 @@ def _backward_kernel(
 # Launches
 
 
-def forward(x, weight, z, groups, eps, config=None):
-    """y of the arguments of `gated_rms_norm`."""
+def _forward(run, x, weight, z, groups, eps):
     rows = [None if t is None else _rows(t) for t in (x, z)]
     x_, z_ = rows
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    constants, tiles, _ = _parameters(FORWARD, [t for t in rows if t is not None], groups, config)
+    y = run.like(x)
+    constants, tiles, _ = _parameters(FORWARD, [t for t in rows if t is not None], groups)
     vec = constants["VEC"]
-    with torch.cuda.device_of(x):
-        _forward_kernel[(tiles * (groups // constants["BLOCK_G"]),)](
-            x_, weight.contiguous(), z_, y,
-            x_.shape[0], x_.stride(0) // vec, 0 if z is None else z_.stride(0) // vec, x.shape[-1] // vec, eps,
-            **constants,
-        )  # fmt: skip
+    run(
+        _forward_kernel, (tiles * (groups // constants["BLOCK_G"]),),
+        x_, weight.contiguous(), z_, y,
+        x_.shape[0], x_.stride(0) // vec, 0 if z is None else z_.stride(0) // vec, x.shape[-1] // vec, eps,
+        **constants,
+    )  # fmt: skip
+    if run.dry and x.requires_grad:
+        _gradients(run, y, x, weight, z, groups, eps)
     return y
 
 
-def backward(dy, x, weight, z, groups, eps, config=None):
-    """dx, dz or None, and the gradient of weight in float32."""
+def _gradients(run, dy, x, weight, z, groups, eps):
     rows = [None if t is None else _rows(t) for t in (dy, x, z)]
     dy_, x_, z_ = rows
     channels = x.shape[-1]
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    dz = None if z is None else torch.empty(z.shape, dtype=z.dtype, device=z.device)
-    constants, tiles, table = _parameters(
-        BACKWARD if channels // groups <= 1024 else BACKWARD_LARGE, [t for t in rows if t is not None], groups, config
-    )
+    dx, dz = run.like(x), run.new(0) if z is None else run.like(z)
+    table = BACKWARD if channels // groups <= 1024 else BACKWARD_LARGE
+    constants, tiles, table = _parameters(table, [t for t in rows if t is not None], groups)
     vec = constants["VEC"]
     blocks = groups // constants["BLOCK_G"]
     per_sm = max(1, table["sm_warps"] // constants["num_warps"])
     programs = min(tiles, max(1, per_sm * sm_count(x.device) // blocks))
-    partial = torch.empty(programs, channels, dtype=torch.float32, device=x.device)
-    with torch.cuda.device_of(x):
-        _backward_kernel[(programs * blocks,)](
-            dy_, x_, weight.contiguous(), z_, dx, dz, partial,
-            x_.shape[0], programs, dy_.stride(0) // vec, x_.stride(0) // vec, 0 if z is None else z_.stride(0) // vec,
-            channels // vec, eps,
-            **constants, RELOAD=table["reload"], STAGES=table["stages"],
-        )  # fmt: skip
+    partial = run.new(programs, channels)
+    run(
+        _backward_kernel, (programs * blocks,),
+        dy_, x_, weight.contiguous(), z_, dx, None if z is None else dz, partial,
+        x_.shape[0], programs, dy_.stride(0) // vec, x_.stride(0) // vec, 0 if z is None else z_.stride(0) // vec,
+        channels // vec, eps,
+        **constants, RELOAD=table["reload"], STAGES=table["stages"],
+    )  # fmt: skip
     return dx, dz, partial.sum(0)
 
 
@@ -181,38 +179,28 @@ def _rows(t):
 # Operators
 
 
-def gated_rms_norm(x, weight, z, groups, eps):
-    """y of the arguments of `norm.gated_rms_norm`, differentiable.
-
-    Compilers trace the registered operator; eager calls take the shorter way of a plain autograd function.
-    """
-    if torch.compiler.is_compiling() or type(x) is not Tensor:
-        return _gated_rms_norm(x, weight, z, groups, eps)
-    return _Function.apply(x, weight, z, groups, eps)
-
-
-@torch.library.custom_op("transpoint::gated_rms_norm", mutates_args=())
-def _gated_rms_norm(x: Tensor, weight: Tensor, z: Tensor | None, groups: int, eps: float) -> Tensor:
-    return forward(x, weight, z, groups, eps)
-
-
-@_gated_rms_norm.register_fake
-def _(x, weight, z, groups, eps):
-    return x.new_empty(x.shape)
-
-
-@torch.library.custom_op("transpoint::gated_rms_norm_backward", mutates_args=())
-def _gated_rms_norm_backward(
+def gated_rms_norm_backward(
     dy: Tensor, x: Tensor, weight: Tensor, z: Tensor | None, groups: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dx, dz, dweight = backward(dy, x, weight, z, groups, eps)
-    return dx, x.new_empty(0) if dz is None else dz, dweight
+    """dx, dz (empty without z), and the gradient of weight in float32."""
+    return launched(_gradients, dy, x, weight, z, groups, eps)
 
 
-@_gated_rms_norm_backward.register_fake
-def _(dy, x, weight, z, groups, eps):
-    dz = x.new_empty(0) if z is None else z.new_empty(z.shape)
+def _fake_gradients(dy, x, weight, z, groups, eps):
+    dz = x.new_empty(0, dtype=torch.float32) if z is None else z.new_empty(z.shape)
     return x.new_empty(x.shape), dz, weight.new_empty(weight.shape, dtype=torch.float32)
+
+
+gated_rms_norm_backward = CustomOp(gated_rms_norm_backward, _fake_gradients, **once("gated_rms_norm"))
+
+
+def gated_rms_norm(x: Tensor, weight: Tensor, z: Tensor | None, groups: int, eps: float) -> Tensor:
+    """y of the arguments of `norm.gated_rms_norm`."""
+    return launched(_forward, x, weight, z, groups, eps)
+
+
+def _fake(x, weight, z, groups, eps):
+    return x.new_empty(x.shape)
 
 
 def _save(ctx, inputs, output):
@@ -220,28 +208,10 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(*tensors)
 
 
-def _gradients(ctx, dy, backward):
-    """The gradients of the operator's arguments, by `backward`: the operator or the function behind it."""
+def _backward(ctx, dy):
     _, weight, z = ctx.saved_tensors
-    dx, dz, dweight = backward(dy, *ctx.saved_tensors, ctx.groups, ctx.eps)
+    dx, dz, dweight = gated_rms_norm_backward(dy, *ctx.saved_tensors, ctx.groups, ctx.eps)
     return dx, dweight.to(weight.dtype), None if z is None else dz, None, None
 
 
-_gated_rms_norm.register_autograd(lambda ctx, dy: _gradients(ctx, dy, _gated_rms_norm_backward), setup_context=_save)
-
-
-@_gated_rms_norm_backward.register_autograd
-def _(ctx, *grads):
-    raise RuntimeError("gated_rms_norm: differentiable once only, its backward has no derivative")
-
-
-class _Function(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *inputs):
-        _save(ctx, inputs, None)
-        return forward(*inputs)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        return _gradients(ctx, dy, backward)
+gated_rms_norm = CustomOp(gated_rms_norm, _fake, save=_save, gradients=_backward)

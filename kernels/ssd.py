@@ -65,14 +65,14 @@ def ssd_scan(
             "triton" and the kernels cannot run.
         RuntimeError: a second derivative through the kernels.
     """
-    options = {"D": D, "z": z, "dt_bias": dt_bias, "initial_state": initial_state, "seq_idx": seq_idx}
+    optional = {"D": D, "z": z, "dt_bias": dt_bias, "initial_state": initial_state, "seq_idx": seq_idx}
     unsupported = f"the kernels take a state of at most 256, got {B.shape[-1]}" if B.shape[-1] > 256 else None
     if not use_triton(backend, x, unsupported):
         return reference.ssd_scan(
-            x, dt, A, B, C, **options, dt_softplus=dt_softplus, return_final_state=return_final_state,
+            x, dt, A, B, C, **optional, dt_softplus=dt_softplus, return_final_state=return_final_state,
             chunk_size=chunk_size,
         )  # fmt: skip
-    reference.check_scan(x, dt, A, B, C, **options, chunk_size=chunk_size)
+    reference.check_scan(x, dt, A, B, C, **optional, chunk_size=chunk_size)
     from . import ssd_triton
 
     dtype = torch.promote_types(torch.promote_types(x.dtype, B.dtype), C.dtype)
@@ -80,22 +80,23 @@ def ssd_scan(
     A, D, z, dt_bias = (inner_contiguous(t) for t in (A, D, z, dt_bias))
     tensors = [x, dt, A, B, C, D, z, dt_bias, initial_state]
     training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    # Rows of the state do not interact: more of them than fit in registers go part by part.
+    options = dt_softplus, return_final_state, chunk_size, training
     size = ssd_triton.part_size(x.shape[-1], B.shape[-1])
-    parts = [slice(start, start + size) for start in range(0, x.shape[-1], size)]
-    results = [
-        ssd_triton.ssd_scan(
-            x_[..., part], dt, A, B, C, D, None if z is None else z[..., part], dt_bias,
-            None if initial_state is None else initial_state[:, :, part].contiguous(), seq_idx,
-            dt_softplus, return_final_state, chunk_size, training,
-        )[:2]
-        for part in parts
-    ]  # fmt: skip
-    y, state = (
-        results[0]
-        if len(parts) == 1
-        else (torch.cat(t, d) for t, d in zip(zip(*results, strict=True), (-1, 2), strict=True))
-    )
+    if x.shape[-1] <= size:
+        initial = None if initial_state is None else initial_state.contiguous()
+        y, state, *_ = ssd_triton.ssd_scan(x_, dt, A, B, C, D, z, dt_bias, initial, seq_idx, *options)
+    else:  # rows of the state do not interact: more of them than fit in registers go part by part
+        ys, states = [], []
+        for start in range(0, x.shape[-1], size):
+            part = slice(start, start + size)
+            initial = None if initial_state is None else initial_state[:, :, part].contiguous()
+            z_ = None if z is None else z[..., part]
+            y, state, *_ = ssd_triton.ssd_scan(
+                x_[..., part], dt, A, B, C, D, z_, dt_bias, initial, seq_idx, *options
+            )  # fmt: skip
+            ys.append(y)
+            states.append(state)
+        y, state = torch.cat(ys, -1), torch.cat(states, 2)
     y = y.to(x.dtype)
     return (y, state) if return_final_state else y
 

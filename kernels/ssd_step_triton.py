@@ -5,6 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .backend import power_of_2
+from .custom_op import CustomOp
+from .launch import launched
 from .ssd_triton import softplus
 
 
@@ -12,7 +15,7 @@ def config(P: int, N: int, dtype: torch.dtype) -> dict:
     """The rows of a state that a program updates, and its warps: the fastest of many on an H200, batch 256."""
     elements, warps = (8192, 4) if dtype == torch.float32 else (1024, 1)
     return {
-        "BLOCK_P": min(triton.next_power_of_2(P), max(1, elements // triton.next_power_of_2(N))),
+        "BLOCK_P": min(power_of_2(P), max(1, elements // power_of_2(N))),
         "num_warps": warps,
     }
 
@@ -52,7 +55,22 @@ def _step_kernel(
     tl.store(y + pid * P + p, y_.to(y.dtype.element_ty), mask=p_ok)
 
 
-@torch.library.custom_op("transpoint::ssd_step", mutates_args=("state",))
+def _step(run, state, x, dt, A, B, C, D, z, dt_bias, dt_softplus):
+    batch, heads = dt.shape
+    P, N = x.shape[-1], B.shape[-1]
+    y = run.new(batch, heads, P, dtype=x.dtype)
+    options = config(P, N, state.dtype)
+    run(
+        _step_kernel, (batch * heads, -(-P // options["BLOCK_P"])),
+        state, x, dt, A, B, C, D, z, dt_bias, y,
+        *state.stride()[:3], *x.stride()[:2], *dt.stride(), *B.stride()[:2], *C.stride()[:2],
+        *((0, 0) if z is None else z.stride()[:2]), heads,
+        SX=heads // x.shape[1], SB=heads // B.shape[1], SC=heads // C.shape[1], P=P, N=N, HAS_D=D is not None,
+        HAS_Z=z is not None, HAS_BIAS=dt_bias is not None, SOFTPLUS=dt_softplus, BLOCK_N=power_of_2(N), **options,
+    )  # fmt: skip
+    return y
+
+
 def ssd_step(
     state: Tensor,
     x: Tensor,
@@ -66,21 +84,11 @@ def ssd_step(
     dt_softplus: bool,
 ) -> Tensor:
     """See transpoint.kernels.ssd; all contiguous in their last dimension."""
-    batch, heads = dt.shape
-    P, N = x.shape[-1], B.shape[-1]
-    y = x.new_empty(batch, heads, P)
-    options = config(P, N, state.dtype)
-    _step_kernel[(batch * heads, triton.cdiv(P, options["BLOCK_P"]))](
-        state, x, dt, A, B, C, D, z, dt_bias, y,
-        *state.stride()[:3], *x.stride()[:2], *dt.stride(), *B.stride()[:2], *C.stride()[:2],
-        *((0, 0) if z is None else z.stride()[:2]), heads,
-        SX=heads // x.shape[1], SB=heads // B.shape[1], SC=heads // C.shape[1], P=P, N=N, HAS_D=D is not None,
-        HAS_Z=z is not None, HAS_BIAS=dt_bias is not None, SOFTPLUS=dt_softplus,
-        BLOCK_N=triton.next_power_of_2(N), **options,
-    )  # fmt: skip
-    return y
+    return launched(_step, state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
 
 
-@ssd_step.register_fake
-def _(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus):
+def _fake(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus):
     return x.new_empty(*dt.shape, x.shape[-1])
+
+
+ssd_step = CustomOp(ssd_step, _fake, mutates=("state",))

@@ -35,7 +35,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .backend import inner_contiguous, sm_count
+from .backend import inner_contiguous, power_of_2, sm_count
+from .custom_op import CustomOp, once
+from .launch import launched
 
 LOG2E = tl.constexpr(1.4426950408889634)
 SLOTS = 4  # parts of a segment that are summed up by programs of their own
@@ -519,19 +521,18 @@ def _backward_kernel(
     x, B, C, D, dy, dt, dt_bias, A, steps, documents, states, adjoints, dx, dB, dC, ddt, d_heads,
     x_sb, x_sl, x_sh, B_sb, B_sl, B_sh, C_sb, C_sl, C_sh, dy_sb, dy_sl, dy_sh, dt_sb, dt_sl, dt_sh,
     L, H, chunks, d_plane,
-    SX: tl.constexpr, SB: tl.constexpr, SC: tl.constexpr, HEADS: tl.constexpr, COUNT: tl.constexpr,
-    STAGES: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, HAS_D: tl.constexpr,
+    SX: tl.constexpr, SB: tl.constexpr, SC: tl.constexpr, HEADS: tl.constexpr, STAGES: tl.constexpr,
+    P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, HAS_D: tl.constexpr,
     HAS_SEQ: tl.constexpr, HAS_BIAS: tl.constexpr,
     SOFTPLUS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """All gradients of COUNT chunks, for HEADS neighbouring heads, among which every shared operand is shared.
+    """All gradients of a chunk, for HEADS neighbouring heads, among which every shared operand is shared.
 
     Tiles over pairs of tokens are transposed, [s, t], so that most products take them as they come out of the last one.
     The order of the work keeps few tiles alive at a time; what is left of 255 registers a thread is little.
     """
     units = H // HEADS
-    b, first, unit = _place(tl.program_id(0), tl.cdiv(chunks, COUNT), units)
-    first *= COUNT
+    b, c, unit = _place(tl.program_id(0), chunks, units)
     q = tl.arange(0, Q)
     p, n = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
     dtype = x.dtype.element_ty
@@ -542,12 +543,9 @@ def _backward_kernel(
     if SC > 1:
         dC_sum = tl.zeros((Q, BLOCK_N), tl.float32)
 
-    trips = 1
-    if HEADS * COUNT > 1:
-        trips = HEADS * tl.minimum(COUNT, chunks - first)
-    for i in tl.range(0, trips, num_stages=STAGES):
+    for i in tl.range(0, HEADS, num_stages=STAGES):
         # What depends on the chunk is found here, not before the loop: it would take registers all along.
-        c, h = tl.cast(first + i // HEADS, tl.int64), tl.cast(unit * HEADS + i % HEADS, tl.int64)
+        h = tl.cast(unit * HEADS + i, tl.int64)
         t = c * Q + q
         t_ok = t < L
         visible = q[:, None] <= q[None, :]
@@ -663,35 +661,36 @@ def _gate_backward_kernel(
 # Launches
 
 
-class _Launch:
+class _Scan:
     """What all launches of one scan share."""
 
-    def __init__(self, x, dt, B, C, chunk_size):
+    def __init__(self, run, x, dt, B, C, chunk_size):
+        self.run, self.new = run, run.new
         self.batch, self.length, self.heads = dt.shape
-        self.P, self.N, self.device = x.shape[-1], B.shape[-1], x.device
+        self.P, self.N = x.shape[-1], B.shape[-1]
         self.shares = {"SX": self.heads // x.shape[2], "SB": self.heads // B.shape[2], "SC": self.heads // C.shape[2]}
         self.Q = chunk_length(self.N, x.dtype, chunk_size)
-        self.chunks = triton.cdiv(self.length, self.Q)
+        self.chunks = -(-self.length // self.Q)
         self.together = math.lcm(*self.shares.values())  # neighbouring heads among which every operand is shared whole
         self.one_score_tile = self.shares["SB"] == self.shares["SC"] == self.together > 1
         self.per_chunk = (self.batch * self.chunks * (self.heads // self.together),)
         tf32 = torch.backends.cuda.matmul.allow_tf32
-        self.common = {"P": self.P, "N": self.N, "Q": self.Q, "PRECISION": "tf32" if tf32 else "tf32x3"}
-        self.common |= {f"BLOCK_{k}": max(16, triton.next_power_of_2(self.common[k])) for k in "PN"}
+        self.common = {
+            "P": self.P, "N": self.N, "Q": self.Q, "PRECISION": "tf32" if tf32 else "tf32x3",
+            "BLOCK_P": max(16, power_of_2(self.P)), "BLOCK_N": max(16, power_of_2(self.N)),
+        }  # fmt: skip
         rows = self.batch * self.heads
-        per_segment = triton.cdiv(self.chunks, max(1, 2 * sm_count(self.device) // rows))
-        self.per_segment = triton.cdiv(per_segment, SLOTS) * SLOTS
-        self.segments = triton.cdiv(self.chunks, self.per_segment)
-
-    def new(self, *shape, dtype=torch.float32):
-        return torch.empty(shape, dtype=dtype, device=self.device)
+        per_segment = -(-self.chunks // max(1, 2 * sm_count(x.device) // rows))
+        self.per_segment = -(-per_segment // SLOTS) * SLOTS
+        self.segments = -(-self.chunks // self.per_segment)
 
     def steps(self, dt, dt_bias, A, seq_idx, softplus):
         """Step sizes and decays (B, H, chunks * Q, 2) and document numbers (B, chunks * Q; empty without seq_idx)."""
         steps = self.new(self.batch, self.heads, self.chunks * self.Q, 2)
         documents = self.new(*(0,) if seq_idx is None else (self.batch, self.chunks * self.Q), dtype=torch.int32)
-        block = min(16, triton.next_power_of_2(self.heads))
-        _steps_kernel[(self.batch * self.chunks, triton.cdiv(self.heads, block))](
+        block = min(16, power_of_2(self.heads))
+        self.run(
+            _steps_kernel, (self.batch * self.chunks, -(-self.heads // block)),
             dt, dt_bias, A, seq_idx, steps, documents,
             *dt.stride(), *((0, 0) if seq_idx is None else seq_idx.stride()), self.length, self.heads, self.chunks,
             SOFTPLUS=softplus, HAS_BIAS=dt_bias is not None, HAS_SEQ=seq_idx is not None, Q=self.Q, BLOCK_H=block,
@@ -708,7 +707,8 @@ class _Launch:
         totals = self.new(rows, slots, size), self.new(rows, slots)
         self.walk(u, v, steps, documents, reverse=reverse, totals=totals)
         entering = self.new(rows, self.segments, size)
-        _segments_kernel[(rows, triton.cdiv(size, 1024))](
+        self.run(
+            _segments_kernel, (rows, -(-size // 1024)),
             *totals, initial, entering, self.segments,
             SLOTS=SLOTS, SIZE=size, HAS_INITIAL=initial is not None, BLOCK=1024,
         )  # fmt: skip
@@ -719,7 +719,8 @@ class _Launch:
         parts, per_part, programs = self.segments, self.per_segment, self.segments
         if totals is not None:
             parts, per_part, programs = parts * SLOTS, per_part // SLOTS, (parts - 1) * SLOTS
-        _state_kernel[(self.batch * self.heads, programs)](
+        self.run(
+            _state_kernel, (self.batch * self.heads, programs),
             u, v, steps, documents, entering, final, states, *(totals or (None, None)),
             *u.stride()[:3], *v.stride()[:3], self.length, self.heads, self.chunks, parts, per_part,
             SU=self.heads // u.shape[2], SV=self.heads // v.shape[2], REVERSE=reverse, TOTALS=totals is not None,
@@ -728,7 +729,147 @@ class _Launch:
         )  # fmt: skip
 
 
-@torch.library.custom_op("transpoint::ssd_scan", mutates_args=())
+def _forward(
+    run, x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx, dt_softplus, return_final_state, chunk_size, training
+):
+    scan = _Scan(run, x, dt, B, C, chunk_size)
+    batch, length, heads, P, N = scan.batch, scan.length, scan.heads, scan.P, scan.N
+    steps, documents = scan.steps(dt, dt_bias, A, seq_idx, dt_softplus)
+    entering = scan.entering(x, B, steps, documents, initial_state, reverse=False)
+
+    out = run.new(batch, length, heads, P, dtype=x.dtype)
+    y = run.new(*out.shape if training and z is not None else (0,), dtype=x.dtype)
+    states = run.new(*(batch, scan.chunks, heads, P, N) if training else (0,), dtype=x.dtype)
+    final = run.new(*(batch, heads, P, N) if return_final_state else (0,))
+    strides = (*x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *((0, 0, 0) if z is None else z.stride()[:3]))
+    options = {"HAS_D": D is not None, "HAS_Z": z is not None, "HAS_SEQ": seq_idx is not None, **scan.common}
+    if training and scan.one_score_tile:
+        scan.walk(
+            x, B, steps, documents, reverse=False, entering=entering,
+            final=final if return_final_state else None, states=states,
+        )  # fmt: skip
+        run(
+            _output_kernel, scan.per_chunk,
+            x, B, C, D, z, steps, documents, states, out, y, *strides, length, heads, scan.chunks,
+            HEADS=scan.together, SX=scan.shares["SX"], **options, **config("output", N),
+        )  # fmt: skip
+    else:
+        run(
+            _forward_kernel, (batch * heads, scan.segments),
+            x, B, C, D, z, steps, documents, entering, out, y, final, states, *strides,
+            length, heads, scan.chunks, scan.segments, scan.per_segment, HAS_ENTERING=entering is not None,
+            HAS_FINAL=return_final_state, STATES=training, **scan.shares, **options, **config("forward", N),
+        )  # fmt: skip
+    if training and run.dry:
+        _gradients(
+            run, out, None, x, dt, A, B, C, D, z, dt_bias, states, y, steps, documents, dt_softplus,
+            initial_state is not None and initial_state.requires_grad, chunk_size,
+        )  # fmt: skip
+    if not training:
+        steps, documents = run.new(0), run.new(0, dtype=torch.int32)
+    return out, final, states, y, steps, documents
+
+
+def _gradients(
+    run, d_out, d_final, x, dt, A, B, C, D, z, dt_bias, states, y, steps, documents, dt_softplus, initial_grad,
+    chunk_size,
+):  # fmt: skip
+    scan = _Scan(run, x, dt, B, C, chunk_size)
+    batch, length, heads, P, N = scan.batch, scan.length, scan.heads, scan.P, scan.N
+    dy, dz = d_out, run.new(0, dtype=x.dtype)
+    if z is not None:
+        dy, dz = run.like(y), run.like(z)
+        block = 1024
+        run(
+            _gate_backward_kernel, (-(-dy.numel() // block),),
+            d_out, y, z, dy, dz, *d_out.stride()[:3], *z.stride()[:3], length, heads, dy.numel(), P=P, BLOCK=block,
+        )  # fmt: skip
+    entering = scan.entering(dy, C, steps, documents, d_final, reverse=True)
+    adjoints = run.like(states)
+    d_initial = run.new(batch, heads, P, N) if initial_grad else None
+    scan.walk(dy, C, steps, documents, reverse=True, entering=entering, final=d_initial, states=adjoints)
+
+    dx, dB, dC, ddt = map(run.like, (x, B, C, dt))
+    d_heads = run.new(3, *steps.shape[:-1])  # of A, dt_bias and D, token by token
+    d_plane = d_heads.stride(0)
+    sizes = (length, heads, scan.chunks)
+    strides = (*x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *dy.stride()[:3])
+    options = {"HEADS": scan.together, "HAS_SEQ": documents.numel() > 0, **scan.common}
+    through = {"HAS_D": D is not None, "HAS_BIAS": dt_bias is not None, "SOFTPLUS": dt_softplus}
+    if scan.one_score_tile and scan.shares["SX"] == 1:
+        d_steps, d_decays = run.like(steps), run.new(*steps.shape[:-1])
+        passing = run.new(batch, heads, scan.chunks)
+        run(
+            _entering_kernel, scan.per_chunk,
+            C, dy, steps, documents, states, adjoints, dC, d_decays, passing, *C.stride()[:3], *dy.stride()[:3], *sizes,
+            **options, STAGES=3, **config("entering", N),
+        )  # fmt: skip
+        run(
+            _leaving_kernel, scan.per_chunk,
+            x, B, steps, documents, adjoints, passing, dx, dB, d_steps, *x.stride()[:3], *B.stride()[:3], *sizes,
+            **options, **config("leaving", N),
+        )  # fmt: skip
+        run(
+            _within_kernel, scan.per_chunk,
+            x, B, C, D, dy, dt, dt_bias, A, steps, documents, d_steps, d_decays, dx, dB, dC, ddt, d_heads,
+            *strides, *dt.stride(), *sizes, d_plane, **options, **through, STAGES=3, **config("within", N),
+        )  # fmt: skip
+    else:
+        run(
+            _backward_kernel, scan.per_chunk,
+            x, B, C, D, dy, dt, dt_bias, A, steps, documents, states, adjoints, dx, dB, dC, ddt, d_heads,
+            *strides, *dt.stride(), *sizes, d_plane, **scan.shares, **options, **through, STAGES=2,
+            **config("backward", N),
+        )  # fmt: skip
+    sums = run.new(3, heads)
+    run(_heads_kernel, (3, heads), d_heads, sums, batch, heads, steps.shape[2], d_plane, BLOCK=1024)
+    return dx, ddt, dB, dC, dz, run.new(0) if d_initial is None else d_initial, sums
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Operators
+
+
+def ssd_scan_backward(
+    d_out: Tensor,
+    d_final: Tensor | None,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    states: Tensor,
+    y: Tensor,
+    steps: Tensor,
+    documents: Tensor,
+    dt_softplus: bool,
+    initial_grad: bool,
+    chunk_size: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, dt, B, C, z, the initial state, and (3, H) float32 those of A, dt_bias and D."""
+    return launched(
+        _gradients, inner_contiguous(d_out), d_final, x, dt, A, B, C, D, z, dt_bias, states, y, steps, documents,
+        dt_softplus, initial_grad, chunk_size,
+    )  # fmt: skip
+
+
+def _fake_gradients(
+    d_out, d_final, x, dt, A, B, C, D, z, dt_bias, states, y, steps, documents, dt_softplus, initial_grad, chunk_size
+):  # fmt: skip
+    batch, _, heads = dt.shape
+    f32 = {"dtype": torch.float32}
+    d_initial = x.new_empty(batch, heads, x.shape[-1], B.shape[-1], **f32) if initial_grad else x.new_empty(0, **f32)
+    dz = x.new_empty(0) if z is None else z.new_empty(z.shape)
+    grads = (t.new_empty(t.shape) for t in (x, dt, B, C))
+    return *grads, dz, d_initial, x.new_empty(3, heads, **f32)
+
+
+ssd_scan_backward = CustomOp(ssd_scan_backward, _fake_gradients, **once("ssd_scan", remedy="; backend='torch' can"))
+
+
 def ssd_scan(
     x: Tensor,
     dt: Tensor,
@@ -752,39 +893,13 @@ def ssd_scan(
         unless training: the states entering the chunks (B, chunks, H, P, N), the output before the gate, the step sizes
         and decays (B, H, chunks * Q, 2), and the documents (B, chunks * Q).
     """
-    launch = _Launch(x, dt, B, C, chunk_size)
-    batch, length, heads, P, N = launch.batch, launch.length, launch.heads, launch.P, launch.N
-    steps, documents = launch.steps(dt, dt_bias, A, seq_idx, dt_softplus)
-    entering = launch.entering(x, B, steps, documents, initial_state, reverse=False)
-
-    out = x.new_empty(batch, length, heads, P)
-    y = x.new_empty(out.shape if training and z is not None else 0)
-    states = x.new_empty((batch, launch.chunks, heads, P, N) if training else 0)
-    final = launch.new(batch, heads, P, N) if return_final_state else launch.new(0)
-    strides = (*x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *((0, 0, 0) if z is None else z.stride()[:3]))
-    options = {"HAS_D": D is not None, "HAS_Z": z is not None, "HAS_SEQ": seq_idx is not None, **launch.common}
-    if training and launch.one_score_tile:
-        launch.walk(
-            x, B, steps, documents, reverse=False, entering=entering,
-            final=final if return_final_state else None, states=states,
-        )  # fmt: skip
-        _output_kernel[launch.per_chunk](
-            x, B, C, D, z, steps, documents, states, out, y, *strides, length, heads, launch.chunks,
-            HEADS=launch.together, SX=launch.shares["SX"], **options, **config("output", N),
-        )  # fmt: skip
-    else:
-        _forward_kernel[(batch * heads, launch.segments)](
-            x, B, C, D, z, steps, documents, entering, out, y, final, states, *strides,
-            length, heads, launch.chunks, launch.segments, launch.per_segment, HAS_ENTERING=entering is not None,
-            HAS_FINAL=return_final_state, STATES=training, **launch.shares, **options, **config("forward", N),
-        )  # fmt: skip
-    if not training:
-        steps, documents = launch.new(0), documents.new_empty(0)
-    return out, final, states, y, steps, documents
+    return launched(
+        _forward, x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx, dt_softplus, return_final_state, chunk_size,
+        training,
+    )  # fmt: skip
 
 
-@ssd_scan.register_fake
-def _(x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx, dt_softplus, return_final_state, chunk_size, training):
+def _fake(x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx, dt_softplus, return_final_state, chunk_size, training):
     batch, length, heads = dt.shape
     P, N, Q = x.shape[-1], B.shape[-1], chunk_length(B.shape[-1], x.dtype, chunk_size)
     chunks = (length + Q - 1) // Q
@@ -797,93 +912,7 @@ def _(x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx, dt_softplus, return
     return x.new_empty(batch, length, heads, P), final, states, y, steps, documents
 
 
-@torch.library.custom_op("transpoint::ssd_scan_backward", mutates_args=())
-def ssd_scan_backward(
-    d_out: Tensor,
-    d_final: Tensor | None,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    states: Tensor,
-    y: Tensor,
-    steps: Tensor,
-    documents: Tensor,
-    dt_softplus: bool,
-    initial_grad: bool,
-    chunk_size: int | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, dt, B, C, z, the initial state, and (3, H) float32 those of A, dt_bias and D."""
-    launch = _Launch(x, dt, B, C, chunk_size)
-    batch, length, heads, P, N = launch.batch, launch.length, launch.heads, launch.P, launch.N
-    d_out = inner_contiguous(d_out)
-    dy, dz = d_out, x.new_empty(0)
-    if z is not None:
-        dy, dz = torch.empty_like(y), z.new_empty(z.shape)
-        block = 1024
-        _gate_backward_kernel[(triton.cdiv(dy.numel(), block),)](
-            d_out, y, z, dy, dz, *d_out.stride()[:3], *z.stride()[:3], length, heads, dy.numel(), P, block
-        )
-    entering = launch.entering(dy, C, steps, documents, d_final, reverse=True)
-    adjoints = torch.empty_like(states)
-    d_initial = launch.new(batch, heads, P, N) if initial_grad else None
-    launch.walk(
-        dy, C, steps, documents, reverse=True, entering=entering, final=d_initial, states=adjoints,
-    )  # fmt: skip
-
-    dx, dB, dC, ddt = (t.new_empty(t.shape) for t in (x, B, C, dt))
-    d_heads = launch.new(3, *steps.shape[:-1])  # of A, dt_bias and D, token by token
-    d_plane = d_heads[0].numel()
-    sizes = (length, heads, launch.chunks)
-    strides = (*x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *dy.stride()[:3])
-    options = {"HEADS": launch.together, "HAS_SEQ": documents.numel() > 0, **launch.common}
-    through = {"HAS_D": D is not None, "HAS_BIAS": dt_bias is not None, "SOFTPLUS": dt_softplus}
-    if launch.one_score_tile and launch.shares["SX"] == 1:
-        d_steps, d_decays = torch.empty_like(steps), launch.new(*steps.shape[:-1])
-        passing = launch.new(batch, heads, launch.chunks)
-        _entering_kernel[launch.per_chunk](
-            C, dy, steps, documents, states, adjoints, dC, d_decays, passing, *C.stride()[:3], *dy.stride()[:3], *sizes,
-            **options, STAGES=3, **config("entering", N),
-        )  # fmt: skip
-        _leaving_kernel[launch.per_chunk](
-            x, B, steps, documents, adjoints, passing, dx, dB, d_steps, *x.stride()[:3], *B.stride()[:3], *sizes,
-            **options, **config("leaving", N),
-        )  # fmt: skip
-        _within_kernel[launch.per_chunk](
-            x, B, C, D, dy, dt, dt_bias, A, steps, documents, d_steps, d_decays, dx, dB, dC, ddt, d_heads,
-            *strides, *dt.stride(), *sizes, d_plane, **options, **through, STAGES=3,
-            **config("within", N),
-        )  # fmt: skip
-    else:
-        count = 1  # chunks a program
-        units = heads // launch.together
-        _backward_kernel[(batch * triton.cdiv(launch.chunks, count) * units,)](
-            x, B, C, D, dy, dt, dt_bias, A, steps, documents, states, adjoints, dx, dB, dC, ddt, d_heads,
-            *strides, *dt.stride(), *sizes, d_plane, **launch.shares, **options, **through,
-            COUNT=count, STAGES=2, **config("backward", N),
-        )  # fmt: skip
-    sums = launch.new(3, heads)
-    _heads_kernel[(3, heads)](d_heads, sums, batch, heads, steps.shape[2], d_plane, BLOCK=1024)
-    return dx, ddt, dB, dC, dz, x.new_empty(0) if d_initial is None else d_initial, sums
-
-
-@ssd_scan_backward.register_fake
-def _(
-    d_out, d_final, x, dt, A, B, C, D, z, dt_bias, states, y, steps, documents, dt_softplus, initial_grad, chunk_size
-):  # fmt: skip
-    batch, _, heads = dt.shape
-    f32 = {"dtype": torch.float32}
-    d_initial = x.new_empty(batch, heads, x.shape[-1], B.shape[-1], **f32) if initial_grad else x.new_empty(0)
-    dz = x.new_empty(0) if z is None else z.new_empty(z.shape)
-    grads = (t.new_empty(t.shape) for t in (x, dt, B, C))
-    return *grads, dz, d_initial, x.new_empty(3, heads, **f32)
-
-
-def _setup_context(ctx, inputs, output):
+def _save(ctx, inputs, output):
     x, dt, A, B, C, D, z, dt_bias, initial_state, _, ctx.dt_softplus, ctx.return_final_state, ctx.chunk_size, _ = inputs
     _, _, states, y, steps, documents = output
     ctx.set_materialize_grads(False)  # else zeros are made for every output that is only for the backward pass
@@ -911,9 +940,4 @@ def _backward(ctx, d_out, d_final, *_):
     )  # fmt: skip
 
 
-def _refuse_double_backward(ctx, *_):
-    raise RuntimeError("ssd_scan: differentiable once only, so not with create_graph=True; backend='torch' can")
-
-
-ssd_scan.register_autograd(_backward, setup_context=_setup_context)
-ssd_scan_backward.register_autograd(_refuse_double_backward)
+ssd_scan = CustomOp(ssd_scan, _fake, save=_save, gradients=_backward)

@@ -243,12 +243,12 @@ def test_opcheck(device, labels):
     tensors = [*args.values(), None, labels_for(args) if labels else None]
     dtypes = torch.float32, torch.float32
     rest = *dtypes, "forward", 0.5, 2.0, 1.0, 7, True, True
-    torch.library.opcheck(kl_triton.linear_kl, (*tensors, *rest))
+    torch.library.opcheck(kl_triton.linear_kl.op, (*tensors, *rest))
     mask = torch.ones(2, dtype=torch.bool, device=device)
     frozen = [t if t is None else t.detach() for t in tensors]
-    torch.library.opcheck(kl_triton.linear_kl, (*frozen[:4], mask, frozen[5], *rest[:-2], False, False))
+    torch.library.opcheck(kl_triton.linear_kl.op, (*frozen[:4], mask, frozen[5], *rest[:-2], False, False))
     grad = torch.randn(4, 3, device=device)
-    torch.library.opcheck(kl_triton.linear_kl_backward, (torch.ones((), device=device), grad, torch.bfloat16))
+    torch.library.opcheck(kl_triton.linear_kl_backward.op, (torch.ones((), device=device), grad, torch.bfloat16))
 
 
 def test_compile_fullgraph(device):

@@ -220,10 +220,10 @@ def test_custom_ops_keep_their_contracts(device):
     for training in (True, False):
         inputs = [args[k] if training else args[k].detach() for k in order]
         seq_idx = documents(device, 1, 20)
-        torch.library.opcheck(ssd_triton.ssd_scan, (*inputs, seq_idx, True, True, 16, training))
+        torch.library.opcheck(ssd_triton.ssd_scan.op, (*inputs, seq_idx, True, True, 16, training))
     inputs = [args[k].detach()[:, 0] if k in ("x", "dt", "B", "C", "z") else args[k].detach() for k in order[:-1]]
     state = args["initial_state"].detach().clone()
-    torch.library.opcheck(ssd_step_triton.ssd_step, (state, *inputs, True))
+    torch.library.opcheck(ssd_step_triton.ssd_step.op, (state, *inputs, True))
 
 
 @pytest.mark.parametrize("grouping", [(4, 2, 2, 4), (3, 3, 3, 3), (4, 4, 1, 1)], ids=str)
