@@ -360,7 +360,7 @@ def _gradients(run, dy, x, weight, bias, seq_idx, initial_state, silu):
         0 if seq_idx is None else seq_idx.stride(0),
         DY_ROW=dy.stride(1), X_ROW=x.stride(1), C=channels, W=width, SILU=silu, **constants,
     )  # fmt: skip
-    return dx, dinitial, partial.sum(0)
+    return dx, dinitial, partial
 
 
 def _step(run, x, conv_state, weight, bias, silu):
@@ -408,7 +408,8 @@ def causal_conv1d_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, the gradient of initial_state (empty without it), and those of weight and bias as rows of one float32
     (W + 1, C)."""
-    return launched(_gradients, dy, x, weight, bias, seq_idx, initial_state, silu)
+    dx, dinitial, partial = launched(_gradients, dy, x, weight, bias, seq_idx, initial_state, silu)
+    return dx, dinitial, partial.sum(0)
 
 
 def _fake_gradients(dy, x, weight, bias, seq_idx, initial_state, silu):

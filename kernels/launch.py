@@ -12,6 +12,7 @@ import os
 import torch
 import triton
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from .backend import interpreted
 
@@ -23,7 +24,8 @@ class Launches:
     """What the function of an op allocates memory and launches kernels with, as Triton would: `run(kernel, grid, ...)`.
 
     dry: whether this is the run that only finds the launches. It must reach them all, and so use `new` for all memory;
-    it may add those of the backward pass, for them to be compiled along with the forward pass.
+    it may add those of the backward pass, for them to be compiled along with the forward pass. Computing with that
+    memory is to be avoided: on the "meta" device, PyTorch imports its decompositions for it, which takes seconds.
     """
 
     dry = False
@@ -99,12 +101,25 @@ def _compile(launches, device):
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
             for number in numbers:
                 kernel, args, constants = launches[number]
-                result = kernel.warmup(*args, grid=(1,), **constants)
-                result.run  # noqa: B018 - loads it, and builds its launcher
-                values = tuple(constants[name] for name in kernel.arg_names[len(args) :])
+                result, values = _compiled(kernel, args, constants)
                 compiled[number] = result, constants, values
 
     with concurrent.futures.ThreadPoolExecutor(max(1, min(len(alike), os.cpu_count() or 1))) as pool:
         for done in [pool.submit(compile_alike, numbers) for numbers in alike.values()]:
             done.result()
     return compiled
+
+
+def _compiled(kernel, args, constants):
+    """The kernel, loaded, and its constants' values. Where shared memory does not hold it, with fewer stages."""
+    while True:
+        result = kernel.warmup(*args, grid=(1,), **constants)
+        try:
+            result.run  # noqa: B018 - loads it, and builds its launcher
+        except OutOfResources:
+            fewer = {name: constants[name] - 1 for name in ("num_stages", "STAGES") if constants.get(name, 1) > 1}
+            if not fewer:
+                raise
+            constants = constants | fewer
+        else:
+            return result, tuple(constants[name] for name in kernel.arg_names[len(args) :])

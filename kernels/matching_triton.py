@@ -707,7 +707,7 @@ class _Matching:
         return self.run.new(self.batch, self.heads, self.pitch)
 
     def forward(self):
-        """Distance and norm (B, H), and the log2-sum-exp2 of the logits (B, H, pitch)."""
+        """Distance and norm by blocks of rows (B, H, blocks, 2), and the log2-sum-exp2 of the logits (B, H, pitch)."""
         options = self.config("forward")
         self.prepare(options["S"])
         blocks = -(-self.length // options["T"])
@@ -718,11 +718,10 @@ class _Matching:
             *self.inputs(), lse, sums, *self.strides(), *self.shape(),
             **self.flags, **options,
         )  # fmt: skip
-        distance, norm = sums.sum(2).unbind(-1)
-        return distance.clamp(min=0), norm.contiguous(), lse
+        return sums, lse
 
     def backward(self, lse, grad):
-        """Gradients of dt, A, B, C and dt_bias."""
+        """Gradients of dt, B, C and (A, dt_bias), but dt's in parts that are still to be summed along dimension 0."""
         self.prepare(self.config("rows")["S"])
         grad = grad.contiguous()
         row_sums, direct, column_sums = self.vector(), self.vector(), self.vector()
@@ -737,11 +736,10 @@ class _Matching:
             *dt.stride(), *_strides(mask), self.length, self.heads, self.pitch,
             **self.steps_flags, BLOCK=self._block(), num_warps=4,
         )  # fmt: skip
-        dA = sums[..., 0].sum(0).to(A.dtype)
-        return ddt, dA, dB, dC, dA.new_empty(0) if dt_bias is None else sums[..., 1].sum(0).to(dt_bias.dtype)
+        return ddt, dB, dC, sums
 
     def _shared(self, name, operand, own, kernel, lse, grad, *vectors):
-        """Run a kernel whose programs own a block of one head of B or C, and sum over the heads that share it."""
+        """Run a kernel whose programs own a block of one head of B or C, for some of the heads that share it."""
         options = self.config(name)
         tensor = self.tensors[operand]
         heads = tensor.shape[2]
@@ -755,7 +753,7 @@ class _Matching:
             *self.inputs(), lse, grad, out, *vectors, *self.strides(), *self.shape(), sharing, splits,
             **self.flags, **options,
         )  # fmt: skip
-        return out[0] if splits == 1 else out.sum(0).to(tensor.dtype)
+        return out
 
 
 def _strides(t):
@@ -771,10 +769,10 @@ def _padded(size):
 
 
 def _forward(run, *inputs):
-    outputs = _Matching(run, *inputs).forward()
+    sums, lse = _Matching(run, *inputs).forward()
     if run.dry and any(t is not None and t.requires_grad for t in inputs[2:7]):
-        _gradients(run, outputs[2], outputs[0], *inputs)
-    return outputs
+        _gradients(run, lse, run.new(*lse.shape[:2]), *inputs)
+    return sums, lse
 
 
 def _gradients(run, lse, grad, *inputs):
@@ -800,7 +798,16 @@ def mixing_distance_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of dt, A, B, C and dt_bias (empty if there is none)."""
     inputs = q, k, dt, A, B, C, dt_bias, seq_idx, mask, scale, dt_softplus, window, softcap
-    return launched(_gradients, lse, grad, *inputs)
+    ddt, *parts, sums = launched(_gradients, lse, grad, *inputs)
+    dB, dC = (part[0] if len(part) == 1 else part.sum(0).to(t.dtype) for part, t in zip(parts, (B, C), strict=True))
+    dA, dbias = sums.sum(0).unbind(-1)
+    return (
+        ddt,
+        dA.to(A.dtype, copy=True),
+        dB,
+        dC,
+        A.new_empty(0) if dt_bias is None else dbias.to(dt_bias.dtype, copy=True),
+    )
 
 
 def _fake_gradients(lse, grad, q, k, dt, A, B, C, dt_bias, *_):
@@ -829,7 +836,9 @@ def mixing_distance(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Distance (B, H), norm of the attention matrix (B, H), and what the backward pass needs; all float32."""
-    return launched(_forward, q, k, dt, A, B, C, dt_bias, seq_idx, mask, scale, dt_softplus, window, softcap)
+    sums, lse = launched(_forward, q, k, dt, A, B, C, dt_bias, seq_idx, mask, scale, dt_softplus, window, softcap)
+    distance, norm = sums.sum(2).unbind(-1)
+    return distance.clamp(min=0), norm.contiguous(), lse
 
 
 def _fake(q, k, dt, A, B, C, dt_bias, seq_idx, mask, scale, dt_softplus, window, softcap):

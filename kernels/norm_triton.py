@@ -166,7 +166,7 @@ def _gradients(run, dy, x, weight, z, groups, eps):
         channels // vec, eps,
         **constants, RELOAD=table["reload"], STAGES=table["stages"],
     )  # fmt: skip
-    return dx, dz, partial.sum(0)
+    return dx, dz, partial
 
 
 def _rows(t):
@@ -183,7 +183,8 @@ def gated_rms_norm_backward(
     dy: Tensor, x: Tensor, weight: Tensor, z: Tensor | None, groups: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dz (empty without z), and the gradient of weight in float32."""
-    return launched(_gradients, dy, x, weight, z, groups, eps)
+    dx, dz, partial = launched(_gradients, dy, x, weight, z, groups, eps)
+    return dx, dz, partial.sum(0)
 
 
 def _fake_gradients(dy, x, weight, z, groups, eps):

@@ -203,7 +203,8 @@ def test_what_the_kernels_cannot_do(device):
         causal_conv1d(**args, backend="triton")
     assert torch.equal(causal_conv1d(**args), reference.causal_conv1d(**args))
     with pytest.raises(ValueError, match="W is at most 8, got 9"):
-        causal_conv1d_step(torch.zeros(1, 2), torch.zeros(1, 2, 8), torch.zeros(2, 9), backend="triton")
+        shapes = (1, 2), (1, 2, 8), (2, 9)
+        causal_conv1d_step(*(torch.zeros(shape, device=device) for shape in shapes), backend="triton")
     with pytest.raises(ValueError, match=r"^x: expected shape"):
         causal_conv1d(args["x"][0], args["weight"], backend="triton")
 
