@@ -19,7 +19,7 @@ from .launch import launched
 # Launch parameters. A program is a tile of S walks x block_c channels, a thread of it `vec` neighbouring channels of a
 # walk: S = 32 * warps * vec / block_c. A walk loads `steps` tokens before it uses the first, `stages` - 1 times ahead,
 # and does so at most `loops` times: less often if that makes fewer than `per_sm` programs for each multiprocessor.
-FORWARD = {"block_c": 256, "vec": 8, "warps": 4, "steps": 8, "stages": 3, "loops": 16, "per_sm": 6}
+FORWARD = {"block_c": 128, "vec": 8, "warps": 2, "steps": 8, "stages": 3, "loops": 2, "per_sm": 8}
 BACKWARD = {"block_c": 128, "vec": 4, "warps": 2, "steps": 4, "stages": 3, "loops": 32, "per_sm": 8}
 STEP = {"block_c": 256, "warps": 2}
 

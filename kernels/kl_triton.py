@@ -39,15 +39,15 @@ LEAST = tl.constexpr(-120.0)
 def default_config(dtype, device):
     """Launch parameters for a compute dtype.
 
-    tile: tokens, vocabulary and hidden units of a tile of the product; programs: for a multiprocessor. _combine_kernel
-    takes `group` tiles at a time and cuts rows in `split`.
+    tile: tokens, vocabulary and hidden units of a tile of the product; programs: for a multiprocessor; group: tiles of
+    a row that _combine_kernel takes at a time.
     """
-    config = dict(split=2, combine_warps=8, combine_stages=3)
+    config = dict(group=8, combine_warps=4, combine_stages=3)
     if dtype == torch.float32:  # without tf32 no tensor cores: the product is what takes time
-        return config | dict(tile=(64, 64, 32), warps=8, stages=2, programs=2, flatten=False, group=32)
+        return config | dict(tile=(64, 64, 32), warps=8, stages=2, programs=2, flatten=False)
     if not _large_shared_memory(device):
-        return config | dict(tile=(64, 128, 64), warps=4, stages=2, programs=1, flatten=False, group=32)
-    return config | dict(tile=(128, 256, 64), warps=8, stages=4, programs=1, flatten=True, group=16)
+        return config | dict(tile=(64, 128, 64), warps=4, stages=2, programs=1, flatten=False)
+    return config | dict(tile=(128, 256, 64), warps=8, stages=4, programs=1, flatten=True)
 
 
 @functools.cache
@@ -298,21 +298,15 @@ def _combine_kernel(
     N: tl.constexpr,
     GROUP: tl.constexpr,
     TILES: tl.constexpr,
-    SPLIT: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Each token's divergence and cross-entropy, and the gradient in its logits written over the student's values.
 
     The gradient is in units of temperature / tokens (see _count_kernel). d_ptr is the memory of s_ptr in the dtype of
-    the products to come. A row is cut in SPLIT pieces, each with terms of its own.
+    the products to come.
     """
     PASSES: tl.constexpr = 1 if DIVERGENCE == "forward" else 2  # the second once sum(s * g) of _terms is known
-    tl.static_assert(PASSES == 1 or SPLIT == 1)
-    length = tl.cdiv(tl.cdiv(s_tiles, GROUP), SPLIT) * GROUP
-    item = tl.program_id(0)
-    row = tl.full((), item // SPLIT, tl.int64)
-    first = item % SPLIT * length
-    last = tl.minimum(first + length, s_tiles)
+    row = tl.program_id(0).to(tl.int64)
     s_row = s_ptr + row * s_tiles * N
     d_row = d_ptr + row * s_tiles * N
     t_row = t_ptr + row * t_tiles * N
@@ -337,10 +331,9 @@ def _combine_kernel(
                 ce_scale = tl.load(scalar_ptr + 1)
                 if (label >= 0) & (label < vocab):
                     label_at = tl.where(label < shared, label, label - shared + t_tiles * N).to(tl.int32)
-                    if (label_at >= first * N) & (label_at < last * N):
-                        value = tl.load(s_row + label_at).to(tl.float32)
-                        log = tl.where(value > 0, _log2(value), value) + tl.load(s_max_row + label_at // N)
-                        ce = LN2 * (own_log_sum - log * temperature)
+                    value = tl.load(s_row + label_at).to(tl.float32)
+                    log = tl.where(value > 0, _log2(value), value) + tl.load(s_max_row + label_at // N)
+                    ce = LN2 * (own_log_sum - log * temperature)
                 else:
                     ce = float("nan")
             tl.debug_barrier()  # the label's value is read before any thread writes over it
@@ -350,10 +343,10 @@ def _combine_kernel(
         sg_acc = tl.zeros((GROUP, N), tl.float32)
         mean = 0.0
         for number in tl.static_range(PASSES):
-            groups = tl.cdiv(last - first, GROUP)
+            groups = tl.cdiv(s_tiles, GROUP)
             for group in tl.range(0, groups, num_stages=STAGES):
                 # From the end: what the products wrote last may still be in the L2 cache.
-                tile = first + (groups - 1 - group) * GROUP + tl.arange(0, GROUP)
+                tile = (groups - 1 - group) * GROUP + tl.arange(0, GROUP)
                 s, s_log = _load(s_row, s_max_row, s_log_sum, tile, s_tiles, N)
                 t, t_log = _load(t_row, t_max_row, t_log_sum, tile, t_tiles, N)
                 own = s
@@ -382,13 +375,13 @@ def _combine_kernel(
                     mean = tl.sum(tl.sum(sg_acc, 1), 0) / tl.sum(tl.sum(s_acc, 1), 0)
                     divergence += LN2 * mean
     elif GRAD:
-        for start in range(first, last, GROUP):
+        for start in range(0, s_tiles, GROUP):
             tile = start + tl.arange(0, GROUP)
             at = tile[:, None] * N + tl.arange(0, N)[None, :]
             tl.store(d_row + at, tl.zeros((GROUP, N), d_ptr.dtype.element_ty), (tile < s_tiles)[:, None])
-    tl.store(divergence_ptr + item, divergence)
+    tl.store(divergence_ptr + row, divergence)
     if LABELS:
-        tl.store(ce_ptr + item, ce)
+        tl.store(ce_ptr + row, ce)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -488,11 +481,11 @@ def _kl(
     part, chunk = _plan(tokens, student.row_bytes, chunk_size, config)
     m, n, k = config["tile"]
     # The other divergences take two passes over a row, and registers for two sums more.
-    split, group = (config["split"], config["group"]) if divergence == "forward" else (1, max(1, config["group"] // 2))
+    group = config["group"] if divergence == "forward" else max(1, config["group"] // 2)
     student.allocate(run, chunk if grad else part, part, own_sum)
     teacher.allocate(run, part, part, False)
-    divergences = run.new(tokens * split)
-    ces = run.new(tokens * split) if labels is not None else None
+    divergences = run.new(tokens)
+    ces = run.new(tokens) if labels is not None else None
 
     def products(at, row, rows):
         programs = config["programs"] * sm_count(s_hidden.device)
@@ -527,7 +520,7 @@ def _kl(
         values = student.values[row:]
         run(
             _combine_kernel,
-            (rows * split,),
+            (rows,),
             values,
             values.view(s_dtype),
             teacher.values,
@@ -536,8 +529,8 @@ def _kl(
             None if mask is None else mask[at:],
             None if labels is None else labels[at:],
             scalars,
-            divergences[at * split :],
-            None if labels is None else ces[at * split :],
+            divergences[at:],
+            None if labels is None else ces[at:],
             rows,
             student.tiles,
             teacher.tiles,
@@ -552,7 +545,6 @@ def _kl(
             N=n,
             GROUP=group,
             TILES=power_of_2(student.tiles),
-            SPLIT=split,
             STAGES=config["combine_stages"],
             num_warps=config["combine_warps"],
         )
@@ -583,7 +575,7 @@ def _kl(
         scalars,
         loss,
         terms,
-        tokens * split,
+        tokens,
         temperature,
         ce_weight,
         LABELS=labels is not None,

@@ -48,7 +48,7 @@ class Launches:
             return
         compiled, expected, values = self._next()
         if constants == expected:
-            compiled[(*grid, 1, 1)](*args, *values, stream=self._stream)
+            compiled[(*grid, 1, 1)[:3]](*args, *values, stream=self._stream)
         else:  # someone changed the launch parameters
             kernel[grid](*args, **constants)
 

@@ -40,7 +40,7 @@ from .custom_op import CustomOp, once
 from .launch import launched
 
 LOG2E = tl.constexpr(1.4426950408889634)
-SLOTS = 4  # parts of a segment that are summed up by programs of their own
+SLOTS = 2  # parts of a segment that are summed up by programs of their own
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -50,7 +50,7 @@ SLOTS = 4  # parts of a segment that are summed up by programs of their own
 def chunk_length(state: int, dtype: torch.dtype, chunk_size: int | None) -> int:
     """Tokens per chunk: a power of two from 16 to 128, at most chunk_size if that is given."""
     if chunk_size is None:
-        chunk_size = 32 if state > 128 and dtype == torch.float32 else 64  # what shared memory holds
+        chunk_size = 32 if state > 64 and dtype == torch.float32 else 64  # what shared memory holds
     return min(128, max(16, 2 ** int(math.log2(chunk_size))))
 
 
@@ -63,6 +63,12 @@ def config(kernel: str, N: int) -> dict:
     """Warps and pipeline stages of a kernel: the fastest without register spills to speak of, on an H200."""
     stages = {"forward": 3 if N <= 64 else 2, "backward": 2}
     return {"num_warps": 4, "num_stages": stages.get(kernel, 3)}
+
+
+def loop_stages(N: int) -> int:
+    """Stages of loops over heads: how many heads' tiles are loaded at a time."""
+    # With N = 256, Triton 3.6 lets loads overwrite tiles that products still read: some runs then give a wrong dC.
+    return 3 if N <= 128 else 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -363,12 +369,11 @@ def _before_and_after(before, after, SCAN: tl.constexpr, Q: tl.constexpr):
 
 @triton.jit
 def _entering_kernel(
-    C, dy, steps, documents, states, adjoints, dC, d_decays, passing,
-    C_sb, C_sl, C_sh, dy_sb, dy_sl, dy_sh, L, H, chunks,
+    C, dy, steps, documents, states, adjoints, dC, d_decays, C_sb, C_sl, C_sh, dy_sb, dy_sl, dy_sh, L, H, chunks,
     HEADS: tl.constexpr, STAGES: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, HAS_SEQ: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What the state entering a chunk gives dC and the summed log decays; and, if it leaves again, all log decays."""
+    """What the state entering a chunk gives dC and the summed log decays."""
     units = H // HEADS
     b, c, unit = _place(tl.program_id(0), chunks, units)
     p, n = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
@@ -390,16 +395,16 @@ def _entering_kernel(
         if HAS_SEQ:
             from_start = tl.where(tl.load(documents + (b * chunks + c) * Q + q) == 0, from_start, 0.0)
             passed = tl.where(tl.load(documents + (b * chunks + c + 1) * Q - 1) == 0, passed, 0.0)
-        tl.store(passing + (b * H + h) * chunks + c, passed)
         y = tl.dot(C_, tl.trans(state), input_precision=PRECISION)
-        tl.store(d_decays + row + q, tl.sum(y * dy_, 1) * from_start)
+        # What leaves again has the decay of the whole chunk, the sum up to its last token.
+        tl.store(d_decays + row + q, tl.sum(y * dy_, 1) * from_start + tl.where(q == Q - 1, passed, 0.0))
         dC_ = tl.dot((dy_ * from_start[:, None]).to(dy_.dtype), state, dC_, input_precision=PRECISION)
     _store(dC + (b * L * units + unit) * N + c * Q * units * N, units * N, q, n, left, N, dC_)
 
 
 @triton.jit
 def _leaving_kernel(
-    x, B, steps, documents, adjoints, passing, dx, dB, d_steps, x_sb, x_sl, x_sh, B_sb, B_sl, B_sh, L, H, chunks,
+    x, B, steps, documents, adjoints, dx, dB, d_steps, x_sb, x_sl, x_sh, B_sb, B_sl, B_sh, L, H, chunks,
     HEADS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, HAS_SEQ: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -426,9 +431,9 @@ def _leaving_kernel(
         d_step = tl.sum(dx_ * x_, 1)
         _store(dx + (b * L * H + h) * P + c * Q * H * P, H * P, q, p, left, P, dx_ * step[:, None])
         dB_ = tl.dot((x_ * (to_end * step)[:, None]).to(x_.dtype), adjoint, dB_, input_precision=PRECISION)
-        # The log decay of a token acts on the keys before it, on their way to the end, and on the passing state.
+        # The log decay of a token acts on the keys before it, on their way to the end.
         keys = d_step * step
-        d_log = tl.cumsum(keys, 0) - keys + tl.load(passing + (b * H + h) * chunks + c)
+        d_log = tl.cumsum(keys, 0) - keys
         tl.store(d_steps + (row + q[:, None]) * 2 + tl.arange(0, 2)[None, :], tl.join(d_step, d_log))
     _store(dB + (b * L * units + unit) * N + c * Q * units * N, units * N, q, n, left, N, dB_)
 
@@ -798,21 +803,20 @@ def _gradients(
     through = {"HAS_D": D is not None, "HAS_BIAS": dt_bias is not None, "SOFTPLUS": dt_softplus}
     if scan.one_score_tile and scan.shares["SX"] == 1:
         d_steps, d_decays = run.like(steps), run.new(*steps.shape[:-1])
-        passing = run.new(batch, heads, scan.chunks)
         run(
             _entering_kernel, scan.per_chunk,
-            C, dy, steps, documents, states, adjoints, dC, d_decays, passing, *C.stride()[:3], *dy.stride()[:3], *sizes,
-            **options, STAGES=3, **config("entering", N),
+            C, dy, steps, documents, states, adjoints, dC, d_decays, *C.stride()[:3], *dy.stride()[:3], *sizes,
+            **options, STAGES=loop_stages(N), **config("entering", N),
         )  # fmt: skip
         run(
             _leaving_kernel, scan.per_chunk,
-            x, B, steps, documents, adjoints, passing, dx, dB, d_steps, *x.stride()[:3], *B.stride()[:3], *sizes,
+            x, B, steps, documents, adjoints, dx, dB, d_steps, *x.stride()[:3], *B.stride()[:3], *sizes,
             **options, **config("leaving", N),
         )  # fmt: skip
         run(
             _within_kernel, scan.per_chunk,
             x, B, C, D, dy, dt, dt_bias, A, steps, documents, d_steps, d_decays, dx, dB, dC, ddt, d_heads,
-            *strides, *dt.stride(), *sizes, d_plane, **options, **through, STAGES=3, **config("within", N),
+            *strides, *dt.stride(), *sizes, d_plane, **options, **through, STAGES=loop_stages(N), **config("within", N),
         )  # fmt: skip
     else:
         run(
@@ -822,7 +826,7 @@ def _gradients(
             **config("backward", N),
         )  # fmt: skip
     sums = run.new(3, heads)
-    run(_heads_kernel, (3, heads), d_heads, sums, batch, heads, steps.shape[2], d_plane, BLOCK=1024)
+    run(_heads_kernel, (3, heads), d_heads, sums, batch, heads, steps.shape[2], d_plane, BLOCK=4096, num_warps=8)
     return dx, ddt, dB, dC, dz, run.new(0) if d_initial is None else d_initial, sums
 
 

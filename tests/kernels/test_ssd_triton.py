@@ -296,6 +296,18 @@ def test_long_sequences_in_bfloat16(device, grouping):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("grouping", [(4, 4, 4, 4), (9, 3, 3, 9), (8, 8, 1, 1)], ids=str)
+@pytest.mark.parametrize("N", [64, 128, 256])
+def test_every_run_gives_the_same_bits(device, grouping, N):
+    """Nothing is added up in an order that varies: what differs is a race."""
+    args = make(device, 2000, grouping, P=128, N=N, dtype=torch.bfloat16)
+    first = with_gradients(ssd_scan, args, backend="triton")
+    for _ in range(10):
+        again = with_gradients(ssd_scan, args, backend="triton")
+        assert [name for name in first if not torch.equal(first[name], again[name])] == []
+
+
+@pytest.mark.gpu
 def test_offsets_beyond_32_bits(device):
     # 131072 tokens in a projection 20000 wide: x alone spans 2.6e9 elements.
     wide = torch.empty(1, 131072, 20000, dtype=torch.bfloat16, device=device)
