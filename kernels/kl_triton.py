@@ -755,7 +755,7 @@ def linear_kl(
     """
     return launched(
         _kl, student_hidden, student_weight, teacher_hidden, teacher_weight, mask, labels, student_dtype, teacher_dtype,
-        divergence, beta, temperature, ce_weight, chunk_size, hidden_grad, weight_grad,
+        divergence, beta, temperature, ce_weight, chunk_size, hidden_grad, weight_grad, record=False,
     )  # fmt: skip
 
 

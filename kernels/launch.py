@@ -2,7 +2,8 @@
 
 Triton compiles a kernel when a call reaches it, one after another, and looks at every argument of every launch anew.
 Here the function that launches an op's kernels runs twice at the first call of a kind: on memory that is not there, to
-find what it launches, which threads then compile; and in earnest. Later calls of that kind launch what was compiled.
+find what it launches, which threads then compile; and in earnest, when what it allocates and launches is recorded.
+Later calls of that kind do not run the function, but what was recorded.
 """
 
 import concurrent.futures
@@ -30,27 +31,18 @@ class Launches:
 
     dry = False
 
-    def __init__(self, device, compiled=()):
-        self.device, self._next = device, iter(compiled).__next__
-        if compiled:
-            self._stream = triton.runtime.driver.active.get_current_stream(device.index)
+    def __init__(self, device):
+        self.device = device
 
     def new(self, *shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device=self.device)
 
     def like(self, t):
         """Contiguous memory of t's shape and dtype."""
-        return torch.empty(t.shape, dtype=t.dtype, device=self.device)
+        return self.new(*t.shape, dtype=t.dtype)
 
     def __call__(self, kernel, grid, *args, **constants):
-        if interpreted():
-            kernel[grid](*args, **constants)
-            return
-        compiled, expected, values = self._next()
-        if constants == expected:
-            compiled[(*grid, 1, 1)[:3]](*args, *values, stream=self._stream)
-        else:  # someone changed the launch parameters
-            kernel[grid](*args, **constants)
+        kernel[grid](*args, **constants)
 
 
 class _DryRun(Launches):
@@ -64,23 +56,96 @@ class _DryRun(Launches):
         self.launches.append((kernel, args, constants))
 
 
-def launched(function, *args):
-    """function(Launches, *args), whose first argument is a tensor and tells the device; all others are hashable."""
+class _Recorded(Launches):
+    """Runs compiled kernels, and records what can be run again with other tensors of the same kind.
+
+    The tensors of a call are numbered: first the arguments of the function, then what it allocates.
+    """
+
+    def __init__(self, device, compiled, args):
+        super().__init__(device)
+        self._compiled = iter(compiled)
+        self._stream = _stream(device)
+        self._tensors = list(args)
+        self.allocations, self.launches, self.outputs = [], [], None
+        # Whether all tensors that kernels get are arguments or allocated here, and which one is certain.
+        tensors = [id(arg) for arg in args if isinstance(arg, Tensor)]
+        self.complete = len(set(tensors)) == len(tensors)
+
+    def new(self, *shape, dtype=torch.float32):
+        tensor = super().new(*shape, dtype=dtype)
+        self._tensors.append(tensor)
+        self.allocations.append((shape, dtype))
+        return tensor
+
+    def __call__(self, kernel, grid, *args, **constants):
+        compiled, values = next(self._compiled)
+        args, grid = [*args, *values], (*grid, 1, 1)[:3]
+        launch = compiled[grid]
+        launch(*args, stream=self._stream)
+        tensors = [(place, self._number(arg)) for place, arg in enumerate(args) if isinstance(arg, Tensor)]
+        for place, _ in tensors:
+            args[place] = None  # not to be kept alive
+        self.launches.append((launch, args, tensors))
+
+    def finish(self, outputs):
+        several = isinstance(outputs, tuple)
+        numbers = [self._number(t) for t in (outputs if several else (outputs,))]
+        self.outputs = numbers if several else numbers[0]
+        del self._tensors
+
+    def again(self, args):
+        tensors = list(args)
+        for shape, dtype in self.allocations:
+            tensors.append(torch.empty(shape, dtype=dtype, device=self.device))
+        stream = _stream(self.device)
+        for launch, template, places in self.launches:
+            arguments = template.copy()
+            for place, number in places:
+                arguments[place] = tensors[number]
+            launch(*arguments, stream=stream)
+        if isinstance(self.outputs, list):
+            return tuple([tensors[number] for number in self.outputs])
+        return tensors[self.outputs]
+
+    def _number(self, tensor):
+        for number, known in enumerate(self._tensors):
+            if known is tensor:
+                return number
+        self.complete = False
+        return -1
+
+
+def launched(function, *args, record=True):
+    """function(Launches, *args), whose first argument is a tensor and tells the device; those not tensors are hashable.
+
+    record: whether the function does nothing but allocate and launch, for arguments that need no copies.
+    """
     device = args[0].device
     if interpreted():
         return function(Launches(device), *args)
     elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
     with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
         kind = (function, device, torch.backends.cuda.matmul.allow_tf32, *map(_kind, args))
-        compiled = _kinds.get(kind)
+        recorded, compiled = _kinds.get(kind, (None, None))
+        if recorded is not None:
+            return recorded.again(args)
         if compiled is None:
             dry_run = _DryRun()
             function(dry_run, *args)
             compiled = _compile(dry_run.launches, device)
-            while len(_kinds) >= KINDS:
-                _kinds.pop(next(iter(_kinds)), None)
-            _kinds[kind] = compiled
-        return function(Launches(device, compiled), *args)
+        run = _Recorded(device, compiled, args)
+        outputs = function(run, *args)
+        run.finish(outputs)
+        while len(_kinds) >= KINDS:
+            _kinds.pop(next(iter(_kinds)), None)
+        _kinds[kind] = run if record and run.complete else None, compiled
+        return outputs
+
+
+def forget():
+    """Forget all kinds of calls, for launch parameters that have been changed since."""
+    _kinds.clear()
 
 
 def _kind(arg):
@@ -90,8 +155,12 @@ def _kind(arg):
     return type(arg), arg
 
 
+def _stream(device):
+    return triton.runtime.driver.active.get_current_stream(device.index)
+
+
 def _compile(launches, device):
-    """For each (kernel, args, constants): the compiled kernel, the constants, and their values in its order."""
+    """For each (kernel, args, constants): the compiled kernel, and the constants' values in its order."""
     alike = {}  # launches that may have one kernel between them; two threads would both compile it
     for number, (kernel, _, constants) in enumerate(launches):
         alike.setdefault((kernel, *constants.items()), []).append(number)
@@ -100,9 +169,7 @@ def _compile(launches, device):
     def compile_alike(numbers):
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
             for number in numbers:
-                kernel, args, constants = launches[number]
-                result, values = _compiled(kernel, args, constants)
-                compiled[number] = result, constants, values
+                compiled[number] = _compiled(*launches[number])
 
     with concurrent.futures.ThreadPoolExecutor(max(1, min(len(alike), os.cpu_count() or 1))) as pool:
         for done in [pool.submit(compile_alike, numbers) for numbers in alike.values()]:

@@ -16,6 +16,14 @@ def fill_new_tensors_with_nan():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(autouse=True)
+def forget_launches():
+    """Tests that change launch parameters find them used."""
+    from transpoint.kernels import launch
+
+    launch.forget()
+
+
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in items:

@@ -21,7 +21,8 @@ EXAMPLES = 25 if torch.cuda.is_available() else 50  # where most of them are com
 def assert_near(got, want, tolerance, name=""):
     assert got.shape == want.shape, name
     distance = torch.linalg.vector_norm(got.double() - want)
-    scale = torch.linalg.vector_norm(want) + 1e-3 * want.numel() ** 0.5
+    # A few numbers may be what is left of sums of numbers about 1, which are rounded to that size.
+    scale = torch.linalg.vector_norm(want) + 0.3 * want.numel() ** 0.5
     assert distance <= tolerance * scale, f"{name}: relative error {distance / scale:.1e}"  # also false for NaN
 
 
