@@ -292,6 +292,25 @@ def _backward_kernel(
         tl.store(partial + k * C, tl.sum(sums[k], 0, keep_dims=True), mask=in_c)
 
 
+@triton.jit(do_not_specialize=["programs"])
+def _sum_kernel(
+    partial, dweight, dbias, programs, C: tl.constexpr, W: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr
+):
+    """Sum partial (programs, W + 1, C) for one tap, or for the bias."""
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    k = tl.program_id(1)
+    total = tl.zeros((ROWS, BLOCK_C), tl.float32)
+    for start in range(0, programs, ROWS):
+        row = start + tl.arange(0, ROWS)
+        at = row[:, None].to(tl.int64) * ((W + 1) * C) + k * C + c[None, :]
+        total += tl.load(partial + at, mask=(row < programs)[:, None] & (c < C)[None, :], other=0.0)
+    total = tl.sum(total, 0)
+    if k < W:
+        tl.store(dweight + c * W + k, total.to(dweight.dtype.element_ty), mask=c < C)
+    elif dbias is not None:
+        tl.store(dbias + c, total.to(dbias.dtype.element_ty), mask=c < C)
+
+
 @triton.jit(do_not_specialize=["x_batch"])
 def _step_kernel(
     x, state, weight, bias, y, x_batch, state_batch, state_channel, state_tap,
@@ -360,7 +379,13 @@ def _gradients(run, dy, x, weight, bias, seq_idx, initial_state, silu):
         0 if seq_idx is None else seq_idx.stride(0),
         DY_ROW=dy.stride(1), X_ROW=x.stride(1), C=channels, W=width, SILU=silu, **constants,
     )  # fmt: skip
-    return dx, dinitial, partial
+    dweight, dbias = run.like(weight), run.new(0) if bias is None else run.like(bias)
+    run(
+        _sum_kernel, (-(-channels // 32), width + 1),
+        partial, dweight, None if bias is None else dbias, batch * programs,
+        C=channels, W=width, BLOCK_C=32, ROWS=64, num_warps=4,
+    )  # fmt: skip
+    return dx, dinitial, dweight, dbias
 
 
 def _step(run, x, conv_state, weight, bias, silu):
@@ -405,17 +430,16 @@ def causal_conv1d_backward(
     seq_idx: Tensor | None,
     initial_state: Tensor | None,
     silu: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, the gradient of initial_state (empty without it), and those of weight and bias as rows of one float32
-    (W + 1, C)."""
-    dx, dinitial, partial = launched(_gradients, dy, x, weight, bias, seq_idx, initial_state, silu)
-    return dx, dinitial, partial.sum(0)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, initial_state, weight and bias (empty for what is None)."""
+    return launched(_gradients, dy, x, weight, bias, seq_idx, initial_state, silu)
 
 
 def _fake_gradients(dy, x, weight, bias, seq_idx, initial_state, silu):
     f32 = {"dtype": torch.float32}
     dinitial = x.new_empty(0, **f32) if initial_state is None else initial_state.new_empty(initial_state.shape)
-    return x.new_empty(x.shape), dinitial, x.new_empty(weight.shape[1] + 1, x.shape[2], **f32)
+    dbias = x.new_empty(0, **f32) if bias is None else bias.new_empty(bias.shape)
+    return x.new_empty(x.shape), dinitial, weight.new_empty(weight.shape), dbias
 
 
 causal_conv1d_backward = CustomOp(causal_conv1d_backward, _fake_gradients, **once("causal_conv1d"))
@@ -438,10 +462,9 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, dy):
-    _, weight, bias, _, initial_state = ctx.saved_tensors
-    dx, dinitial, sums = causal_conv1d_backward(dy, *ctx.saved_tensors, ctx.silu)
-    dbias = None if bias is None else sums[-1].to(bias.dtype)
-    return dx, sums[:-1].t().to(weight.dtype), dbias, None, None if initial_state is None else dinitial, None
+    _, _, bias, _, initial_state = ctx.saved_tensors
+    dx, dinitial, dweight, dbias = causal_conv1d_backward(dy, *ctx.saved_tensors, ctx.silu)
+    return dx, dweight, None if bias is None else dbias, None, None if initial_state is None else dinitial, None
 
 
 causal_conv1d = CustomOp(causal_conv1d, _fake, save=_save, gradients=_backward)

@@ -182,14 +182,14 @@ def _rows(t):
 def gated_rms_norm_backward(
     dy: Tensor, x: Tensor, weight: Tensor, z: Tensor | None, groups: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dz (empty without z), and the gradient of weight in float32."""
+    """Gradients of x, z (empty without it) and weight."""
     dx, dz, partial = launched(_gradients, dy, x, weight, z, groups, eps)
-    return dx, dz, partial.sum(0)
+    return dx, dz, partial.sum(0).to(weight.dtype)
 
 
 def _fake_gradients(dy, x, weight, z, groups, eps):
     dz = x.new_empty(0, dtype=torch.float32) if z is None else z.new_empty(z.shape)
-    return x.new_empty(x.shape), dz, weight.new_empty(weight.shape, dtype=torch.float32)
+    return x.new_empty(x.shape), dz, weight.new_empty(weight.shape)
 
 
 gated_rms_norm_backward = CustomOp(gated_rms_norm_backward, _fake_gradients, **once("gated_rms_norm"))
@@ -210,9 +210,9 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, dy):
-    _, weight, z = ctx.saved_tensors
+    _, _, z = ctx.saved_tensors
     dx, dz, dweight = gated_rms_norm_backward(dy, *ctx.saved_tensors, ctx.groups, ctx.eps)
-    return dx, dweight.to(weight.dtype), None if z is None else dz, None, None
+    return dx, dweight, None if z is None else dz, None, None
 
 
 gated_rms_norm = CustomOp(gated_rms_norm, _fake, save=_save, gradients=_backward)
