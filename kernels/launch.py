@@ -56,16 +56,27 @@ class _DryRun(Launches):
         self.launches.append((kernel, args, constants))
 
 
-class _Recorded(Launches):
-    """Runs compiled kernels, and records what can be run again with other tensors of the same kind.
+class _Compiled(Launches):
+    """Runs compiled kernels."""
+
+    def __init__(self, device, compiled):
+        super().__init__(device)
+        self._compiled = iter(compiled)
+        self._stream = _stream(device)
+
+    def __call__(self, kernel, grid, *args, **constants):
+        compiled, values = next(self._compiled)
+        compiled[(*grid, 1, 1)[:3]](*args, *values, stream=self._stream)
+
+
+class _Recorded(_Compiled):
+    """Records what can be run again with other tensors of the same kind.
 
     The tensors of a call are numbered: first the arguments of the function, then what it allocates.
     """
 
     def __init__(self, device, compiled, args):
-        super().__init__(device)
-        self._compiled = iter(compiled)
-        self._stream = _stream(device)
+        super().__init__(device, compiled)
         self._tensors = list(args)
         self.allocations, self.launches, self.outputs = [], [], None
         # Whether all tensors that kernels get are arguments or allocated here, and which one is certain.
@@ -119,7 +130,7 @@ class _Recorded(Launches):
 def launched(function, *args, record=True):
     """function(Launches, *args), whose first argument is a tensor and tells the device; those not tensors are hashable.
 
-    record: whether the function does nothing but allocate and launch, for arguments that need no copies.
+    record: whether the function does nothing but allocate and launch, and copy arguments where they need it.
     """
     device = args[0].device
     if interpreted():
@@ -134,13 +145,20 @@ def launched(function, *args, record=True):
             dry_run = _DryRun()
             function(dry_run, *args)
             compiled = _compile(dry_run.launches, device)
+            _remember(kind, None, compiled)
+        if not record:
+            return function(_Compiled(device, compiled), *args)
         run = _Recorded(device, compiled, args)
         outputs = function(run, *args)
         run.finish(outputs)
-        while len(_kinds) >= KINDS:
-            _kinds.pop(next(iter(_kinds)), None)
-        _kinds[kind] = run if record and run.complete else None, compiled
+        _remember(kind, run if run.complete else None, compiled)
         return outputs
+
+
+def _remember(kind, recorded, compiled):
+    while len(_kinds) >= KINDS and kind not in _kinds:
+        _kinds.pop(next(iter(_kinds)), None)
+    _kinds[kind] = recorded, compiled
 
 
 def forget():
