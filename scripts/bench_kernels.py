@@ -787,6 +787,19 @@ class Meter:
         del out
         return (torch.cuda.max_memory_allocated() - before) / 1e6
 
+    def kernels(self, step):
+        """Microseconds that a call spends in each GPU kernel, and how often, in the order of their first launch."""
+        self.sync()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            step()
+            self.sync()
+        spent = {}
+        for event in profile.events():
+            if event.device_type == torch.autograd.DeviceType.CUDA:
+                count, total = spent.get(event.name, (0, 0.0))
+                spent[event.name] = count + 1, total + event.device_time_total
+        return [[name, count, total] for name, (count, total) in spent.items()]
+
     def free(self):
         gc.collect()
         if self.cuda:
@@ -963,6 +976,8 @@ def run_case(case, meter, ceilings, peers=".*"):
             result = measure(bound, fresh, name == BOTH, meter, compare if known else None)
             if kind == OURS and first_call is not None:
                 result["first_call_s"] = first_call  # the check was the first
+            if kind == OURS and meter.cuda and "refuses" not in result:
+                result["kernels"] = meter.kernels(Step(bind(sets[0]), name == BOTH))
             record["results"][kind] = result
             say(f"  {name:16s} {kind:18s} " + describe(result))
             meter.sync()  # a broken device shows here, and ends the run
@@ -1145,6 +1160,12 @@ def details(report):
                 f"{'refuses' if 'refuses' in result else 'refuses graphs'}: {note}" if note else "",
             ]
             lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", "</details>", "", "<details><summary>Kernels of ours, µs of a call</summary>", ""]
+    for record in report["records"]:
+        spent = record["results"][OURS].get("kernels", [])
+        names = (f"{name[:40]} {f'{count} x ' if count > 1 else ''}{total / count:.1f}" for name, count, total in spent)
+        if spent:
+            lines.append(f"- {record['op']} {record['shape']}, {record['pass']}: {', '.join(names)}")
     return "\n".join([*lines, "", "</details>"])
 
 
