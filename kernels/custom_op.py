@@ -1,5 +1,7 @@
 """Torch custom ops that eager calls reach without the dispatcher."""
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -30,7 +32,8 @@ class CustomOp:
 
     def __call__(self, *args):
         if torch.compiler.is_compiling() or type(args[0]) is not Tensor:
-            return self.op(*args)
+            with torch.no_grad() if self.autograd is None else contextlib.nullcontext():
+                return self.op(*args)
         if self.autograd is not None and torch.is_grad_enabled():
             return self.autograd.apply(*args)
         return self.function(*args)

@@ -141,24 +141,19 @@ def launched(function, *args, record=True):
         recorded, compiled = _kinds.get(kind, (None, None))
         if recorded is not None:
             return recorded.again(args)
-        if compiled is None:
-            dry_run = _DryRun()
-            function(dry_run, *args)
-            compiled = _compile(dry_run.launches, device)
-            _remember(kind, None, compiled)
-        if not record:
+        if compiled is not None:
             return function(_Compiled(device, compiled), *args)
-        run = _Recorded(device, compiled, args)
+        dry_run = _DryRun()
+        function(dry_run, *args)
+        compiled = _compile(dry_run.launches, device)
+        run = _Recorded(device, compiled, args) if record else _Compiled(device, compiled)
         outputs = function(run, *args)
-        run.finish(outputs)
-        _remember(kind, run if run.complete else None, compiled)
+        if record:
+            run.finish(outputs)
+        while len(_kinds) >= KINDS:
+            _kinds.pop(next(iter(_kinds)), None)
+        _kinds[kind] = run if record and run.complete else None, compiled
         return outputs
-
-
-def _remember(kind, recorded, compiled):
-    while len(_kinds) >= KINDS and kind not in _kinds:
-        _kinds.pop(next(iter(_kinds)), None)
-    _kinds[kind] = recorded, compiled
 
 
 def forget():

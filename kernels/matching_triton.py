@@ -723,7 +723,6 @@ class _Matching:
     def backward(self, lse, grad):
         """Gradients of dt, B, C and (A, dt_bias), but dt's in parts that are still to be summed along dimension 0."""
         self.prepare(self.config("rows")["S"])
-        grad = grad.contiguous()
         row_sums, direct, column_sums = self.vector(), self.vector(), self.vector()
         dC = self._shared("rows", 3, "T", _rows_kernel, lse, grad, row_sums)
         dB = self._shared("columns", 2, "S", _columns_kernel, lse, grad, direct, column_sums)
@@ -798,7 +797,7 @@ def mixing_distance_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of dt, A, B, C and dt_bias (empty if there is none)."""
     inputs = q, k, dt, A, B, C, dt_bias, seq_idx, mask, scale, dt_softplus, window, softcap
-    ddt, *parts, sums = launched(_gradients, lse, grad, *inputs)
+    ddt, *parts, sums = launched(_gradients, lse, grad.contiguous(), *inputs)
     dB, dC = (part[0] if len(part) == 1 else part.sum(0).to(t.dtype) for part, t in zip(parts, (B, C), strict=True))
     dA, dbias = sums.sum(0).unbind(-1)
     return (

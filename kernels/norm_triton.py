@@ -130,30 +130,28 @@ def _backward_kernel(
 # Launches
 
 
-def _forward(run, x, weight, z, groups, eps):
-    rows = [None if t is None else _rows(t) for t in (x, z)]
-    x_, z_ = rows
+def _forward(run, x, weight, z, groups, eps, training):
+    """y for rows x and z (N, C)."""
     y = run.like(x)
-    constants, tiles, _ = _parameters(FORWARD, [t for t in rows if t is not None], groups)
+    constants, tiles, _ = _parameters(FORWARD, [x] if z is None else [x, z], groups)
     vec = constants["VEC"]
     run(
         _forward_kernel, (tiles * (groups // constants["BLOCK_G"]),),
-        x_, weight.contiguous(), z_, y,
-        x_.shape[0], x_.stride(0) // vec, 0 if z is None else z_.stride(0) // vec, x.shape[-1] // vec, eps,
+        x, weight.contiguous(), z, y,
+        x.shape[0], x.stride(0) // vec, 0 if z is None else z.stride(0) // vec, x.shape[1] // vec, eps,
         **constants,
     )  # fmt: skip
-    if run.dry and x.requires_grad:
+    if run.dry and training:
         _gradients(run, y, x, weight, z, groups, eps)
     return y
 
 
 def _gradients(run, dy, x, weight, z, groups, eps):
-    rows = [None if t is None else _rows(t) for t in (dy, x, z)]
-    dy_, x_, z_ = rows
-    channels = x.shape[-1]
+    """dx, dz, and the parts that sum to the gradient of weight, for rows dy, x and z (N, C)."""
+    channels = x.shape[1]
     dx, dz = run.like(x), run.new(0) if z is None else run.like(z)
     table = BACKWARD if channels // groups <= 1024 else BACKWARD_LARGE
-    constants, tiles, table = _parameters(table, [t for t in rows if t is not None], groups)
+    constants, tiles, table = _parameters(table, [dy, x] if z is None else [dy, x, z], groups)
     vec = constants["VEC"]
     blocks = groups // constants["BLOCK_G"]
     per_sm = max(1, table["sm_warps"] // constants["num_warps"])
@@ -161,8 +159,8 @@ def _gradients(run, dy, x, weight, z, groups, eps):
     partial = run.new(programs, channels)
     run(
         _backward_kernel, (programs * blocks,),
-        dy_, x_, weight.contiguous(), z_, dx, None if z is None else dz, partial,
-        x_.shape[0], programs, dy_.stride(0) // vec, x_.stride(0) // vec, 0 if z is None else z_.stride(0) // vec,
+        dy, x, weight.contiguous(), z, dx, None if z is None else dz, partial,
+        x.shape[0], programs, dy.stride(0) // vec, x.stride(0) // vec, 0 if z is None else z.stride(0) // vec,
         channels // vec, eps,
         **constants, RELOAD=table["reload"], STAGES=table["stages"],
     )  # fmt: skip
@@ -170,7 +168,9 @@ def _gradients(run, dy, x, weight, z, groups, eps):
 
 
 def _rows(t):
-    """t as rows (N, C) with contiguous channels: a view wherever the strides allow one."""
+    """t as rows (N, C) with contiguous channels: a view wherever the strides allow one. None stays None."""
+    if t is None:
+        return None
     t = t.reshape(-1, t.shape[-1])
     return t if t.stride(1) == 1 else t.contiguous()
 
@@ -183,8 +183,8 @@ def gated_rms_norm_backward(
     dy: Tensor, x: Tensor, weight: Tensor, z: Tensor | None, groups: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, z (empty without it) and weight."""
-    dx, dz, partial = launched(_gradients, dy, x, weight, z, groups, eps)
-    return dx, dz, partial.sum(0).to(weight.dtype)
+    dx, dz, partial = launched(_gradients, _rows(dy), _rows(x), weight, _rows(z), groups, eps)
+    return dx.view(x.shape), dz if z is None else dz.view(z.shape), partial.sum(0).to(weight.dtype)
 
 
 def _fake_gradients(dy, x, weight, z, groups, eps):
@@ -197,7 +197,7 @@ gated_rms_norm_backward = CustomOp(gated_rms_norm_backward, _fake_gradients, **o
 
 def gated_rms_norm(x: Tensor, weight: Tensor, z: Tensor | None, groups: int, eps: float) -> Tensor:
     """y of the arguments of `norm.gated_rms_norm`."""
-    return launched(_forward, x, weight, z, groups, eps)
+    return launched(_forward, _rows(x), weight, _rows(z), groups, eps, x.requires_grad).view(x.shape)
 
 
 def _fake(x, weight, z, groups, eps):
