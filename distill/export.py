@@ -35,7 +35,18 @@ TOLERANCE = 1e-4  # of logits in float32, relative to the largest
 NATIVE_FAMILIES = ("llama", "mistral", "qwen2")  # what is outside attention is then the same arithmetic
 NATIVE_NEEDS = "5.23"  # transformers before it normalises over all heads at once: silently other logits
 # What a custom checkpoint carries: the files this project trains with.
-_TRAVELS = ("students/configuration_hybrid", "students/modeling_hybrid", "students/cache", "students/mamba2")
+_TRAVELS = tuple(
+    f"students/{name}"
+    for name in (
+        "configuration_hybrid",
+        "configuration_transmamba",
+        "modeling_hybrid",
+        "modeling_transmamba",
+        "mamba2",
+        "cache",
+        "errors",
+    )
+)
 _TRAVELS += ("kernels/conv_reference", "kernels/norm_reference", "kernels/ssd_reference")
 
 

@@ -35,11 +35,13 @@ def plan_student(teacher: PreTrainedModel, config: StudentConfig) -> tuple[Hybri
     config.check()
     views = attention_view(teacher)
     mixers = layer_plan(config, len(views))
-    windows = [view.layer for view in views if view.window is not None and mixers[view.layer] != "attention"]
+    windows = [view.layer for view in views if view.window is not None and mixers[view.layer] == "mamba2"]
     fields = teacher.config.to_dict()
     for name in ("model_type", "architectures", "auto_map", "transformers_version", "quantization_config"):
         fields.pop(name, None)
     options = config.mixer_options | {"norm_eps": fields.get("rms_norm_eps", 1e-5)}
+    if config.mixer == "transmamba":
+        fields["trans_points"] = config.trans_points
     hybrid = HybridConfig(base_model_type=teacher.config.model_type, mixers=mixers, mixer_options=options, **fields)
     hybrid.architectures = ["HybridForCausalLM"]
     hybrid._attn_implementation = teacher.config._attn_implementation

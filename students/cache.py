@@ -3,25 +3,102 @@
 This file travels with exported checkpoints: it imports torch and transformers only.
 """
 
+import json
+import os
+
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 
 class HybridCache(DynamicCache):
-    """A `DynamicCache` whose mixer layers hold a `StateLayer`; its size does not grow in those layers."""
+    """A `DynamicCache` whose mixer layers hold a `StateLayer`; its size does not grow in those layers.
+
+    A cache is what a model remembers of the tokens so far, and it can be continued more than once: `fork` copies it,
+    `save` and `load` put it on disk and take it back. Each is exact: what follows has the same logits, bit for bit.
+    """
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__(config=config)
         self.config = config
         for index, mixer in enumerate(config.mixers):
             if mixer != "attention":
-                self.layers[index] = StateLayer()
+                self.layers[index] = TransPointLayer() if mixer == "transmamba" else StateLayer()
 
     def reset(self) -> None:
         """Empties it, as a new one (transformers before 5.23 only zeroes keys and values, and keeps their length)."""
         self.layers = HybridCache(self.config).layers
+
+    def fork(self, copies: int = 1) -> "HybridCache":
+        """A cache of its own with the same memory; this one stays as it is.
+
+        Args:
+            copies: how often each row is repeated: a batch of B rows becomes one of B * copies, row b the rows
+                b * copies to (b+1) * copies - 1.
+        """
+        fork = HybridCache(self.config)
+        for layer, own in zip(fork.layers, self.layers, strict=True):
+            vars(layer).update({name: _copied(value) for name, value in vars(own).items()})
+        if copies > 1:
+            fork.batch_repeat_interleave(copies)
+        return fork
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes it to one safetensors file: tensors as `LAYER.NAME`, counts of tokens as JSON in the metadata."""
+        tensors, counts = {}, []
+        for index, layer in enumerate(self.layers):
+            facts = {name: value for name, value in vars(layer).items() if not name.startswith("_")}
+            held = {name: value for name, value in facts.items() if isinstance(value, Tensor)}
+            tensors |= {f"{index}.{name}": value.detach().clone().contiguous() for name, value in held.items()}
+            counts.append({name: v for name, v in facts.items() if isinstance(v, int | float | list)})
+        metadata = {"format": "pt", "for": json.dumps(_kind(self.config)), "layers": json.dumps(counts)}
+        save_file(tensors, path, metadata)
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike, config: PreTrainedConfig, device: str | torch.device = "cpu"
+    ) -> "HybridCache":
+        """The cache that `save` wrote.
+
+        Args:
+            config: of the model that goes on with it (`model.config`).
+            device: where its tensors go.
+
+        Raises:
+            ValueError: the file holds no such cache, or that of a model with other layers or other TransPoints.
+        """
+        with safe_open(path, "pt", device=str(device)) as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        if "for" not in metadata or "layers" not in metadata:
+            raise ValueError(f"'{path}' holds no cache that HybridCache.save has written")
+        kind = _kind(config)
+        for name, value in json.loads(metadata["for"]).items():
+            if kind.get(name) != value:
+                raise ValueError(f"'{path}' is of a model whose {name} is {value}, this one's is {kind.get(name)}")
+        cache = cls(config)
+        for index, (layer, counts) in enumerate(zip(cache.layers, json.loads(metadata["layers"]), strict=True)):
+            prefix = f"{index}."
+            held = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+            if isinstance(layer, DynamicLayer) and held:
+                layer.lazy_initialization(held["keys"], held["values"])
+            vars(layer).update(counts | held)
+        return cache
+
+
+def _kind(config: PreTrainedConfig) -> dict:
+    """What a model must have in common with a cache."""
+    names = ("mixers", "trans_points", "mixer_options", "hidden_size", "num_attention_heads", "num_key_value_heads")
+    return {name: getattr(config, name, None) for name in names}
+
+
+def _copied(value):
+    if isinstance(value, Tensor):
+        return value.clone()
+    return list(value) if isinstance(value, list) else value
 
 
 class StateLayer(CacheLayerMixin):
@@ -31,13 +108,15 @@ class StateLayer(CacheLayerMixin):
     left still knows its positions and masks.
     """
 
+    tensors = ("conv_state", "ssm_state")
+
     def __init__(self):
         super().__init__()
         self.conv_state: Tensor | None = None  # (B, channels, kernel - 1): the last inputs of the convolution
         self.ssm_state: Tensor | None = None  # (B, H, P, N), float32
         self.seen = 0
 
-    def advance(self, conv_state: Tensor, ssm_state: Tensor, tokens: int) -> None:
+    def advance(self, conv_state: Tensor | None, ssm_state: Tensor | None, tokens: int) -> None:
         """Takes the states after `tokens` more tokens."""
         self.conv_state, self.ssm_state = conv_state, ssm_state
         self.seen += tokens
@@ -76,8 +155,83 @@ class StateLayer(CacheLayerMixin):
     update = lazy_initialization
 
     def _map(self, function) -> None:
-        if self.is_initialized:
-            self.conv_state, self.ssm_state = function(self.conv_state), function(self.ssm_state)
+        for name in self.tensors:
+            if (tensor := getattr(self, name)) is not None:
+                setattr(self, name, function(tensor))
+
+
+class TransPointLayer(StateLayer):
+    """What one TransMamba layer remembers: keys and values up to its TransPoint, after it a state.
+
+    Until the first row of a batch passes the TransPoint, it also holds what the memory converter will need; until the
+    last row has reached it, it holds keys and values and a state. Then the state is all there is.
+    """
+
+    tensors = (*StateLayer.tensors, "keys", "values", "real", "dt", "x", "B")
+
+    def __init__(self):
+        super().__init__()  # keys and values: (B, columns, K, P), as attention reads them
+        self.real: Tensor | None = None  # (B, columns) which of these are no padding; None: all
+        self.dt: Tensor | None = None  # (B, columns, H) steps
+        self.x: Tensor | None = None  # (B, columns, K, P) inputs and input maps of the state, where they are not
+        self.B: Tensor | None = None  # values and keys
+        self.tokens = [0]  # how many each row has seen, padding left out; one entry where all rows are alike
+        self.trans_point: int | float | None = None
+
+    def settle(self, trans_point: int | float) -> None:
+        """Fixes the TransPoint with the first tokens. Raises ValueError where it is another one later."""
+        if self.trans_point not in (None, trans_point):
+            raise ValueError(
+                f"this cache was filled with TransPoint {self.trans_point} and the layer now has {trans_point}: "
+                "start a new cache after set_trans_points"
+            )
+        self.trans_point = trans_point
+
+    def hold(self, **tensors: Tensor) -> None:
+        """Adds columns (B, columns, ...) to what it has under these names."""
+        for name, tensor in tensors.items():
+            held = getattr(self, name)
+            setattr(self, name, tensor if held is None else torch.cat((held.to(tensor.device), tensor), 1))
+
+    def hold_real(self, real: Tensor | None, batch: int, columns: int) -> None:
+        """Adds columns of `real` (B, columns), where None is no padding; before `hold` adds their keys."""
+        if real is None and self.real is None:
+            return
+        if self.real is None and self.keys is not None:
+            self.real = real.new_ones(batch, self.keys.shape[1])
+        self.hold(real=self.real.new_ones(batch, columns) if real is None else real)
+
+    def keep(self, columns: int) -> None:
+        """Forgets all but the last columns of keys and values."""
+        for name in ("keys", "values", "real"):
+            if (held := getattr(self, name)) is not None and held.shape[1] > columns:
+                setattr(self, name, held[:, held.shape[1] - columns :])
+
+    def drop(self, *names: str) -> None:
+        for name in names:
+            setattr(self, name, None)
+
+    def advance(self, conv_state, ssm_state, columns: int, tokens: list[int]) -> None:
+        """As `StateLayer.advance`; `tokens`: how many each row has now seen."""
+        super().advance(conv_state, ssm_state, columns)
+        self.tokens = tokens if len(set(tokens)) > 1 else tokens[:1]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._select(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        if len(self.tokens) > 1:
+            self.tokens = [count for count in self.tokens for _ in range(repeats)]
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._select(indices)
+
+    def _select(self, indices: Tensor) -> None:
+        if len(self.tokens) > 1:  # otherwise the device is not waited for
+            self.tokens = torch.tensor(self.tokens)[indices.cpu()].tolist()
 
 
 def document_index(position_ids: Tensor) -> Tensor:

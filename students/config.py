@@ -1,32 +1,77 @@
 """What a recipe says of the student."""
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from .configuration_transmamba import SCHEDULES, parse_trans_points
 from .errors import StudentError
 from .modeling_hybrid import MIXERS
+
+# What is not set takes the mixer's own: Mamba-2 as the native formats have it, TransMamba as near attention as it is.
+_DEFAULTS = {
+    "mamba2": {
+        "keep_attention": "every:2",
+        "conv_kernel": 4,
+        "conv_activation": "silu",
+        "gate": True,
+        "norm": True,
+        "rope": False,
+    },
+    "transmamba": {
+        "keep_attention": [],
+        "conv_kernel": 0,
+        "conv_activation": None,
+        "gate": False,
+        "norm": False,
+        "rope": True,
+    },
+}
 
 
 @dataclass
 class StudentConfig:
-    """Which layers become mixers, and which parts a mixer has."""
+    """Which layers become mixers, and which parts a mixer has. `resolved` fills in what depends on the mixer."""
 
-    mixer: str = field(default="mamba2", metadata={"help": "what replaces attention: mamba2"})
+    mixer: str = field(default="mamba2", metadata={"help": "what replaces attention: mamba2 or transmamba"})
     keep_attention: Any = field(
-        default="every:2",
+        default=None,
         metadata={
             "help": "layers that keep attention: a list of indices (negative ones count from the end), 'every:N' "
-            "(the last layer of every N), or a fraction of the layers, evenly spaced"
+            "(the last layer of every N), or a fraction of the layers, evenly spaced; null: every:2 for mamba2, none "
+            "for transmamba"
         },
     )
-    conv_kernel: int = field(default=4, metadata={"help": "taps of the causal convolution over x, B and C, 1 to 4"})
-    conv_activation: str | None = field(default="silu", metadata={"help": "after the convolution: silu or null"})
-    gate: bool = field(default=True, metadata={"help": "whether the output is gated by SiLU(z)"})
-    norm: bool = field(default=True, metadata={"help": "whether the gated output is RMS-normalised, head by head"})
-    rope: bool = field(
-        default=False,
-        metadata={"help": "whether B and C take the teacher's rotary embedding (no native format has it)"},
+    trans_points: Any = field(
+        default="paper-v9",
+        metadata={
+            "help": "transmamba: up to which token each layer takes attention: a number, inf, a list with one for each "
+            f"layer, or a schedule: {', '.join(SCHEDULES)}"
+        },
+    )
+    conv_kernel: int | None = field(
+        default=None,
+        metadata={
+            "help": "taps of the causal convolution over x, B and C, 1 to 4; null: 4 for mamba2, none for transmamba"
+        },
+    )
+    conv_activation: str | None = field(
+        default="auto", metadata={"help": "after the convolution: silu or null; auto: silu for mamba2"}
+    )
+    gate: bool | None = field(
+        default=None, metadata={"help": "whether the output is gated by SiLU(z); null: true for mamba2"}
+    )
+    norm: bool | None = field(
+        default=None,
+        metadata={"help": "whether the gated output is RMS-normalised, head by head; null: true for mamba2"},
+    )
+    rope: bool | None = field(
+        default=None,
+        metadata={
+            "help": "whether B and C take the teacher's rotary embedding (no native format has it); null: true for "
+            "transmamba"
+        },
     )
     qk_norm: bool = field(
         default=True, metadata={"help": "whether B and C take the teacher's k/q norms, where it has them"}
@@ -36,17 +81,37 @@ class StudentConfig:
         """Raises StudentError for a value that no student can have, whatever the teacher."""
         if self.mixer not in MIXERS:
             raise StudentError(f"student.mixer is '{self.mixer}'; expected one of {', '.join(MIXERS)}")
-        if not 1 <= self.conv_kernel <= 4:
-            raise StudentError(f"student.conv_kernel is {self.conv_kernel}; expected 1 to 4")
-        if self.conv_activation not in ("silu", None):
-            raise StudentError(f"student.conv_activation is '{self.conv_activation}'; expected silu or null")
-        kept_layers(self.keep_attention, None)
+        own = self.resolved()
+        least = 0 if self.mixer == "transmamba" else 1
+        if not least <= own.conv_kernel <= 4:
+            raise StudentError(f"student.conv_kernel is {own.conv_kernel}; expected {least} to 4")
+        if own.conv_activation not in ("silu", None):
+            raise StudentError(f"student.conv_activation is '{own.conv_activation}'; expected silu, null or auto")
+        if own.conv_activation and not own.conv_kernel:
+            raise StudentError(
+                "student.conv_activation is 'silu' without a convolution; set student.conv_kernel, 1 to 4"
+            )
+        kept_layers(own.keep_attention, None)
+        if self.mixer == "transmamba":
+            points = own.trans_points
+            parse_trans_points(points, len(points) if isinstance(points, list | tuple) else 1, longest=1)
+
+    def resolved(self) -> "StudentConfig":
+        """The same with the mixer's own defaults for what is not set. The mixer must be known."""
+        defaults = _DEFAULTS[self.mixer]
+        unset = {name: value for name, value in defaults.items() if getattr(self, name) is None}
+        if self.conv_activation is None:
+            del unset["conv_activation"]
+        elif self.conv_activation == "auto":
+            unset["conv_activation"] = defaults["conv_activation"]
+        return dataclasses.replace(self, **unset)
 
     @property
     def mixer_options(self) -> dict:
         """Keyword arguments of the mixer's class."""
+        own = self.resolved()
         names = ("conv_kernel", "conv_activation", "gate", "norm", "rope", "qk_norm")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(own, name) for name in names}
 
 
 def layer_plan(config: StudentConfig, num_layers: int) -> list[str]:
@@ -55,10 +120,11 @@ def layer_plan(config: StudentConfig, num_layers: int) -> list[str]:
     Raises:
         StudentError: `keep_attention` names a layer that is not there, is malformed, or keeps every layer.
     """
-    kept = kept_layers(config.keep_attention, num_layers)
+    keep = config.resolved().keep_attention
+    kept = kept_layers(keep, num_layers)
     if len(kept) == num_layers:
         raise StudentError(
-            f"student.keep_attention is {config.keep_attention!r}: all {num_layers} layers keep attention, "
+            f"student.keep_attention is {keep!r}: all {num_layers} layers keep attention, "
             "so there is nothing to convert"
         )
     return ["attention" if layer in kept else config.mixer for layer in range(num_layers)]

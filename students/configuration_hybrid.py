@@ -3,18 +3,29 @@
 This file travels with exported checkpoints: it imports transformers only.
 """
 
+import math
+import warnings
+from typing import Any
+
 from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+from .configuration_transmamba import parse_trans_points, written
+from .errors import StudentError
 
 MODEL_TYPE = "transpoint_hybrid"
 
 
 class HybridConfig(PreTrainedConfig):
-    """Every field of the teacher's config, and three of ours.
+    """Every field of the teacher's config, and five of ours.
 
     Fields:
         base_model_type: the teacher's `model_type` ("llama"): whose module tree the student is.
-        mixers: for each layer what replaces self-attention, "mamba2", or "attention" where it is kept.
+        mixers: for each layer what replaces self-attention, "mamba2" or "transmamba", or "attention" where it is kept.
         mixer_options: keyword arguments of the mixer's class.
+        trans_points: for each layer its TransPoint, a number of tokens or "inf"; "inf" where attention is kept, 0 in a
+            Mamba-2 layer. None for a student without transmamba layers. Change it with `set_trans_points`.
+        measured_trans_points: what is known of this student under some schedules, each {"trans_points": as above,
+            "trained": whether it was trained on them, "quality": figures by name}.
 
     `HybridConfig(base_model_type=..., ...)`, `from_dict` and `from_pretrained` give an instance of a class that is
     both this one and the teacher's config class.
@@ -25,6 +36,8 @@ class HybridConfig(PreTrainedConfig):
     base_model_type: str | None = None
     mixers: list[str] | None = None
     mixer_options: dict | None = None
+    trans_points: Any = None
+    measured_trans_points: list[dict] | None = None
 
     def __new__(cls, *args, base_model_type: str | None = None, **kwargs):
         return super().__new__(hybrid_config_class(base_model_type) if cls is HybridConfig else cls)
@@ -33,12 +46,61 @@ class HybridConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         if self.mixers is not None and len(self.mixers) != self.num_hidden_layers:
             raise ValueError(f"mixers names {len(self.mixers)} layers, the model has {self.num_hidden_layers}")
+        if self.mixers is not None and "transmamba" in self.mixers:
+            self.set_trans_points(self.trans_points, warn=False)
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
         if cls is HybridConfig:
-            cls = hybrid_config_class(config_dict.get("base_model_type"))
-        return super().from_dict(config_dict, **kwargs)
+            return hybrid_config_class(config_dict.get("base_model_type")).from_dict(config_dict, **kwargs)
+        trans_points = kwargs.pop("trans_points", None)  # asked for in from_pretrained, of a model or a config
+        loaded = super().from_dict(config_dict, **kwargs)
+        if trans_points is not None:
+            (loaded[0] if isinstance(loaded, tuple) else loaded).set_trans_points(trans_points)
+        return loaded
+
+    def set_trans_points(self, spec: Any, warn: bool = True) -> list[int | float]:
+        """Chooses the TransPoints; returns them, one for each layer, and infinity as `math.inf`.
+
+        Args:
+            spec: as in `parse_trans_points`. What it says of layers that are not transmamba is left out.
+            warn: whether to warn, with what was measured, of TransPoints that the student was not trained on.
+
+        Raises:
+            StudentError: spec is malformed, or no layer is transmamba.
+        """
+        if "transmamba" not in self.mixers:
+            raise StudentError("this student has no transmamba layers, so there are no TransPoints to set")
+        points = parse_trans_points(spec, len(self.mixers), getattr(self, "max_position_embeddings", None))
+        fixed = {"attention": math.inf, "mamba2": 0}
+        points = [fixed.get(mixer, point) for mixer, point in zip(self.mixers, points, strict=True)]
+        if warn and written(points) != self.trans_points:
+            self._warn_of(written(points))
+        self.trans_points = written(points)
+        return points
+
+    def _warn_of(self, trans_points: list[int | str]) -> None:
+        """Warns where records of measurements do not say that the student was trained on these TransPoints."""
+        records = self.measured_trans_points or []
+        same = next((record for record in records if record["trans_points"] == trans_points), {})
+        if same.get("trained"):
+            return
+        trained = [record for record in records if record.get("trained")]
+        text = f"this student was not trained on TransPoints {_short(trans_points)}"
+        text += f": {_figures(same)}" if same.get("quality") else ", and nothing was measured with them"
+        for record in trained:
+            text += f"; trained on {_short(record['trans_points'])}: {_figures(record)}"
+        warnings.warn(text, UserWarning, stacklevel=3)
+
+
+def _short(trans_points: list[int | str]) -> str:
+    """A list of TransPoints for people: one entry where all layers are alike."""
+    return f"{trans_points[0]} in every layer" if len(set(trans_points)) == 1 else str(trans_points)
+
+
+def _figures(record: dict) -> str:
+    quality = record.get("quality") or {}
+    return ", ".join(f"{n} {v:.4g}" if isinstance(v, float) else f"{n} {v}" for n, v in quality.items()) or "unmeasured"
 
 
 def hybrid_config_class(base_model_type: str | None) -> type[HybridConfig]:

@@ -22,7 +22,60 @@ STEP_ONE = 0.5413249  # softplus is 1 there
 PADDING_STEP = -1e4  # softplus is exactly 0 there: a padding token leaves the state as it is
 
 
-class Mamba2Mixer(nn.Module):
+class StateSpace(nn.Module):
+    """What mixers with a state share: all have conv1d and norm (or None for these), dt_bias, A_log and D."""
+
+    def _memory(self, past_key_values, kind: str):
+        """This layer's memory in a cache (None without one); it must have the attribute `kind`."""
+        if past_key_values is None:
+            return None
+        layers = past_key_values.layers
+        memory = layers[self.layer_idx] if self.layer_idx < len(layers) else past_key_values
+        if not hasattr(memory, kind):
+            raise TypeError(
+                f"layer {self.layer_idx} is a mixer, but the cache holds a {type(memory).__name__} for it: "
+                "pass `past_key_values=model.new_cache()`, or none"
+            )
+        return memory
+
+    def _convolve(self, inputs, memory, stepping: bool, padding=None, seq_idx=None) -> tuple[Tensor, Tensor | None]:
+        """The convolution of inputs (B,L,channels), and its tail where there is a memory. Padding (B,L,1) is zero
+        before it, so that it reaches no token, and after it."""
+        weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
+        options = {"activation": self.conv_activation}
+        if stepping:
+            tail = memory.conv_state.to(inputs.device)
+            return causal_conv1d_step(inputs[:, 0], tail, weight, bias, **options)[:, None], tail
+        if padding is not None:
+            inputs = inputs.masked_fill(padding, 0)
+        options["seq_idx"], tail = seq_idx, None
+        if memory is None:
+            outputs = causal_conv1d(inputs, weight, bias, **options)
+        else:
+            outputs, tail = causal_conv1d(
+                inputs, weight, bias, **options, initial_state=memory.conv_state, return_final_state=True
+            )
+        return (outputs if padding is None else outputs.masked_fill(padding, 0)), tail
+
+    def _recur(self, x, dt, B, C, state, stepping: bool, remember: bool, seq_idx=None) -> tuple[Tensor, Tensor | None]:
+        """What the recurrence reads from `state` on (B,L,H,P), and with `remember` the state after the last token."""
+        A, options = -torch.exp(self.A_log.float()), {"D": self.D, "dt_bias": self.dt_bias}
+        if stepping:
+            state = state.to(x.device)
+            return ssd_step(state, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], **options)[:, None], state
+        options |= {"seq_idx": seq_idx, "initial_state": state}
+        if remember:
+            return ssd_scan(x, dt, A, B, C, **options, return_final_state=True)
+        return ssd_scan(x, dt, A, B, C, **options), None
+
+    def _gate_and_norm(self, y: Tensor, z: Tensor | None) -> Tensor:
+        """What comes after the recurrence, on y (B,L,H*P); z of the same shape, or None without a gate."""
+        if self.norm is not None:
+            return gated_rms_norm(y, self.norm.weight, z, groups=self.num_heads, eps=self.norm_eps)
+        return y if z is None else y * nn.functional.silu(z)
+
+
+class Mamba2Mixer(StateSpace):
     """A Mamba-2 mixer with the call signature of self-attention. H heads, K key/value heads, head_dim P = state N.
 
     Rows of `in_proj`: z (H*P, if gated), x (K*P), B (K*N), C (H*N), dt (H). x, B and C pass a causal depthwise
@@ -103,41 +156,19 @@ class Mamba2Mixer(nn.Module):
             The output (B,L,hidden), and None where attention has its weights.
         """
         batch, length, _ = hidden_states.shape
-        memory = None
-        if past_key_values is not None:
-            layers = past_key_values.layers
-            memory = layers[self.layer_idx] if self.layer_idx < len(layers) else past_key_values
-            if not hasattr(memory, "ssm_state"):
-                raise TypeError(
-                    f"layer {self.layer_idx} is a mixer, but the cache holds a {type(memory).__name__} for it: "
-                    "pass `past_key_values=model.new_cache()`, or none"
-                )
+        memory = self._memory(past_key_values, "ssm_state")
         if seq_idx is not None:
             seq_idx = seq_idx.expand(batch, -1)
-        decoding = memory is not None and memory.is_initialized and length == 1
+        stepping = memory is not None and memory.is_initialized and length == 1
 
         z, xBC, dt = self.in_proj(hidden_states).split(
             [self.sizes["z"], self.sizes["x"] + self.sizes["B"] + self.sizes["C"], self.sizes["dt"]], dim=-1
         )
         padding = None
-        if padding_mask is not None and not decoding:  # a decoded token is never padding
+        if padding_mask is not None and not stepping:  # a decoded token is never padding
             padding = (padding_mask[:, -length:] == 0).unsqueeze(-1)
-            xBC, dt = xBC.masked_fill(padding, 0), dt.masked_fill(padding, PADDING_STEP)
-
-        weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
-        if decoding:
-            conv_state = memory.conv_state.to(xBC.device)
-            xBC = causal_conv1d_step(xBC[:, 0], conv_state, weight, bias, activation=self.conv_activation)[:, None]
-        else:
-            options = {"activation": self.conv_activation, "seq_idx": seq_idx}
-            if memory is None:
-                xBC = causal_conv1d(xBC, weight, bias, **options)
-            else:
-                xBC, conv_state = causal_conv1d(
-                    xBC, weight, bias, **options, initial_state=memory.conv_state, return_final_state=True
-                )
-        if padding is not None:
-            xBC = xBC.masked_fill(padding, 0)
+            dt = dt.masked_fill(padding, PADDING_STEP)
+        xBC, conv_state = self._convolve(xBC, memory, stepping, padding, seq_idx)
 
         x, B, C = (
             part.unflatten(-1, (-1, self.head_dim))
@@ -146,35 +177,29 @@ class Mamba2Mixer(nn.Module):
         if self.q_norm is not None:
             B, C = self.k_norm(B), self.q_norm(C) * self.scale
         if self.rope:
-            B, C = _rotate(B, position_embeddings), _rotate(C, position_embeddings)
+            B, C = rotate(B, position_embeddings), rotate(C, position_embeddings)
 
-        A = -torch.exp(self.A_log.float())
-        options = {"D": self.D, "dt_bias": self.dt_bias}
-        if decoding:
-            ssm_state = memory.ssm_state.to(x.device)
-            y = ssd_step(ssm_state, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], **options)[:, None]
-        elif memory is None:
-            y = ssd_scan(x, dt, A, B, C, **options, seq_idx=seq_idx)
-        else:
-            y, ssm_state = ssd_scan(
-                x, dt, A, B, C, **options, seq_idx=seq_idx, initial_state=memory.ssm_state, return_final_state=True
-            )
+        state = None if memory is None else memory.ssm_state
+        y, ssm_state = self._recur(x, dt, B, C, state, stepping, memory is not None, seq_idx)
         if memory is not None:
             memory.advance(conv_state, ssm_state, length)
-
-        y = y.flatten(2)
-        z = z + self.z_bias if self.gate else None
-        if self.norm is not None:
-            y = gated_rms_norm(y, self.norm.weight, z, groups=self.num_heads, eps=self.norm_eps)
-        elif z is not None:
-            y = y * nn.functional.silu(z)
+        y = self._gate_and_norm(y.flatten(2), z + self.z_bias if self.gate else None)
         return self.out_proj(y.to(hidden_states.dtype)), None
+
+    @property
+    def out(self) -> nn.Linear:
+        """The output projection, whatever the mixer calls it."""
+        return self.out_proj
+
+    def state_space_parameters(self) -> dict[str, nn.Parameter]:
+        """Parameters by name that only the state-space form has: here all, for there is no other form."""
+        return dict(self.named_parameters())
 
     def extra_repr(self) -> str:
         return f"heads={self.num_heads}, kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, rope={self.rope}"
 
 
-def _rotate(t: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
+def rotate(t: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
     """Rotary embedding (arXiv 2104.09864) of the leading dimensions of t (B,L,heads,N), half-split layout."""
     cos, sin = (table.unsqueeze(2).to(t.dtype) for table in position_embeddings)
     turned, rest = t.split([cos.shape[-1], t.shape[-1] - cos.shape[-1]], dim=-1)

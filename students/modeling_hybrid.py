@@ -5,6 +5,9 @@ becomes, for each teacher, a class that is both itself and the teacher's class. 
 checkpoints: it imports torch and transformers only.
 """
 
+import math
+from typing import Any
+
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -12,8 +15,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from .cache import HybridCache, document_index
 from .configuration_hybrid import MODEL_TYPE, HybridConfig
 from .mamba2 import Mamba2Mixer
+from .modeling_transmamba import Documents, TransMambaMixer
 
-MIXERS = {"mamba2": Mamba2Mixer}
+MIXERS = {"mamba2": Mamba2Mixer, "transmamba": TransMambaMixer}
 
 
 class HybridForCausalLM:
@@ -33,15 +37,22 @@ class HybridForCausalLM:
         for layer, mixer in zip(self.get_decoder().layers, config.mixers, strict=True):
             if mixer != "attention":
                 layer.self_attn = MIXERS[mixer](layer.self_attn, **config.mixer_options)
+        if config.trans_points is not None:
+            self.set_trans_points(config.trans_points, warn=False)
         self.get_decoder().register_forward_pre_hook(_tell_mixers, with_kwargs=True)
 
     @classmethod
-    def from_pretrained(cls, path, *args, config: HybridConfig | None = None, **kwargs) -> "HybridForCausalLM":
-        """As `PreTrainedModel.from_pretrained`."""
+    def from_pretrained(
+        cls, path, *args, config: HybridConfig | None = None, trans_points: Any = None, **kwargs
+    ) -> "HybridForCausalLM":
+        """As `PreTrainedModel.from_pretrained`; with `trans_points`, `set_trans_points` chooses other TransPoints."""
         if cls is HybridForCausalLM:
             config = config or HybridConfig.from_pretrained(path)
             cls = hybrid_model_class(config)
-        return super().from_pretrained(path, *args, config=config, **kwargs)
+        model = super().from_pretrained(path, *args, config=config, **kwargs)
+        if trans_points is not None:
+            model.set_trans_points(trans_points)
+        return model
 
     @classmethod
     def _from_config(cls, config: HybridConfig, **kwargs) -> "HybridForCausalLM":
@@ -57,6 +68,31 @@ class HybridForCausalLM:
         """For each layer its mixer, or None where attention is kept."""
         layers = zip(self.get_decoder().layers, self.config.mixers, strict=True)
         return [None if mixer == "attention" else layer.self_attn for layer, mixer in layers]
+
+    @property
+    def trans_points(self) -> list[int | float]:
+        """For each layer up to which token it takes attention: `math.inf` where that is kept, 0 in a Mamba-2 layer."""
+        fixed = {"attention": math.inf, "mamba2": 0}
+        layers = zip(self.config.mixers, self.mixer_layers(), strict=True)
+        return [fixed[kind] if kind in fixed else mixer.trans_point for kind, mixer in layers]
+
+    def set_trans_points(self, spec: Any, warn: bool = True) -> None:
+        """Chooses at which token each transmamba layer passes from attention to the state-space form.
+
+        Takes effect at the next forward pass; a cache that was filled before is refused then.
+
+        Args:
+            spec: a number of tokens or "inf" for all layers, a list with one for each layer, or the name of a schedule:
+                see `parse_trans_points`. What it says of layers that are not transmamba is left out.
+            warn: whether to warn, with what was measured, of TransPoints that the student was not trained on.
+
+        Raises:
+            StudentError: spec is malformed, or no layer is transmamba.
+        """
+        points = self.config.set_trans_points(spec, warn)
+        for kind, mixer, point in zip(self.config.mixers, self.mixer_layers(), points, strict=True):
+            if kind == "transmamba":
+                mixer.trans_point = point
 
     def new_cache(self) -> HybridCache:
         """An empty cache for this model, to be passed as `past_key_values`."""
@@ -86,6 +122,10 @@ def _tell_mixers(decoder, args, kwargs):
     elif mask is None and kwargs.get("past_key_values") is None and positions is not None:
         # transformers reads packed documents off position ids under the same condition, for attention layers
         kwargs["seq_idx"] = document_index(positions)
+        if "transmamba" in decoder.config.mixers:
+            inputs = [*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
+            batch = next(len(tensor) for tensor in inputs if tensor is not None)
+            kwargs["documents"] = Documents(kwargs["seq_idx"].expand(batch, -1))
     return args, kwargs
 
 

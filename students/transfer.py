@@ -5,7 +5,8 @@ then executed. Everything it does not name is the teacher's own, copied as it is
 
 The algebra (attention is linear attention with a softmax, Mamba-2 is linear attention with decay; arXiv 2405.21060,
 section 7, and arXiv 2408.15237): C = scale * Q, B = K, x = V, out_proj = O. The convolution starts as identity, its
-bias takes the projections' biases; the gate starts open, the skip D at 0.
+bias takes the projections' biases; the gate starts open, the skip D at 0. A TransMamba mixer keeps the teacher's
+projections as they are, under their names, and only what it has besides starts in this way.
 """
 
 import math
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from ..teachers import AttentionView, attention_view
 from .errors import StudentError
 from .mamba2 import GATE_OPEN, STEP_ONE, Mamba2Mixer
+from .modeling_transmamba import TransMambaMixer
 
 # SiLU(e u) is e u / 2 + (e u)^2 / 4 + ...: a small input keeps it nearly linear, as attention's values and keys are.
 # (Queries are small already, by 1/sqrt(P).) The norm, or calibration, takes the factor out again.
@@ -111,10 +113,13 @@ class TransferPlan:
 def transfer_plan(teacher: nn.Module, student: nn.Module) -> TransferPlan:
     """The plan that turns this teacher into this student (of `hybrid_model_class`, weights not read)."""
     plan = TransferPlan()
-    mixers = {name: module for name, module in student.named_modules() if isinstance(module, Mamba2Mixer)}
+    modules = dict(student.named_modules())
     for view in attention_view(teacher):
-        if view.name in mixers:
-            plan.transfers += _mamba2_transfers(view, mixers[view.name])
+        mixer = modules[view.name]
+        if isinstance(mixer, Mamba2Mixer):
+            plan.transfers += _mamba2_transfers(view, mixer)
+        elif isinstance(mixer, TransMambaMixer):
+            plan.transfers += _transmamba_transfers(view, mixer)
     planned = {transfer.target for transfer in plan.transfers}
     plan.kept = sum(name not in planned for name, _ in student.named_parameters())
     return plan
@@ -147,17 +152,44 @@ def _mamba2_transfers(view: AttentionView, mixer: Mamba2Mixer) -> list[Transfer]
         ]
     if mixer.gate:
         transfers.append(Transfer(f"{view.name}.z_bias", "constant", value=GATE_OPEN))
+    transfers += _recurrence_transfers(view, mixer)
+    transfers.append(Transfer(f"{view.name}.out_proj.weight", "copy", named("o_proj", "weight")))
+    if view.o_proj.bias is not None:
+        transfers.append(Transfer(f"{view.name}.out_proj.bias", "copy", named("o_proj", "bias")))
+    return transfers
+
+
+def _transmamba_transfers(view: AttentionView, mixer: TransMambaMixer) -> list[Transfer]:
+    if mixer.window != view.window:
+        raise StudentError(f"{view.name} has a window of {view.window} tokens, its mixer one of {mixer.window}")
+    transfers = []
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        for part in ("weight",) if getattr(view, name).bias is None else ("weight", "bias"):
+            transfers.append(Transfer(f"{view.name}.{name}.{part}", "copy", f"{view.name}.{name}.{part}"))
+    if mixer.conv1d is not None:
+        channel, silu = 0, mixer.conv_activation == "silu"
+        for part, heads in (("x", mixer.num_kv_heads), ("B", mixer.num_kv_heads), ("C", mixer.num_heads)):
+            channels, channel = (channel, channel + heads * mixer.head_dim), channel + heads * mixer.head_dim
+            tap = SILU_INPUT[part] if silu else 1.0
+            transfers.append(Transfer(f"{view.name}.conv1d.weight", "identity", rows=channels, part=part, value=tap))
+        transfers.append(Transfer(f"{view.name}.conv1d.bias", "constant", value=0.0))
+    if mixer.gate:
+        transfers.append(Transfer(f"{view.name}.z_proj.weight", "constant", value=0.0))
+        transfers.append(Transfer(f"{view.name}.z_proj.bias", "constant", value=GATE_OPEN))
+    transfers.append(Transfer(f"{view.name}.dt_proj.weight", "constant", value=0.0))
+    return transfers + _recurrence_transfers(view, mixer)
+
+
+def _recurrence_transfers(view: AttentionView, mixer: Mamba2Mixer | TransMambaMixer) -> list[Transfer]:
+    """What no attention has: step, decay, skip, and the norm of what the recurrence reads."""
     decay = 0.5 ** (1 / HALF_LIFE)  # of the state in one token
-    transfers += [
+    transfers = [
         Transfer(f"{view.name}.dt_bias", "constant", value=STEP_ONE),
         Transfer(f"{view.name}.A_log", "constant", value=math.log(-math.log(decay))),
         Transfer(f"{view.name}.D", "constant", value=0.0),
     ]
     if mixer.norm is not None:
         transfers.append(Transfer(f"{view.name}.norm.weight", "constant", value=1.0))
-    transfers.append(Transfer(f"{view.name}.out_proj.weight", "copy", named("o_proj", "weight")))
-    if view.o_proj.bias is not None:
-        transfers.append(Transfer(f"{view.name}.out_proj.bias", "copy", named("o_proj", "bias")))
     return transfers
 
 

@@ -1,0 +1,358 @@
+"""The TransMamba mixer (arXiv 2503.24067): attention up to a TransPoint, then the state-space form, one set of weights.
+
+Softmax attention and Mamba-2 read the same three projections: queries are C, keys B, values x. So the mixer keeps the
+teacher's own projections, norms and rotary embedding, and adds what only the recurrence has: step, decay and skip. The
+first T tokens of a document take attention, exactly the teacher's; later ones read a state, which the memory converter
+computes from what attention kept. This file travels with exported checkpoints: it imports torch only.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .cache import TransPointLayer
+from .mamba2 import GATE_OPEN, PADDING_STEP, STEP_ONE, StateSpace, rotate, ssd_scan
+
+
+def memory_converter(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *, dt_bias: Tensor | None = None) -> Tensor:
+    """The state after T tokens, from the values and keys that attention read.
+
+        h_T = sum_{i<=T} (prod_{j=i+1..T} a_j) dt_i v_i k_i^T        a_j = exp(dt_j A),  dt = softplus(dt + dt_bias)
+
+    The memory converter of TransMamba (arXiv 2503.24067, equation 9) in Mamba-2's convention (arXiv 2405.21060): the
+    paper's leaves dt out and lets the decay begin one token early, which is not the state that a scan over the same
+    tokens has. Differentiable in every argument.
+
+    Args:
+        x: (B, T, Hx, P) values. Hx and Hb must each divide H, and consecutive heads share.
+        dt: (B, T, H) step sizes, before the bias and the softplus. Padding has one where softplus is 0.
+        A: (H,) negative decay rates.
+        B: (B, T, Hb, N) keys.
+        dt_bias: (H,) added to dt, or None.
+
+    Returns:
+        (B, H, P, N) float32 (float64 if x is float64).
+
+    Raises:
+        ValueError: a shape or a number of heads does not fit, or T = 0.
+    """
+    # Of the outputs, which nobody reads, one head of C is the fewest.
+    return ssd_scan(x, dt, A, B, B[:, :, :1], dt_bias=dt_bias, return_final_state=True)[1]
+
+
+class Documents:
+    """Where the documents of packed sequences lie. Made once for all layers, as it has to wait for the device.
+
+    Attributes, of documents numbered through the batch:
+        count, longest: how many there are, and the tokens of the longest.
+        start: (documents,) of the first token of each among all B*L.
+        number: (B, L) each token's document.
+        position: (B, L) each token's position in its document.
+    """
+
+    def __init__(self, seq_idx: Tensor):
+        """`seq_idx` (B, L): a document index, which changes where a new document starts."""
+        starts = torch.ones_like(seq_idx, dtype=torch.bool)
+        starts[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
+        column = torch.arange(seq_idx.shape[1], device=seq_idx.device)
+        self.number = starts.flatten().cumsum(0).view_as(seq_idx) - 1
+        self.position = column - torch.where(starts, column, 0).cummax(dim=1).values
+        self.start = starts.flatten().nonzero().squeeze(1)
+        self.count, self.longest = len(self.start), int(self.position.max()) + 1
+
+
+class TransMambaMixer(StateSpace):
+    """A mixer with the call signature of self-attention. H query heads, K key/value heads, head_dim P = state N.
+
+        q, k, v = q_proj(h), k_proj(h), v_proj(h), the first two normed and rotated as the teacher does
+        y_t = softmax attention over tokens 1..t, in the teacher's window                    for t <= trans_point
+        S_t = exp(dt_t A) S_{t-1} + dt_t v_t k_t^T,  y_t = scale S_t q_t + D v_t             for t > trans_point
+        out = o_proj(y)
+
+    With trans_point = inf it is the teacher's attention, with 0 a Mamba-2 mixer. t counts from the start of a document,
+    padding left out. The options concern the state-space form alone, and attention is the teacher's in any case.
+
+    Args:
+        attention: the self-attention it replaces, of the student's own tree: projections, norms, scale and window are
+            taken from it, under its names.
+        conv_kernel: taps of a causal depthwise convolution over v, k and q (0: none).
+        conv_activation: "silu" or None, after the convolution.
+        gate: whether the output is gated by SiLU(z).
+        norm: whether the gated output is RMS-normalised, one head at a time.
+        rope: whether B and C take the teacher's rotary embedding.
+        qk_norm: whether B and C take the teacher's k/q norms, where it has them.
+    """
+
+    def __init__(
+        self,
+        attention: nn.Module,
+        *,
+        conv_kernel: int = 0,
+        conv_activation: str | None = None,
+        gate: bool = False,
+        norm: bool = False,
+        rope: bool = True,
+        qk_norm: bool = True,
+        norm_eps: float = 1e-5,
+    ):
+        super().__init__()
+        self.layer_idx = attention.layer_idx
+        self.head_dim = P = attention.head_dim
+        self.num_heads = H = attention.q_proj.out_features // P
+        self.num_kv_heads = K = attention.k_proj.out_features // P
+        self.scale, self.window = float(attention.scaling), _window(attention)
+        self.conv_activation, self.gate, self.rope, self.norm_eps = conv_activation, gate, rope, norm_eps
+        self.trans_point: int | float = math.inf
+        hidden_size, channels = attention.q_proj.in_features, (2 * K + H) * P
+
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
+            getattr(attention, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")
+        )
+        normed = hasattr(attention, "q_norm")
+        self.q_norm, self.k_norm = (attention.q_norm, attention.k_norm) if normed else (None, None)
+        self.qk_norm = qk_norm and normed
+        # Without a convolution both forms read the same values and keys, and a cache holds them once.
+        self.shared = not conv_kernel and rope and self.qk_norm == normed
+
+        self.dt_proj = nn.Linear(hidden_size, H, bias=False)
+        self.dt_bias = nn.Parameter(torch.full((H,), STEP_ONE))
+        self.A_log = nn.Parameter(torch.zeros(H))
+        self.D = nn.Parameter(torch.zeros(H))
+        self.conv1d = nn.Conv1d(channels, channels, conv_kernel, groups=channels) if conv_kernel else None
+        self.z_proj = nn.Linear(hidden_size, H * P) if gate else None
+        if gate:
+            nn.init.constant_(self.z_proj.bias, GATE_OPEN)
+        self.norm = nn.Module() if norm else None
+        if norm:
+            self.norm.weight = nn.Parameter(torch.ones(H * P))
+
+    @property
+    def out(self) -> nn.Linear:
+        """The output projection, whatever the mixer calls it."""
+        return self.o_proj
+
+    def state_space_parameters(self) -> dict[str, nn.Parameter]:
+        """Parameters by name that only the state-space form has."""
+        attention = ("q_proj.", "k_proj.", "v_proj.", "o_proj.", "q_norm.", "k_norm.")
+        return {name: p for name, p in self.named_parameters() if not name.startswith(attention)}
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values=None,
+        padding_mask: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        documents: Documents | None = None,
+        **kwargs,
+    ) -> tuple[Tensor, None]:
+        """Mixes hidden states (B,L,hidden) along L.
+
+        Args:
+            position_embeddings: cos and sin (B or 1, L, R); None for a teacher without rotary embedding.
+            attention_mask: of the attention layers; not read.
+            past_key_values: a `HybridCache`, updated.
+            padding_mask: (B, at least L), 1 for tokens and 0 for padding; its last L columns belong to these tokens.
+            seq_idx: (B or 1, L) document index of packed sequences, without a cache or padding.
+            documents: those of seq_idx, if they are already known.
+
+        Returns:
+            The output (B,L,hidden), and None where attention has its weights.
+
+        Raises:
+            ValueError: the cache was filled with another TransPoint; or documents are packed and there is a cache.
+        """
+        batch = hidden_states.shape[0]
+        memory = self._memory(past_key_values, "tokens")
+        if seq_idx is not None:
+            if memory is not None or padding_mask is not None:
+                raise ValueError("packed documents take neither a cache nor padding: leave out seq_idx, or the others")
+            seq_idx = seq_idx.expand(batch, -1)
+            documents = documents or Documents(seq_idx)
+        if documents is not None and documents.count > batch:
+            y = self._packed(hidden_states, position_embeddings, seq_idx, documents)
+        else:
+            y = self._rows(hidden_states, position_embeddings, memory, padding_mask)
+        return self.o_proj(y.to(hidden_states.dtype)), None
+
+    def _rows(self, hidden: Tensor, position_embeddings, memory, padding_mask: Tensor | None) -> Tensor:
+        """What the heads read (B,L,H*P) where each row is one document, after what its memory holds.
+
+        Columns before `first` take attention in every row, from `last` on the state in every row. Those in between,
+        which only padded batches have, get both, and each row takes its own.
+        """
+        length, T = hidden.shape[1], self.trans_point
+        remember = memory is not None
+        memory = memory if remember else TransPointLayer()
+        memory.settle(T)
+        # Padding comes first in a row. Where all rows have begun, one more token is none (and no device is waited for).
+        stepping = memory.is_initialized and length == 1 and min(memory.tokens) > 0
+        padding, pads = None, [0]
+        if padding_mask is not None and not stepping:
+            padding = (padding_mask[:, -length:] == 0).unsqueeze(-1)
+            pads = padding.sum((1, 2)).tolist()
+            padding = padding if any(pads) else None
+        before, pads = _by_row(memory.tokens, pads)
+        after = [seen + length - pad for seen, pad in zip(before, pads, strict=True)]
+        finished = remember and min(after) >= T
+        first = last = length
+        if convert := finished or max(after) > T or memory.ssm_state is not None:
+            left = [max(T - seen, 0) for seen in before]
+            first = min(length, *left)
+            last = min(length, max(some and some + pad for some, pad in zip(left, pads, strict=True)))
+
+        q, k, v = self._project(hidden)
+        queries, keys = (self._place(t, norm, position_embeddings) for t, norm in ((q, self.q_norm), (k, self.k_norm)))
+        attended = None
+        if last > 0:
+            memory.hold_real(None if padding is None else ~padding[:, :last, 0], batch=len(hidden), columns=last)
+            memory.hold(keys=keys[:, :last], values=v[:, :last])
+            attended = self._attend(queries[:, :last], memory.keys, memory.values, memory.real)
+        if not convert and (T == math.inf or not remember):
+            memory.advance(None, None, length, after)
+            if self.window is not None:
+                memory.keep(self.window - 1)
+            return attended
+
+        dt = self.dt_proj(hidden)
+        dt = dt if padding is None else dt.masked_fill(padding, PADDING_STEP)
+        x, B, C, tail = v, keys, queries, None
+        if not self.shared:
+            x, B, C, tail = self._inputs(q, k, v, position_embeddings, memory if remember else None, stepping, padding)
+        state = memory.ssm_state
+        if state is None and first > 0:
+            memory.hold(dt=dt[:, :first], **({} if self.shared else {"x": x[:, :first], "B": B[:, :first]}))
+        if not convert:
+            memory.advance(tail, None, length, after)
+            return attended
+
+        if memory.dt is not None:
+            columns = memory.dt.shape[1]
+            kept = (memory.values[:, :columns], memory.keys[:, :columns]) if self.shared else (memory.x, memory.B)
+            A = -torch.exp(self.A_log.float())
+            state = memory_converter(kept[0], memory.dt, A, kept[1], dt_bias=self.dt_bias)
+        read = None
+        if first < length:
+            x, dt, B, C = (t[:, first:] for t in (x, dt, B, C))
+            read, state = self._recur(x, dt, B, C * self.scale, state, stepping and state is not None, remember)
+            read = self._gate_and_norm(read.flatten(2), None if self.z_proj is None else self.z_proj(hidden[:, first:]))
+        if first < last:
+            attends = (memory.real.cumsum(1)[:, -last:] - 1 < T)[:, first:, None]
+        memory.drop("dt", "x", "B", *(("keys", "values", "real") if finished else ()))
+        memory.advance(tail, state, length, after)
+        if read is None or attended is None:
+            return attended if read is None else read
+        if first < last:
+            both = torch.where(attends, attended[:, first:], read[:, : last - first])
+            return torch.cat((attended[:, :first], both, read[:, last - first :]), 1)
+        return torch.cat((attended, read), 1)
+
+    def _packed(self, hidden: Tensor, position_embeddings, seq_idx: Tensor, documents: Documents) -> Tensor:
+        """What the heads read (B,L,H*P) where rows hold several documents: attention over the prefix of each, and one
+        scan over all tokens, whose outputs past a TransPoint do not depend on it."""
+        T, (batch, length) = self.trans_point, seq_idx.shape
+        q, k, v = self._project(hidden)
+        queries, keys = (self._place(t, norm, position_embeddings) for t, norm in ((q, self.q_norm), (k, self.k_norm)))
+        attended = None
+        prefix = int(min(T, documents.longest))
+        if prefix > 0 and documents.count * prefix**2 <= batch * length**2:
+            # Each prefix a row of its own. One shorter than others reads on into the next document, which the causal
+            # mask keeps from its own tokens.
+            index = documents.start[:, None] + torch.arange(prefix, device=hidden.device)
+            index = index.clamp(max=batch * length - 1)
+            attended = self._attend(*(t.flatten(0, 1)[index] for t in (queries, keys, v)))
+            attended = attended[documents.number, documents.position.clamp(max=prefix - 1)]
+        elif prefix > 0:  # a few long documents among many short ones: rows of their own would be mostly empty
+            same = documents.number.unsqueeze(2) == documents.number.unsqueeze(1)
+            attended = self._attend(queries, keys, v, same=same)
+        if T >= documents.longest:
+            return attended
+        dt = self.dt_proj(hidden)
+        x, B, C = v, keys, queries
+        if not self.shared:
+            x, B, C, _ = self._inputs(q, k, v, position_embeddings, seq_idx=seq_idx)
+        read, _ = self._recur(x, dt, B, C * self.scale, None, False, False, seq_idx)
+        read = self._gate_and_norm(read.flatten(2), None if self.z_proj is None else self.z_proj(hidden))
+        return read if attended is None else torch.where(documents.position.unsqueeze(-1) < T, attended, read)
+
+    def _project(self, hidden: Tensor) -> list[Tensor]:
+        """Queries (B,L,H,P), keys and values (B,L,K,P), as they leave the projections."""
+        return [p(hidden).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj)]
+
+    def _place(self, t: Tensor, norm: nn.Module | None, position_embeddings) -> Tensor:
+        """Queries or keys (B,L,heads,P), normed and rotated."""
+        t = t if norm is None else norm(t)
+        return t if position_embeddings is None else rotate(t, position_embeddings)
+
+    def _inputs(self, q, k, v, position_embeddings, memory=None, stepping=False, padding=None, seq_idx=None):
+        """x (B,L,K,P), B (B,L,K,N), C (B,L,H,N) where they are not those of attention, and the convolution's tail."""
+        tail = None
+        if self.conv1d is not None:
+            inputs = torch.cat([t.flatten(2) for t in (v, k, q)], -1)
+            mixed, tail = self._convolve(inputs, memory, stepping, padding, seq_idx)
+            widths = [t.shape[2] * self.head_dim for t in (v, k, q)]
+            v, k, q = (t.unflatten(-1, (-1, self.head_dim)) for t in mixed.split(widths, -1))
+        norms = (self.k_norm, self.q_norm) if self.qk_norm else (None, None)
+        B, C = (
+            self._place(t, n, position_embeddings if self.rope else None) for t, n in zip((k, q), norms, strict=True)
+        )
+        return v, B, C, tail
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None = None, same: Tensor | None = None
+    ) -> Tensor:
+        """Causal softmax attention (B,Q,H*P) of queries (B,Q,H,P), which are the last of the S keys and values
+        (B,S,K,P), in the teacher's window.
+
+        `real` (B,S): keys that are no padding. `same` (B,Q,S): pairs of one document.
+        """
+        if q.shape[1] == 1 and self.window is not None:
+            k, v, real = (t if t is None else t[:, -self.window :] for t in (k, v, real))
+        queries, held = q.shape[1], k.shape[1]
+        mask = None if real is None else real[:, None, None]
+        if real is not None or same is not None or (queries > 1 and (queries < held or (self.window or held) < held)):
+            row = torch.arange(held - queries, held, device=q.device)[:, None]
+            column = torch.arange(held, device=q.device)
+            mask = (column <= row) & (column > row - (self.window or held))
+            if same is not None:
+                mask = mask & same.unsqueeze(1)
+            if real is not None:  # padding sees itself, as a softmax over nothing would be no number
+                mask = (mask & real[:, None, None]) | (column == row)
+        groups = self.num_heads // self.num_kv_heads
+        if queries == 1:  # query heads that share a key are as queries of one head
+            q = q.view(len(q), self.num_kv_heads, groups, -1)
+            y = F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2), mask, scale=self.scale)
+            return y.reshape(len(q), 1, -1)
+        if mask is not None and groups > 1:  # with a mask, the fused kernels of CUDA know no groups
+            k, v = (t.repeat_interleave(groups, dim=2) for t in (k, v))
+        y = F.scaled_dot_product_attention(
+            *(t.transpose(1, 2) for t in (q, k, v)),
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=self.scale,
+            enable_gqa=mask is None and groups > 1,
+        )
+        return y.transpose(1, 2).flatten(2)
+
+    def extra_repr(self) -> str:
+        return (
+            f"heads={self.num_heads}, kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, "
+            f"trans_point={self.trans_point}, window={self.window}"
+        )
+
+
+def _by_row(*counts: list[int]) -> list[list[int]]:
+    """Counts of tokens with as many entries each as there are rows; one entry stands for all rows."""
+    rows = max(map(len, counts))
+    return [entries * rows if len(entries) == 1 else entries for entries in counts]
+
+
+def _window(attention: nn.Module) -> int | None:
+    """How many last tokens a query sees (None: all). Where layers have types, only sliding ones have a window."""
+    layer_types = getattr(attention.config, "layer_types", None)
+    if layer_types is not None and layer_types[attention.layer_idx] != "sliding_attention":
+        return None
+    return getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
