@@ -25,8 +25,10 @@ from .custom_op import CustomOp, once
 from .kl_reference import IGNORED_LABEL
 from .launch import launched
 
-BUFFER_BYTES = 256 * 10**6  # for the values of a chunk: the student's of all its tokens, the teacher's of a part
-PART_BYTES = 64 * 2**20  # of those, for a part of one model
+# For the values of a chunk (the student's of all its tokens, the teacher's of a part) at least this, and for a large
+# weight a share of its gradient in float32: every chunk reads and writes that once.
+BUFFER_BYTES = 256 * 10**6
+BUFFER_SHARE = 0.75
 HALVE_NUMEL = 64 * 2**20  # a larger weight's gradient is rounded in place
 IGNORED = tl.constexpr(IGNORED_LABEL)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -47,7 +49,7 @@ def default_config(dtype, device):
         return config | dict(tile=(64, 64, 32), warps=8, stages=2, programs=2, flatten=False)
     if not _large_shared_memory(device):
         return config | dict(tile=(64, 128, 64), warps=4, stages=2, programs=1, flatten=False)
-    return config | dict(tile=(128, 256, 64), warps=8, stages=4, programs=1, flatten=True)
+    return config | dict(tile=(128, 256, 64), warps=8, stages=3, programs=1, flatten=True)
 
 
 @functools.cache
@@ -124,25 +126,17 @@ def _product(
         if EDGE:
             acc = tl.where((first + tl.arange(0, N) < end)[None, :], acc, -1e30)
         top = tl.max(acc, 1) * scale
-        total = tl.zeros((M,), tl.float32)
-        own_total = tl.zeros((M,), tl.float32)
-        # By halves, so that the copy engine needs no more shared memory than for one.
-        left, right = tl.split(tl.permute(tl.reshape(acc, (M, 2, N // 2)), (0, 2, 1)))
-        for half in tl.static_range(2):
-            x = (left if half == 0 else right) * scale - top[:, None]
-            u = tl.exp2(x)
-            total += tl.sum(u, 1)
-            if OWN_SUM:
-                own_total += tl.sum(tl.exp2(x * temperature), 1)
-            column = tile * N + half * (N // 2)
-            values.store([value_row + row, column], tl.where(x < LEAST, x, u).to(values.dtype))
+        x = acc * scale - top[:, None]
+        u = tl.exp2(x)
+        total = tl.sum(u, 1)
+        values.store([value_row + row, tile * N], tl.where(x < LEAST, x, u).to(values.dtype))
         at = row + tl.arange(0, M)
         kept = at < rows
         at = at.to(tl.int64) * tiles + tile
         tl.store(max_ptr + at, top, kept)
         tl.store(sum_ptr + at, total, kept)
         if OWN_SUM:
-            tl.store(own_sum_ptr + at, own_total, kept)
+            tl.store(own_sum_ptr + at, tl.sum(tl.exp2(x * temperature), 1), kept)
 
 
 @triton.jit(
@@ -415,6 +409,14 @@ def _count_kernel(
     tl.store(scalar_ptr + 3, 1 / labels)
 
 
+@triton.jit
+def _scale_kernel(x, factor, out, numel, BLOCK: tl.constexpr):
+    """out = factor * x, in the dtype of out. (PyTorch's own product of two dtypes reads an element at a time.)"""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(x + at, at < numel).to(tl.float32) * tl.load(factor).to(tl.float32)
+    tl.store(out + at, value.to(out.dtype.element_ty), at < numel)
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def _finish_kernel(
     divergence_ptr,
@@ -478,7 +480,7 @@ def _kl(
 
     student = _Model(s_hidden, s_weight[:vocab], s_dtype, shared, config)
     teacher = _Model(t_hidden, t_weight[:shared], t_dtype, shared, config)
-    part, chunk = _plan(tokens, student.row_bytes, chunk_size, config)
+    part, chunk = _plan(tokens, student.row_bytes, 4 * s_weight.numel() if weight_grad else 0, chunk_size, config)
     m, n, k = config["tile"]
     # The other divergences take two passes over a row, and registers for two sums more.
     group = config["group"] if divergence == "forward" else max(1, config["group"] // 2)
@@ -560,7 +562,7 @@ def _kl(
         d = student.values.view(s_dtype)[: end - start]
         if hidden_grad:
             products_of_blocks = [_matmul(d[:, columns], student.weight[rows]) for columns, rows in student.blocks]
-            torch.mul(functools.reduce(torch.add, products_of_blocks), scalars[0], out=d_hidden[start:end])
+            _scale(functools.reduce(torch.add, products_of_blocks), scalars[0], d_hidden[start:end])
         if weight_grad:
             for columns, rows in student.blocks:
                 total.add(rows.start, d[:, columns].mT, student.hidden[start:end])
@@ -610,14 +612,17 @@ class _Model:
         self.descriptors = [
             TensorDescriptor.from_tensor(self.hidden, [m, k]),
             TensorDescriptor.from_tensor(self.weight, [n, k]),
-            TensorDescriptor.from_tensor(self.values, [m, n // 2]),
+            TensorDescriptor.from_tensor(self.values, [m, n]),
         ]
 
 
-def _plan(tokens, row_bytes, chunk_size, config):
+def _plan(tokens, row_bytes, gradient_bytes, chunk_size, config):
     """Tokens in a part, of which both models' values are kept, and in a chunk, of which the student's are."""
-    part = config.get("part") or max(128, 1 << (PART_BYTES // row_bytes).bit_length() - 1)
-    chunk = chunk_size or config.get("chunk") or max(1, BUFFER_BYTES // (part * row_bytes) - 1) * part
+    rows = max(BUFFER_BYTES, int(BUFFER_SHARE * gradient_bytes)) // row_bytes
+    part = config.get("part") or max(128, 1 << max(1, rows // 5).bit_length() - 1)
+    chunk = chunk_size or config.get("chunk") or max(1, rows // part - 1) * part
+    if not chunk_size:  # chunks of about one length
+        chunk = -(-tokens // -(-tokens // chunk) // part) * part
     chunk = min(chunk, tokens)
     return min(part, chunk), chunk
 
@@ -665,7 +670,7 @@ class _WeightGradient:
         if self.dtype == torch.float32:
             return first.mul_(scale)
         if not len(second):
-            return torch.mul(first, scale, out=torch.empty_like(first, dtype=self.dtype))
+            return _scale(first, scale, torch.empty_like(first, dtype=self.dtype))
         # bfloat16 rows a to 2 a lie where the float32 rows a / 2 to a were: doubling a from a start that goes through
         # other memory, nothing is written over before it was read.
         result = torch.empty(0, dtype=self.dtype, device=first.device)
@@ -674,10 +679,20 @@ class _WeightGradient:
         result[:start] = first[:start] * scale
         while start < self.half:
             end = min(2 * start, self.half)
-            torch.mul(first[start:end], scale, out=result[start:end])
+            _scale(first[start:end], scale, result[start:end])
             start = end
-        torch.mul(second, scale, out=result[self.half :])
+        _scale(second, scale, result[self.half :])
         return result
+
+
+def _scale(x, factor, out):
+    """out = factor * x, both contiguous, factor a tensor of one number. Returns out."""
+    return launched(_scale_launch, x, factor, out)
+
+
+def _scale_launch(run, x, factor, out):
+    run(_scale_kernel, (-(-x.numel() // 4096),), x, factor, out, x.numel(), BLOCK=4096, num_warps=8)
+    return out
 
 
 def _grad_dtype(tensor):
@@ -721,7 +736,7 @@ def _adds_in_float32(device):
 
 def linear_kl_backward(d_loss: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
     """The gradient that the forward pass kept, times that of the loss, in the dtype of its input."""
-    return torch.mul(grad, d_loss, out=torch.empty_like(grad, dtype=dtype))
+    return _scale(grad, d_loss, torch.empty_like(grad, dtype=dtype))
 
 
 def _fake_gradient(d_loss, grad, dtype):
@@ -771,6 +786,7 @@ def _fake(student_hidden, student_weight, *args):
 
 
 def _save(ctx, inputs, output):
+    ctx.set_materialize_grads(False)  # else zeros are made for the kept gradients, as large as the head
     ctx.save_for_backward(*output[2:])
     ctx.dtypes = inputs[0].dtype, inputs[1].dtype
     ctx.wanted = inputs[-2:]
