@@ -10,10 +10,10 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..students import HybridForCausalLM, Mamba2Mixer
+from ..students import HybridForCausalLM
 from ..students.cache import document_index
 from ..teachers import AttentionView, attention_view
 from .objectives import attention_pairs
@@ -43,6 +43,8 @@ def calibrate(
 ) -> dict[str, dict]:
     """Sets dt_bias, A_log and the norm's weight of every mixer; returns what was found, by layer.
 
+    TransMamba mixers are to be at T = 0: it is their state-space form that has these parameters.
+
     Args:
         batches: each {"input_ids", "position_ids"}, (B, L).
         decay: `fit` or `lookback`.
@@ -62,7 +64,7 @@ def calibrate(
     return {f"layer_{layer}": _settle(mixer, sums[layer], decay, half_lives) for layer, mixer in mixers.items()}
 
 
-def set_half_life(mixer: Mamba2Mixer, half_life: Tensor, step: Tensor) -> None:
+def set_half_life(mixer: nn.Module, half_life: Tensor, step: Tensor) -> None:
     """Gives each head (H) this half-life in tokens at this step size, when no input moves the step."""
     mixer.dt_bias.copy_(torch.where(step > 20, step, step.expm1().log()))  # softplus backwards
     mixer.A_log.copy_((math.log(2) / (half_life * step)).log())
@@ -71,7 +73,7 @@ def set_half_life(mixer: Mamba2Mixer, half_life: Tensor, step: Tensor) -> None:
 def _accumulate(
     sums: dict[int, _Sums],
     view: AttentionView,
-    mixer: Mamba2Mixer,
+    mixer: nn.Module,
     pair: tuple,
     position_ids: Tensor,
     half_lives: tuple,
@@ -86,7 +88,7 @@ def _accumulate(
     total = sums[view.layer]
     ones = torch.ones(heads, device=target.device)
     read: list[Tensor] = []
-    handle = mixer.out_proj.register_forward_pre_hook(lambda module, args: read.append(args[0].float()))
+    handle = mixer.out.register_forward_pre_hook(lambda module, args: read.append(args[0].float()))
     try:
         for i, half_life in enumerate(half_lives):
             set_half_life(mixer, half_life * ones, ones)
@@ -112,7 +114,7 @@ def _attention_heads(view: AttentionView, hidden, position_embeddings, seq_idx) 
     return view.attend(weights, v).flatten(2).float(), (weights * distance).sum((0, 2, 3))
 
 
-def _settle(mixer: Mamba2Mixer, sums: _Sums, decay: str, half_lives: tuple[float, ...]) -> dict:
+def _settle(mixer: nn.Module, sums: _Sums, decay: str, half_lives: tuple[float, ...]) -> dict:
     """Chooses each head's half-life and scale from the sums, and sets the parameters."""
     by_head = (len(half_lives), mixer.num_heads, mixer.head_dim)
     uo, uu, oo = sums.uo.view(by_head), sums.uu.view(by_head), sums.oo.view(by_head[1:])

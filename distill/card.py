@@ -28,11 +28,12 @@ def write_card(
     """Writes README.md into an exported folder. `figures` are those of `export.verify`."""
     teacher = facts.teacher or TeacherInfo("an unnamed teacher")
     mixers = student.config.mixers
+    kinds = [kind for kind in KINDS if kind in mixers]
     front = {
         "license": teacher.license or "unknown",
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["transpoint", "mamba2", "hybrid", "distillation"],
+        "tags": ["transpoint", *kinds, "hybrid", "distillation"],
     }
     if teacher.hub_id:
         front["base_model"] = teacher.hub_id
@@ -51,9 +52,13 @@ def write_card(
     text = _TEMPLATE.render(
         front=yaml.safe_dump(front, sort_keys=False).strip(),
         teacher=teacher,
-        converted=[i for i, mixer in enumerate(mixers) if mixer != "attention"],
+        kinds=[KINDS[kind] for kind in kinds],
+        converted=sum(mixer != "attention" for mixer in mixers),
         layers=len(mixers),
-        plan="".join("A" if mixer == "attention" else "M" for mixer in mixers),
+        plan=plan_in_letters(mixers),
+        trans_points=student.trans_points if "transmamba" in mixers else None,
+        schedules=[row for row in getattr(student.config, "measured_trans_points", None) or () if row["quality"]],
+        schedule_rows=schedule_rows,
         tokens=facts.tokens,
         quality=facts.quality,
         format=format,
@@ -62,6 +67,41 @@ def write_card(
         load=load_snippet("FOLDER_OR_HUB_ID", format),
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+KINDS = {"mamba2": "Mamba-2", "transmamba": "TransMamba"}
+
+
+def plan_in_letters(mixers: list[str]) -> str:
+    """One letter a layer: A attention, M Mamba-2, T TransMamba."""
+    return "".join({"attention": "A"}.get(mixer, KINDS.get(mixer, "?")[0]) for mixer in mixers)
+
+
+def plan_in_words(mixers: list[str]) -> str:
+    """`10 of 30 layers are Mamba-2`."""
+    present = {name: mixers.count(kind) for kind, name in KINDS.items() if kind in mixers}
+    return ", ".join(f"{count} of {len(mixers)} layers are {name}" for name, count in present.items())
+
+
+def schedule_rows(records: list[dict]) -> list[tuple[str, ...]]:
+    """The records of `evaluate` as rows of text: schedule, trained on, quality, cost."""
+    rows = []
+    for record in records:
+        quality, cost = record["quality"], record["cost"]
+        rows.append(
+            (
+                record["schedule"],
+                "yes" if record["trained"] else "no",
+                f"{quality['kl']:.4f}",
+                f"{quality['perplexity']:.2f}",
+                f"{quality['same_top']:.1%}",
+                f"{cost['attention']:.1%}",
+                f"{cost['cache_bytes'] / 2**20:.2f} MiB",
+                f"{1e3 * cost['prefill_seconds']:.0f} ms",
+                f"{1e3 * cost['decode_seconds']:.1f} ms",
+            )
+        )
+    return rows
 
 
 def load_snippet(path: str, format: str) -> str:
@@ -85,15 +125,26 @@ _TEMPLATE = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_bloc
 {{ front }}
 ---
 
-# A Mamba-2 hybrid of {{ teacher.name }}
+# A {{ kinds | join(" and ") }} hybrid of {{ teacher.name }}
 
-{{ converted | length }} of the {{ layers }} attention layers of
+{{ converted }} of the {{ layers }} attention layers of
 {{ "[%s](https://huggingface.co/%s)" | format(teacher.name, teacher.hub_id) if teacher.hub_id else teacher.name }}
-are Mamba-2 layers here, made with Transpoint: their weights were transferred from the attention they replace
+are {{ kinds | join(" or ") }} layers here, made with Transpoint: their weights were transferred from the attention they
+replace
 {%- if "align" in tokens %}, aligned layer by layer{% endif %}
-{%- if "distill" in tokens %}, and distilled end to end{% endif %}. The other layers keep the teacher's attention.
+{%- if "distill" in tokens %}, and distilled end to end{% endif %}.
+{%- if converted < layers %} The other layers keep the teacher's attention.{% endif %}
 
-Layer plan (A attention, M Mamba-2), first layer to last: `{{ plan }}`
+
+
+Layer plan (A attention, M Mamba-2, T TransMamba), first layer to last: `{{ plan }}`
+
+{% if trans_points is not none %}
+A TransMamba layer computes the first tokens of a sequence, up to its TransPoint, by attention, and later ones by a
+state space with the same weights, whose memory does not grow. TransPoints, first layer to last:
+`{{ trans_points | join(" ") }}`. Choose others with `from_pretrained(..., trans_points=...)` or
+`model.set_trans_points(...)`.
+{% endif %}
 
 {% if teacher.license %}
 Licence: that of the teacher, {{ teacher.license }}.
@@ -128,6 +179,19 @@ Its code is in this folder: `modeling_hybrid.py` and what it imports need torch 
 {% endfor %}
 
 Measured on {{ "{:,}".format(quality[0].tokens) }} tokens.
+{% endif %}
+
+{% if schedules %}
+## Other TransPoints
+
+| schedule | trained on | KL | perplexity | same most likely token | attention | cache | prefill | next token |
+|---|---|---|---|---|---|---|---|---|
+{% for row in schedule_rows(schedules) %}
+| {{ row | join(" | ") }} |
+{% endfor %}
+
+Attention: fraction of tokens and layers that take it. It, cache and times are those of one sequence of
+{{ "{:,}".format(schedules[0].cost.length) }} tokens in {{ schedules[0].cost.dtype }} on {{ schedules[0].cost.device }}.
 {% endif %}
 
 {% if tokens %}

@@ -4,6 +4,8 @@ import argparse
 import logging
 import os
 import sys
+import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -64,21 +66,27 @@ def plan(options) -> None:
     teacher, _ = load_teacher(settings.source, settings.dtype, trust_remote_code=settings.trust_remote_code)
     student, transfers = plan_student(teacher, recipe.student)
     mixers = student.config.mixers
-    table = Table("layer", "mixer", title="layer plan")
+    points = student.trans_points if "transmamba" in mixers else None
+    table = Table("layer", "mixer", *(["TransPoint"] if points else []), title="layer plan")
     for layer, mixer in enumerate(mixers):
-        table.add_row(str(layer), mixer if mixer == "attention" else f"[bold]{mixer}[/bold]")
+        name = mixer if mixer == "attention" else f"[bold]{mixer}[/bold]"
+        table.add_row(str(layer), name, *([str(points[layer])] if points else []))
     console.print(table, transfers.table())
     before, after = (sum(p.numel() for p in model.parameters()) for model in (teacher, student))
     console.print(f"parameters: {before:,} in the teacher, {after:,} in the student", highlight=False)
     per_layer = {mixer.layer_idx: mixer for mixer in student.mixer_layers() if mixer is not None}
     one = next(iter(per_layer.values()))
-    saved = len(per_layer) * 2 * one.num_kv_heads * one.head_dim * 2
+    token = 2 * one.num_kv_heads * one.head_dim * 2
     state = len(per_layer) * one.num_heads * one.head_dim**2 * 4
     console.print(
-        f"key/value cache: {saved:,} bytes a token saved of {saved * len(mixers) // len(per_layer):,} (bfloat16); "
+        f"key/value cache: {len(per_layer) * token:,} bytes a token saved of {token * len(mixers):,} (bfloat16); "
         f"the states that take its place are {state:,} bytes a sequence, whatever its length (float32)",
         highlight=False,
     )
+    if points:
+        console.print(
+            "in transmamba layers that is so past the TransPoint; up to it they keep keys and values", highlight=False
+        )
     if student.windows_given_up:
         console.print(f"sliding windows are given up in layers {student.windows_given_up}: a state has none")
 
@@ -144,7 +152,8 @@ def evaluate(options) -> None:
         teacher, tokenizer = load_teacher(options.teacher, device=device, trust_remote_code=options.trust_remote_code)
     else:
         teacher, tokenizer = None, load_tokenizer(path, options.trust_remote_code)
-    model = load_model(path, "float32", options.trust_remote_code).to(device)
+    with _saying_warnings():
+        model = load_model(path, "float32", options.trust_remote_code, options.trans_points).to(device)
     corpus = tokenize_corpus(
         data.heldout,
         tokenizer,
@@ -171,9 +180,33 @@ def generate(options) -> None:
     from .stages import load_model, load_tokenizer
 
     path = _model_folder(options.model)
-    model = load_model(path, trust_remote_code=options.trust_remote_code).to(_device())
+    with _saying_warnings():
+        model = load_model(path, "auto", options.trust_remote_code, options.trans_points).to(_device())
     tokenizer = load_tokenizer(path, options.trust_remote_code)
     print(answer(model, tokenizer, options.prompt, options.max_new_tokens))
+
+
+def figure(options) -> None:
+    import math
+
+    from ..students import HybridConfig, plan_student
+    from ..teachers import load_teacher
+    from .config import load_recipe
+    from .figure import draw
+
+    path = _model_folder(options.model)
+    if Path(path).is_file():
+        recipe = load_recipe(path)
+        settings = recipe.teacher
+        teacher, _ = load_teacher(settings.source, settings.dtype, trust_remote_code=settings.trust_remote_code)
+        config = plan_student(teacher, recipe.student)[0].config
+    else:
+        config = HybridConfig.from_pretrained(path)
+    fixed = {"attention": math.inf, "mamba2": 0}
+    points = config.trans_points or [None] * len(config.mixers)
+    points = [fixed.get(mixer, point) for mixer, point in zip(config.mixers, points, strict=True)]
+    points = [math.inf if point == "inf" else point for point in points]
+    print(draw(config.mixers, points, options.out, options.tokens))
 
 
 def push(options) -> None:
@@ -198,6 +231,7 @@ COMMANDS = {
     "export": export,
     "eval": evaluate,
     "generate": generate,
+    "figure": figure,
     "push": push,
     "keys": keys,
 }
@@ -218,6 +252,14 @@ def _parser() -> argparse.ArgumentParser:
     def recipe(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("config", metavar="CONFIG", help="a YAML recipe; `transpoint keys` lists what it may hold")
         sub.add_argument("overrides", nargs="*", metavar="key=value", help="changes to it, as align.steps=100")
+
+    def trans_points(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument(
+            "--trans-points",
+            metavar="SPEC",
+            type=_spec,
+            help="another schedule of TransPoints, as student.trans_points takes it (default: the model's own)",
+        )
 
     sub = command("run", "run the stages of a recipe; what is done and unchanged is reused")
     recipe(sub)
@@ -249,13 +291,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--length", type=_count, help="tokens a sequence (default: that of the run, or 1024)")
     sub.add_argument("--sequences", type=_count, help="at most so many sequences (default: those of the run, or 16)")
+    trans_points(sub)
     sub.add_argument("--trust-remote-code", action="store_true", help="let code that travels with the model run")
 
     sub = command("generate", "answer a prompt (as a chat where the model has a chat template)")
     sub.add_argument("model", metavar="MODEL", help="an exported folder, a run folder, or a hub id")
     sub.add_argument("prompt", metavar="PROMPT")
     sub.add_argument("--max-new-tokens", type=_count, default=128, help="default: 128")
+    trans_points(sub)
     sub.add_argument("--trust-remote-code", action="store_true", help="let code that travels with the model run")
+
+    sub = command("figure", "draw which token is computed by what in which layer, as SVG, PNG or PDF")
+    sub.add_argument("model", metavar="MODEL", help="a recipe, an exported folder, or a run folder")
+    sub.add_argument("--out", required=True, metavar="FILE", help="its ending says the format")
+    sub.add_argument("--tokens", type=_count, help="tokens along the axis (default: twice the last TransPoint)")
 
     sub = command("push", "upload the export of a run to the hub (log in with `hf auth login`, or set HF_TOKEN)")
     sub.add_argument("run", metavar="RUN", help="a run folder, or an exported folder")
@@ -318,6 +367,16 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _spec(text: str):
+    """A schedule of TransPoints: a number, a list, or a name."""
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise argparse.ArgumentTypeError(f"'{text}' is no schedule") from error
+
+
 def _quiet_libraries(debug: bool) -> None:
     """Our own progress is what a person should see, unless something is being looked for."""
     if debug:
@@ -333,6 +392,16 @@ def _quiet_libraries(debug: bool) -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no GPU
 
     transformers.utils.logging.disable_progress_bar()
+
+
+@contextmanager
+def _saying_warnings():
+    """What is warned of meanwhile, in one line each: how a schedule does that the student was not trained on."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        yield
+    for warning in caught:
+        print(f"transpoint: warning: {warning.message}", file=sys.stderr)
 
 
 def _complain(message: str) -> None:

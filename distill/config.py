@@ -86,12 +86,34 @@ class AlignConfig(TrainConfig):
 
 
 @dataclass
+class AnnealConfig:
+    fraction: float | None = setting(
+        None,
+        "of the steps, in which every TransPoint of a transmamba student falls from data.length, where it is the "
+        "teacher, to its target; null: it is at its target from the first step on",
+        above=0,
+        maximum=1,
+    )
+    shape: str = setting(
+        "log", "of the fall: linear, or log (by the same factor in each step)", choices=("linear", "log")
+    )
+
+
+@dataclass
 class DistillConfig(TrainConfig):
     lr: float = setting(5e-4, "learning rate of the mixers, at its highest", above=0)
     teacher_lr: float = setting(
         0.0, "learning rate of the parameters that were the teacher's; 0 leaves them frozen", minimum=0
     )
     temperature: float = setting(1.0, "of both softmaxes in the KL", above=0)
+    anneal: AnnealConfig = field(default_factory=AnnealConfig)
+    sample_schedules: list[Any] = field(
+        default_factory=list,
+        metadata={
+            "help": "further schedules of a transmamba student, each as student.trans_points takes it: every step "
+            "draws one of these and student.trans_points, all equally likely"
+        },
+    )
 
 
 @dataclass
@@ -112,6 +134,14 @@ class EvaluateConfig:
         metadata={"help": "chat questions that teacher and student answer"},
     )
     max_new_tokens: int = setting(40, "of each answer", minimum=1)
+    schedules: list[Any] | None = setting(
+        None,
+        "schedules that a transmamba student is measured at, each as student.trans_points takes it, besides those it "
+        "was trained on; null: teacher and mamba",
+    )
+    cost_length: int | None = setting(
+        None, "tokens of context at which the cost of a schedule is measured; null: data.length", minimum=1
+    )
 
 
 @dataclass
@@ -166,6 +196,14 @@ def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
         batch, micro = getattr(recipe, stage).batch_size, getattr(recipe, stage).micro_batch_size
         if micro is not None and batch % micro:
             raise ConfigError(f"{stage}.micro_batch_size is {micro}; expected a divisor of {stage}.batch_size, {batch}")
+    if recipe.student.mixer != "transmamba":
+        for key, value in (
+            ("distill.anneal.fraction", recipe.distill.anneal.fraction),
+            ("distill.sample_schedules", recipe.distill.sample_schedules or None),
+            ("evaluate.schedules", recipe.evaluate.schedules),
+        ):
+            if value is not None:
+                raise ConfigError(f"{key} is {value}; only student.mixer=transmamba has TransPoints to set")
     return recipe
 
 
@@ -287,7 +325,7 @@ def _check_values(section: Any, prefix: str) -> None:
         if "length" in limits and len(value) != limits["length"]:
             raise ConfigError(f"{key} is {value}; expected {limits['length']} numbers")
         for number in value if isinstance(value, list) else [value]:
-            if typing.get_origin(entry.type) is list and isinstance(number, list | dict):  # OmegaConf lets it pass
+            if entry.type in (list[str], list[float]) and isinstance(number, list | dict):  # OmegaConf lets it pass
                 raise ConfigError(f"{key} holds {number!r}; expected {_expected(key)}")
             if isinstance(number, bool) or not isinstance(number, int | float):
                 continue

@@ -3,6 +3,9 @@
 The teacher is held beside the module, not in it: it is never wrapped, moved, optimised or saved with it.
 """
 
+import math
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -18,6 +21,11 @@ class Alignment(nn.Module):
 
     The loss is the mean over layers and sequences of ||mixer(h) - attention(h)||^2 / ||attention(h)||^2: relative L2,
     as in MOHAWK's second stage (arXiv 2408.10189), which takes whole blocks. Figures: one `layer_N` for each mixer.
+
+    A TransMamba mixer has two forms of one set of weights: to the loss of the state-space form (T = 0) it adds that of
+    the attention form (T = infinity), so that this stays the teacher's while the weights learn to serve both; further
+    figures `attention_N`. Training only what the state-space form has for itself is left far behind
+    (docs/transmamba.md).
     """
 
     def __init__(self, teacher: PreTrainedModel, student: HybridForCausalLM):
@@ -33,15 +41,32 @@ class Alignment(nn.Module):
         figures = {}
         for view in views:
             inputs, output, position_embeddings = pairs[view.layer]
-            found = self.mixers[str(view.layer)](inputs, position_embeddings, seq_idx=seq_idx)[0]
-            error, size = (t.float().pow(2).sum((1, 2)) for t in (found - output, output))
-            # Per sequence, so that the loss does not depend on how a step is cut into micro-batches and processes.
-            figures[f"layer_{view.layer}"] = (error / size).mean()
-        return torch.stack(list(figures.values())).mean(), figures
+            mixer = self.mixers[str(view.layer)]
+            for name in _in_each_form(mixer):
+                found = mixer(inputs, position_embeddings, seq_idx=seq_idx)[0]
+                error, size = (t.float().pow(2).sum((1, 2)) for t in (found - output, output))
+                # Per sequence, so that the loss does not depend on how a step is cut into micro-batches and processes.
+                figures[f"{name}_{view.layer}"] = (error / size).mean()
+        return sum(figures.values()) / len(views), figures
+
+
+def _in_each_form(mixer: nn.Module) -> Iterator[str]:
+    """For each form of a mixer its name in the figures, while the mixer is in it."""
+    if not hasattr(mixer, "trans_point"):
+        yield "layer"
+        return
+    own = mixer.trans_point
+    for name, trans_point in (("layer", 0), ("attention", math.inf)):
+        mixer.trans_point = trans_point
+        yield name
+    mixer.trans_point = own
 
 
 class Distillation(nn.Module):
-    """End to end: KL(teacher || student) of the next-token distributions, mean per token."""
+    """End to end: KL(teacher || student) of the next-token distributions, mean per token.
+
+    Figures: `kl`, and of a TransMamba student `attention`, the fraction of tokens and layers that took it.
+    """
 
     def __init__(self, teacher: PreTrainedModel, student: HybridForCausalLM, temperature: float = 1.0):
         super().__init__()
@@ -61,7 +86,11 @@ class Distillation(nn.Module):
             teacher.get_output_embeddings().weight,
             temperature=self.temperature,
         )
-        return kl, {"kl": kl}
+        figures = {"kl": kl}
+        if "transmamba" in self.student.config.mixers:
+            points = torch.tensor(self.student.trans_points, device=kl.device)
+            figures["attention"] = (batch["position_ids"][..., None] < points).float().mean()
+        return kl, figures
 
 
 @torch.no_grad()

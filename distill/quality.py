@@ -37,6 +37,7 @@ class HeldOut:
         self.items = [part for sequence in dataset.spread(sequences) for part in _documents(sequence)]
         if not any(item["input_ids"].shape[1] > 1 for item in self.items):
             raise DataError("the held-out sequences hold no token that could be predicted: give longer ones, or more")
+        self.longest = max(item["input_ids"].shape[1] for item in self.items)
         predicted = (item["input_ids"][0, 1:] for item in self.items)
         self.bytes = sum(len(tokenizer.decode(ids, skip_special_tokens=True).encode()) for ids in predicted)
         # Hidden states are small; the teacher's logits come again from them, a chunk at a time.

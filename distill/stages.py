@@ -4,6 +4,7 @@ Each stage is a function of the `Session` (recipe, accelerate handle, teacher an
 """
 
 import dataclasses
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -13,22 +14,24 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, set_seed
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..students import HybridForCausalLM, build_student
+from ..students import HybridForCausalLM, StudentError, build_student
+from ..students.configuration_transmamba import written
 from ..teachers import load_teacher, teacher_info
 from .calibrate import calibrate
-from .card import CardFacts, load_snippet, quality_row
+from .card import CardFacts, load_snippet, plan_in_letters, plan_in_words, quality_row, schedule_rows, write_card
 from .config import Recipe
 from .data import Corpus, PackedDataset, collate, tokenize_corpus
 from .export import export, why_no_student, why_not
 from .objectives import Alignment, Distillation
 from .quality import HeldOut, answer
 from .run import STAGES, RunError, StageFolder, file_identity, identity, lineage, read_json, write_json
+from .schedules import at_trans_points, measure_cost, resolve, trans_points_in_step
 from .sources import DataError, source_identity
 from .trainer import train
 
@@ -135,9 +138,17 @@ class Session:
 
 def run_transfer(session: Session, folder: StageFolder) -> dict:
     """Builds the student and gives it the teacher's weights."""
-    student = build_student(session.teacher, session.recipe.student)
-    if session.exports and (reason := why_not(student, session.recipe.export.format)):
-        raise RunError(f"export.format={session.recipe.export.format} cannot hold this student: {reason}")
+    recipe = session.recipe
+    student = build_student(session.teacher, recipe.student)
+    if session.exports and (reason := why_not(student, recipe.export.format)):
+        raise RunError(f"export.format={recipe.export.format} cannot hold this student: {reason}")
+    schedules = {"distill.sample_schedules": recipe.distill.sample_schedules}
+    schedules["evaluate.schedules"] = recipe.evaluate.schedules or []
+    for key, specs in schedules.items():  # better now than after training
+        try:
+            resolve(student, specs)
+        except StudentError as error:
+            raise RunError(f"{key}: {error}") from error
     session.save(student, folder)
     if session.accelerator.is_main_process:
         (folder / "transfer_plan.txt").write_text(str(student.transfer_plan), encoding="utf-8")
@@ -149,7 +160,8 @@ def run_calibrate(session: Session, folder: StageFolder) -> dict:
     student = session.student("transfer")
     batches = [collate([item]) for item in session.train_data.spread(session.recipe.calibrate.sequences)]
     batches = [{key: value.to(session.accelerator.device) for key, value in batch.items()} for batch in batches]
-    found = calibrate(session.teacher, student, batches, session.recipe.calibrate.decay)
+    with at_trans_points(student, "mamba"):  # the state-space form is what is missing its decay and scale
+        found = calibrate(session.teacher, student, batches, session.recipe.calibrate.decay)
     session.save(student, folder)
     return {"layers": found, "quality": session.measure(student, "calibrate")}
 
@@ -179,7 +191,19 @@ def run_distill(session: Session, folder: StageFolder) -> dict:
     if settings.teacher_lr > 0:
         rest = {n: p for n, p in parameters.items() if not _is_mixer(n, student)}
         groups.append({"name": "teacher's", "parameters": rest, "lr": settings.teacher_lr})
-    return _trained(session, folder, student, objective, groups)
+    if not _has_trans_points(student):
+        return _trained(session, folder, student, objective, groups)
+    schedules = resolve(student, [session.recipe.student.trans_points, *settings.sample_schedules])
+    trained = {name: written(points) for name, points in schedules.items()} if settings.steps else {}
+    student.config.measured_trans_points = [
+        {"schedule": name, "trans_points": points, "trained": True, "quality": None} for name, points in trained.items()
+    ]
+
+    def trans_points(step: int) -> list:
+        targets, recipe = list(schedules.values()), session.recipe
+        return trans_points_in_step(step, targets, recipe.data.length, settings, recipe.run.seed)
+
+    return _trained(session, folder, student, objective, groups, trans_points) | {"schedules": trained}
 
 
 def run_export(session: Session, folder: StageFolder) -> dict:
@@ -205,25 +229,58 @@ def run_export(session: Session, folder: StageFolder) -> dict:
 
 
 def run_evaluate(session: Session, folder: StageFolder) -> dict:
-    """Measures the exported checkpoint itself, and lets teacher and student answer."""
+    """Measures the exported checkpoint itself, at each schedule, and lets teacher and student answer."""
     _refresh_quality(session)
     settings = session.recipe.evaluate
-    path = session.folder("export") / session.folder("export").done["folder"]
+    exported = session.folder("export").done
+    path = session.folder("export") / exported["folder"]
     model = load_model(path).to(session.accelerator.device)
-    results = {
-        "quality": session.measure(model, "evaluate"),
-        "answers": [
-            {
-                "prompt": prompt,
-                "teacher": answer(session.teacher, session.tokenizer, prompt, settings.max_new_tokens),
-                "student": answer(model, session.tokenizer, prompt, settings.max_new_tokens),
-            }
-            for prompt in settings.prompts
-        ],
-    }
+    results = {"quality": session.measure(model, "evaluate")}
+    if _has_trans_points(model):
+        results["schedules"] = _measure_schedules(session, model, results["quality"])
+    results["answers"] = [
+        {
+            "prompt": prompt,
+            "teacher": answer(session.teacher, session.tokenizer, prompt, settings.max_new_tokens),
+            "student": answer(model, session.tokenizer, prompt, settings.max_new_tokens),
+        }
+        for prompt in settings.prompts
+    ]
     if session.accelerator.is_main_process:
         write_json(folder / "results.json", results)
+        if "schedules" in results:
+            # So that whoever loads it at another schedule is told what was measured.
+            for place in (path, session.folder("distill") / "student"):
+                config = read_json(place / "config.json") | {"measured_trans_points": results["schedules"]}
+                write_json(place / "config.json", config)
+            model.config.measured_trans_points = results["schedules"]
+            write_card(path, model, exported["folder"], exported["verified"], card_facts(session.root))
     return results
+
+
+def _measure_schedules(session: Session, model: HybridForCausalLM, own: dict) -> list[dict]:
+    """Quality and cost at each schedule: those it was trained on first; `own` is the quality at its own."""
+    recipe = session.recipe
+    length = recipe.evaluate.cost_length or recipe.data.length
+    trained = session.folder("distill").done["schedules"]
+    others = ["teacher", "mamba"] if recipe.evaluate.schedules is None else recipe.evaluate.schedules
+    specs = [recipe.student.trans_points, *recipe.distill.sample_schedules, *others]
+    records, never = [], set()
+    for name, points in resolve(model, specs).items():
+        with at_trans_points(model, points):
+            quality = session.measure(model, f"evaluate at {name}") if records else own
+            cost = measure_cost(model, points, length)
+        quality = {key: value for key, value in quality.items() if key != "measured_on"}
+        record = {"schedule": name, "trans_points": written(points), "trained": written(points) in trained.values()}
+        records.append(record | {"quality": quality, "cost": dataclasses.asdict(cost)})
+        never |= {point for point in points if session.held_out.longest <= point < math.inf}
+    if never:
+        session.say(
+            f"evaluate: the longest held-out document has {session.held_out.longest:,} tokens, so TransPoints of "
+            f"{', '.join(map(str, sorted(never)))} are never passed: quality says nothing of the state-space form "
+            "there; raise data.length, or give longer held-out documents"
+        )
+    return records
 
 
 _RUN = {
@@ -339,13 +396,25 @@ def quality_rows(root: Path) -> list[dict]:
     return rows + [quality_row(f"after {stage}", done[stage]["quality"]) for stage in STUDENT_STAGES if stage in done]
 
 
-def load_model(path: str | Path, dtype: str | torch.dtype = "auto", trust_remote_code: bool = False) -> PreTrainedModel:
-    """Any causal language model: a student's folder, an export, a hub id. Raises RunError if it cannot be loaded."""
+def load_model(
+    path: str | Path, dtype: str | torch.dtype = "auto", trust_remote_code: bool = False, trans_points=None
+) -> PreTrainedModel:
+    """Any causal language model: a student's folder, an export, a hub id; a TransMamba student at another schedule.
+
+    Raises:
+        RunError: it cannot be loaded, or has no TransPoints to set.
+        StudentError: `trans_points` is no schedule.
+    """
     with _naming(path):
         if os.path.isdir(path) and _model_type(Path(path)) == "transpoint_hybrid":
-            return HybridForCausalLM.from_pretrained(path, dtype=dtype).eval()
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code)
-        return model.eval()
+            model = HybridForCausalLM.from_pretrained(path, dtype=dtype)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code)
+    if trans_points is not None:
+        if not _has_trans_points(model):
+            raise RunError(f"model '{path}' has no TransPoints to set: it has no transmamba layer")
+        model.set_trans_points(trans_points)
+    return model.eval()
 
 
 def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -382,15 +451,26 @@ def summary(session: Session) -> list:
             f"{row['bits_per_byte']:.4f}",
             f"{row['same_top']:.1%}",
         )
-    converted = sum(mixer != "attention" for mixer in mixers)
-    plan = "".join("A" if mixer == "attention" else "M" for mixer in mixers)
-    parts = [f"layer plan: {plan}  ({converted} of {len(mixers)} layers are Mamba-2)", table]
+    parts = [f"layer plan: {plan_in_letters(mixers)}  ({plan_in_words(mixers)})", table]
+    if schedules := done.get("evaluate", {}).get("schedules"):
+        parts.append(schedule_table(schedules))
     for entry in done["evaluate"]["answers"] if "evaluate" in done else ():
         parts.append(f"question: {entry['prompt']}\n teacher: {entry['teacher']}\n student: {entry['student']}")
     if "export" in done:
         folder = (session.folder("export") / done["export"]["folder"]).resolve()
         parts.append(f"checkpoint: {folder}\n\n{load_snippet(str(folder), done['export']['folder'])}")
     return parts
+
+
+def schedule_table(records: list[dict]) -> Table:
+    """Quality and cost by schedule, for the console."""
+    cost = records[0]["cost"]
+    columns = ("schedule", "trained on", "KL from teacher", "perplexity", "same top token", "attention", "cache")
+    title = f"schedules (cost: one sequence of {cost['length']:,} tokens, {cost['dtype']} on {cost['device']})"
+    table = Table(*columns, "prefill", "next token", title=title)
+    for row in schedule_rows(records):
+        table.add_row(*row)
+    return table
 
 
 def _refresh_quality(session: Session) -> None:
@@ -409,22 +489,41 @@ def _refresh_quality(session: Session) -> None:
     session.accelerator.wait_for_everyone()
 
 
-def _trained(session: Session, folder: StageFolder, student, objective, groups: list[dict]) -> dict:
+def _trained(
+    session: Session,
+    folder: StageFolder,
+    student: HybridForCausalLM,
+    objective: torch.nn.Module,
+    groups: list[dict],
+    trans_points: Callable[[int], list] | None = None,
+) -> dict:
+    """Trains, saves and measures. `trans_points`: the schedule of each step; the student is saved at its own."""
     settings = getattr(session.recipe, folder.stage)
-    training = train(
-        objective,
-        groups,
-        settings,
-        session.train_data,
-        folder,
-        session.accelerator,
-        session.console,
-        session.recipe.run.seed,
-        session.on_step,
-    )
+
+    def before_step(step: int) -> None:
+        if trans_points is not None:
+            student.set_trans_points(trans_points(step), warn=False)
+
+    with at_trans_points(student):
+        training = train(
+            objective,
+            groups,
+            settings,
+            session.train_data,
+            folder,
+            session.accelerator,
+            session.console,
+            session.recipe.run.seed,
+            session.on_step,
+            before_step,
+        )
     student.eval()
     session.save(student, folder)
     return {"training": training, "quality": session.measure(student, folder.stage)}
+
+
+def _has_trans_points(model: PreTrainedModel) -> bool:
+    return "transmamba" in (getattr(model.config, "mixers", None) or ())
 
 
 def _is_mixer(name: str, student: HybridForCausalLM) -> bool:
@@ -442,7 +541,11 @@ def _accelerator(recipe: Recipe) -> Accelerator:
         raise RunError("run.device is cuda, but no GPU is to be seen; set run.device=cpu")
     if precision == "auto":
         precision = "bf16" if on_gpu or _multiplies_bf16() else "fp32"
-    accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no" if precision == "fp32" else "bf16")
+    # Documents that end before a TransPoint leave what only the state-space form has without a gradient.
+    unused = DistributedDataParallelKwargs(find_unused_parameters=recipe.student.mixer == "transmamba")
+    accelerator = Accelerator(
+        cpu=device == "cpu", mixed_precision="no" if precision == "fp32" else "bf16", kwargs_handlers=[unused]
+    )
     if accelerator.distributed_type not in _DISTRIBUTED:
         raise RunError(
             f"{accelerator.distributed_type.value} is not supported: training runs in one process or data-parallel; "

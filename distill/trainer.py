@@ -35,6 +35,7 @@ def train(
     console: Console,
     seed: int,
     on_step: Callable[[int], None] | None = None,
+    before_step: Callable[[int], None] | None = None,
 ) -> dict:
     """Trains for `config.steps` steps, going on from the newest checkpoint in `folder` if there is one.
 
@@ -42,6 +43,8 @@ def train(
         objective: `forward(batch) -> (loss, {name: figure})`; only the parameters in `groups` are changed.
         groups: [{"name", "parameters": {name: parameter}, "lr"}].
         on_step: called with each finished step; what tests interrupt a run with.
+        before_step: called with the number of steps done before each step; what it does must depend on that alone, so
+            that a resumed run is the same.
 
     Returns:
         Figures of the last step, tokens seen, seconds.
@@ -80,6 +83,8 @@ def train(
             indices = batch_indices(len(dataset), config.batch_size, seed, step)
             mine = indices[accelerator.process_index * share : (accelerator.process_index + 1) * share]
             sums: dict[str, Tensor] = {}
+            if before_step:
+                before_step(step)
             for first in range(0, share, micro):
                 batch = collate([dataset[i] for i in mine[first : first + micro]])
                 batch = {key: value.to(accelerator.device, non_blocking=True) for key, value in batch.items()}

@@ -1,4 +1,7 @@
-"""A run of configs/tiny.yaml through every stage, made once: tests read it, and those that change it take a copy."""
+"""Runs of configs/tiny.yaml and its TransMamba variant through every stage, made once.
+
+Tests read them, and those that change one take a copy.
+"""
 
 import io
 import shutil
@@ -14,9 +17,9 @@ from transpoint.distill.stages import run_recipe
 TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 
 
-def _run_tiny(folder, *overrides, **options):
+def _run_tiny(folder, *overrides, config=TINY, **options):
     out = io.StringIO()
-    recipe = load_recipe(TINY, [f"run.dir={folder}", *overrides])
+    recipe = load_recipe(config, [f"run.dir={folder}", *overrides])
     run_recipe(recipe, console=Console(file=out, width=200), **options)
     return out.getvalue()
 
@@ -31,7 +34,10 @@ def fresh_accelerator():
 
 @pytest.fixture(scope="session")
 def run_tiny():
-    """run_tiny(folder, *overrides, **options of run_recipe): runs configs/tiny.yaml there, returns what it printed."""
+    """run_tiny(folder, *overrides, **options of run_recipe): runs configs/tiny.yaml there, returns what it printed.
+
+    `config`: another recipe.
+    """
     return _run_tiny
 
 

@@ -18,6 +18,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 TINY = CONFIGS / "tiny.yaml"
 SECTIONS = [entry.name for entry in dataclasses.fields(Recipe)]
 KEYS = [key for key, _, _ in describe_keys()]
+NESTED = sorted({key.rpartition(".")[0] for key in KEYS} - {*SECTIONS})  # sections within sections
 KEEP = "expected a list of layer indices, 'every:N' with N of at least 2, or a fraction from 0 to 1"
 
 
@@ -97,8 +98,9 @@ REFUSED = {
     # the student's own
     "student.conv_kernel=5": "student.conv_kernel is 5; expected 1 to 4",
     "student.conv_kernel=0": "student.conv_kernel is 0; expected 1 to 4",
-    "student.conv_activation=relu": "student.conv_activation is 'relu'; expected silu or null",
-    "student.keep_attention=null": f"student.keep_attention is None; {KEEP}",
+    "student.conv_activation=relu": "student.conv_activation is 'relu'; expected silu, null or auto",
+    "distill.sample_schedules=mamba": "distill.sample_schedules is 'mamba'; expected a list, each item of its type",
+    "distill.anneal=0.5": "distill.anneal is 0.5; expected a section with keys of its own",
     "student.keep_attention=evry:2": f"student.keep_attention is 'evry:2'; {KEEP}",
     "student.keep_attention=every:1": f"student.keep_attention is 'every:1'; {KEEP}",
     "student.keep_attention=every:x": f"student.keep_attention is 'every:x'; {KEEP}",
@@ -159,7 +161,7 @@ def misspelt_keys(draw):
     assume(word)
     parts[part] = word
     key = ".".join(parts)
-    assume(key not in KEYS and key not in SECTIONS and key != "defaults")
+    assume(key not in (*KEYS, *SECTIONS, *NESTED, "defaults"))
     return key
 
 
@@ -170,10 +172,11 @@ def test_any_misspelt_key_is_refused_and_a_valid_one_is_named(key):
     assert told.startswith("unknown key '") and "(value " in told
     hint = told.rpartition("; ")[2]
     if hint.startswith("did you mean '"):
-        assert hint.removeprefix("did you mean '").removesuffix("'?") in [*KEYS, *SECTIONS]
+        assert hint.removeprefix("did you mean '").removesuffix("'?") in [*KEYS, *SECTIONS, *NESTED]
     else:
         listed = hint.removeprefix("expected one of ").split(", ")
-        names = [SECTIONS] + [[k.split(".")[1] for k in KEYS if k.startswith(s + ".")] for s in SECTIONS]
+        within = [[k.removeprefix(s + ".") for k in KEYS if k.startswith(s + ".")] for s in (*SECTIONS, *NESTED)]
+        names = [SECTIONS] + [list(dict.fromkeys(k.partition(".")[0] for k in part)) for part in within]
         assert listed in names
 
 
@@ -282,7 +285,13 @@ def test_a_saved_recipe_loads_as_the_same(overrides, tmp_path):
 def test_every_key_is_documented():
     described = {key: (default, help) for key, default, help in describe_keys()}
     assert len(described) == len(describe_keys())
-    flat = {f"{s}.{name}": value for s, section in Recipe().to_dict().items() for name, value in section.items()}
+
+    def flatten(value, key):
+        if not isinstance(value, dict):
+            return {key: value}
+        return {k: v for name, part in value.items() for k, v in flatten(part, f"{key}.{name}".lstrip(".")).items()}
+
+    flat = flatten(Recipe().to_dict(), "")
     assert list(described) == list(flat)
     for key, (default, help) in described.items():
         assert len(help) > 5, key

@@ -1,10 +1,13 @@
 """Alignment and distillation against their definitions written out, and what they train."""
 
+import math
+
 import pytest
 import torch
 
 from transpoint.distill.objectives import Alignment, Distillation, attention_pairs
 from transpoint.students import StudentConfig, build_student
+from transpoint.students.cache import document_index
 from transpoint.teachers import attention_view
 from transpoint.teachers.random import random_teacher
 
@@ -62,6 +65,30 @@ def test_alignment_is_relative_l2_to_attention_on_the_teachers_input(family, opt
         torch.testing.assert_close(figures[f"layer_{layer}"], (error / size).mean(), rtol=1e-4, atol=0)
         assert figures[f"layer_{layer}"] > 0.01
     torch.testing.assert_close(loss, (figures["layer_1"] + figures["layer_3"]) / 2)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_alignment_of_transmamba_is_that_of_both_forms(family, batch):
+    """Each form's error is what the student has there at that TransPoint; afterwards it is at its own again."""
+    teacher, student = make(family, mixer="transmamba", trans_points=8)
+    loss, figures = Alignment(teacher, student)(batch)
+    assert student.trans_points == [math.inf, 8, math.inf, 8]
+    assert list(figures) == ["layer_1", "attention_1", "layer_3", "attention_3"]
+    torch.testing.assert_close(loss, sum(figures.values()) / 2)
+    views = [view for view in attention_view(teacher) if view.layer in (1, 3)]
+    pairs = attention_pairs(teacher, views, batch)
+    for name, point in (("layer", 0), ("attention", "inf")):
+        student.set_trans_points(point, warn=False)
+        for layer in (1, 3):
+            inputs, output, positions = pairs[layer]
+            found = student.mixer_layers()[layer](inputs, positions, seq_idx=document_index(batch["position_ids"]))[0]
+            error = (found - output).pow(2).sum((1, 2)) / output.pow(2).sum((1, 2))
+            torch.testing.assert_close(figures[f"{name}_{layer}"], error.mean())
+    with torch.no_grad():  # as transferred, the attention form is the teacher's
+        untouched = build_student(teacher, StudentConfig(mixer="transmamba"))
+        _, figures = Alignment(teacher, untouched)(batch)
+    for layer in range(4):
+        assert figures[f"attention_{layer}"] < 1e-10 and figures[f"layer_{layer}"] > 0.1
 
 
 def test_alignment_trains_the_mixers_alone(batch):

@@ -1,0 +1,234 @@
+"""TransMamba students through the pipeline: annealed, drawn, resumed, measured at each schedule, shown."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from transpoint.distill.cli import main
+from transpoint.distill.config import ConfigError, load_recipe
+from transpoint.distill.run import RunError
+from transpoint.distill.stages import Session, load_model, summary
+from transpoint.students import StudentError
+
+CONFIG = Path(__file__).parents[2] / "configs" / "tiny-transmamba.yaml"
+OWN = [0, 8, 16, 32]
+pytestmark = pytest.mark.xdist_group("tiny_transmamba")
+
+
+def done(folder, stage):
+    return json.loads((folder / stage / "done.json").read_text())
+
+
+def metrics(folder, stage):
+    lines = [json.loads(line) for line in (folder / stage / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in lines]
+
+
+def student(folder, stage):
+    return (folder / stage / "student" / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def whole(run_tiny, tmp_path_factory):
+    """(run folder, what the run printed), annealed and drawn at once. Only to be read."""
+    folder = tmp_path_factory.mktemp("transmamba") / "run"
+    overrides = ("distill.sample_schedules=[uniform:16, mamba]", "distill.log_every=1")
+    return folder, run_tiny(folder, *overrides, config=CONFIG)
+
+
+@pytest.fixture
+def copy(whole, tmp_path):
+    return Path(shutil.copytree(whole[0], tmp_path / "run"))
+
+
+# What a run leaves
+
+
+def test_every_stage_leaves_the_student_at_its_own_schedule(whole):
+    for stage in ("transfer", "calibrate", "align", "distill"):
+        model = load_model(whole[0] / stage / "student")
+        assert model.trans_points == OWN and model.config.trans_points == OWN
+    assert load_model(whole[0] / "export" / "custom").trans_points == OWN
+
+
+def test_align_serves_both_forms(whole):
+    lines = metrics(whole[0], "align")
+    for layer in range(4):
+        assert lines[-1][f"layer_{layer}"] < lines[0][f"layer_{layer}"]
+        assert lines[-1][f"attention_{layer}"] < 0.2
+
+
+def test_distillation_falls_from_attention_to_the_schedules(whole):
+    shares = [line["attention"] for line in metrics(whole[0], "distill")]
+    assert shares[0] == 1 and shares[1] > 0.75
+    # At the end, the share at each of the schedules; where documents begin within a sequence it is a little more.
+    at = [(0 + 8 + 16 + 32) / 4 / 64, 16 / 64, 0]
+    assert all(any(one <= share < one + 0.02 for one in at) for share in shares[10:])
+    assert {max(one for one in at if one <= share) for share in shares[10:]} == {*at}
+
+
+def test_without_align_distillation_begins_at_the_teacher(run_tiny, tmp_path):
+    overrides = ("align.steps=0", "distill.steps=8", "distill.log_every=1", "run.precision=fp32")
+    run_tiny(tmp_path / "run", *overrides, config=CONFIG, until_stage="distill")
+    kl = [line["kl"] for line in metrics(tmp_path / "run", "distill")]
+    assert kl[0] < 1e-6 and all(value > 1e-3 for value in kl[4:])
+
+
+def test_the_schedules_it_was_trained_on_are_recorded(whole):
+    trained = {"[0, 8, 16, 32]": OWN, "uniform:16": [16] * 4, "mamba": [0] * 4}
+    assert done(whole[0], "distill")["schedules"] == trained
+    records = json.loads((whole[0] / "evaluate" / "results.json").read_text())["schedules"]
+    assert [(r["schedule"], r["trained"]) for r in records] == [
+        ("[0, 8, 16, 32]", True),
+        ("uniform:16", True),
+        ("mamba", True),
+        ("teacher", False),
+    ]
+    assert [r["trans_points"] for r in records] == [*trained.values(), ["inf"] * 4]
+    for place in ("distill/student", "export/custom"):
+        config = json.loads((whole[0] / place / "config.json").read_text())
+        assert config["measured_trans_points"] == records and config["trans_points"] == OWN
+
+
+def test_quality_and_cost_of_each_schedule(whole):
+    """As measured by hand, on the exported checkpoint."""
+    results = json.loads((whole[0] / "evaluate" / "results.json").read_text())
+    assert results["quality"].items() >= results["schedules"][0]["quality"].items()
+    session = Session(load_recipe(whole[0] / "recipe.yaml"))
+    for record in results["schedules"]:
+        model = load_model(whole[0] / "export" / "custom")
+        model.set_trans_points(record["trans_points"], warn=False)
+        assert record["quality"]["kl"] == pytest.approx(session.held_out.measure(model).kl, rel=1e-4)
+        points = [float(point) for point in record["trans_points"]]
+        assert record["cost"]["attention"] == sum(min(point, 64) for point in points) / 4 / 64
+        assert record["cost"]["length"] == 64 and record["cost"]["decode_seconds"] > 0
+    held = {record["schedule"]: record["cost"]["cache_bytes"] for record in results["schedules"]}
+    assert held["teacher"] == 4 * 64 * 2 * 2 * 16 * 4
+    assert held["mamba"] == held["uniform:16"] == held["[0, 8, 16, 32]"] == 4 * 4 * 16 * 16 * 4
+    assert len({round(record["quality"]["kl"], 6) for record in results["schedules"]}) == 4
+
+
+def test_card_and_summary_show_the_schedules(whole):
+    folder, output = whole
+    text = (folder / "export" / "custom" / "README.md").read_text(encoding="utf-8")
+    records = json.loads((folder / "evaluate" / "results.json").read_text())["schedules"]
+    for record in records:
+        name, trained = record["schedule"], "yes" if record["trained"] else "no"
+        assert f"| {name} | {trained} | {record['quality']['kl']:.4f} | {record['quality']['perplexity']:.2f} |" in text
+        assert f"evaluate at {name}: held-out KL {record['quality']['kl']:.4f}" in output or record is records[0]
+    assert "# A TransMamba hybrid of random-llama" in text and "`TTTT`" in text and "`0 8 16 32`" in text
+    assert "- transmamba" in text and "mamba2" not in text and str(folder) not in text
+    plan, _, schedules = summary(Session(load_recipe(folder / "recipe.yaml")))[:3]
+    assert plan == "layer plan: TTTT  (4 of 4 layers are TransMamba)"
+    assert [list(column.cells) for column in schedules.columns][0] == [record["schedule"] for record in records]
+
+
+def test_held_out_documents_that_never_pass_a_transpoint_are_named(whole, copy, run_tiny):
+    assert "never passed" not in whole[1]
+    output = run_tiny(
+        copy,
+        "distill.sample_schedules=[uniform:16, mamba]",
+        "distill.log_every=1",
+        "evaluate.schedules=[uniform:64, [63, 0, 100, 2000], teacher]",
+        config=CONFIG,
+    )
+    assert (
+        "evaluate: the longest held-out document has 64 tokens, so TransPoints of 64, 100, 2000 are never passed: "
+        "quality says nothing of the state-space form there; raise data.length, or give longer held-out documents\n"
+    ) in output
+    records = json.loads((copy / "evaluate" / "results.json").read_text())["schedules"]
+    assert [r["schedule"] for r in records][3:] == ["uniform:64", "[63, 0, 100, 2000]", "teacher"]
+    assert records[3]["quality"]["kl"] == pytest.approx(records[5]["quality"]["kl"], rel=1e-4)
+
+
+# Interrupted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [3, 7, 13])
+def test_interrupted_while_annealing_and_resumed_equals_uninterrupted(stop, whole, copy, run_tiny):
+    """Before the first checkpoint, between two in the fall, after it."""
+    for stage in ("distill", "export", "evaluate"):
+        shutil.rmtree(copy / stage)
+    overrides = ("distill.sample_schedules=[uniform:16, mamba]", "distill.log_every=1", "distill.checkpoint_every=4")
+
+    def on_step(step):
+        if step == stop:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_tiny(copy, *overrides, config=CONFIG, on_step=on_step)
+    output = run_tiny(copy, *overrides, config=CONFIG, until_stage="distill")
+    assert ("distill: going on from step" in output) == (stop > 4)
+    assert student(copy, "distill") == student(whole[0], "distill")
+    assert metrics(copy, "distill") == metrics(whole[0], "distill")
+
+
+# The command line
+
+
+def test_plan_shows_transpoints(capsys):
+    assert main(["plan", str(CONFIG)]) == 0
+    printed = capsys.readouterr().out
+    for layer, point in enumerate(OWN):
+        assert f"│ {layer}     │ transmamba │ {point:<10} │" in printed
+    assert "in transmamba layers that is so past the TransPoint" in printed
+    assert main(["plan", str(CONFIG), "student.keep_attention=[1]"]) == 0
+    assert "│ 1     │ attention  │ inf        │" in capsys.readouterr().out
+
+
+def test_eval_and_generate_at_another_schedule(whole, capsys):
+    folder = whole[0]
+    records = json.loads((folder / "evaluate" / "results.json").read_text())["schedules"]
+    for spec, record in (("mamba", records[2]), ("[0, 8, 16, 32]", records[0]), ("inf", records[3])):
+        assert main(["eval", str(folder), "--teacher", "random-llama", "--trans-points", spec]) == 0
+        captured = capsys.readouterr()
+        assert f"{record['quality']['kl']:.4f}" in captured.out
+        warned = captured.err.startswith("transpoint: warning: this student was not trained on TransPoints inf in ")
+        assert warned == (not record["trained"]) == (f"kl {record['quality']['kl']:.4g}" in captured.err)
+    answers = []
+    for spec in ("mamba", "teacher"):
+        command = ["generate", str(folder / "export" / "custom"), "Why?", "--max-new-tokens", "24"]
+        assert main([*command, "--trans-points", spec]) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] != answers[1]
+
+
+def test_transpoints_of_what_has_none(tiny_run, capsys):
+    assert main(["generate", str(tiny_run), "Why?", "--trans-points", "mamba"]) == 1
+    assert "has no TransPoints to set: it has no transmamba layer" in capsys.readouterr().err
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    "override, told",
+    [
+        ("distill.anneal.fraction=0.5", "distill.anneal.fraction is 0.5"),
+        ("distill.sample_schedules=[mamba]", "distill.sample_schedules is ['mamba']"),
+        ("evaluate.schedules=[[0, 1]]", "evaluate.schedules is [[0, 1]]"),
+    ],
+)
+def test_settings_that_need_a_transmamba_student(override, told):
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(CONFIG.with_name("tiny.yaml"), [override])
+    assert str(caught.value) == f"{told}; only student.mixer=transmamba has TransPoints to set"
+
+
+@pytest.mark.parametrize("fraction", [0, -0.5, 1.5, "half"])
+def test_impossible_fractions(fraction):
+    with pytest.raises(ConfigError, match=f"distill.anneal.fraction is '?{fraction}.*; expected "):
+        load_recipe(CONFIG, [f"distill.anneal.fraction={fraction}"])
+    with pytest.raises(ConfigError, match="distill.anneal.shape is 'cosine'; expected one of linear, log"):
+        load_recipe(CONFIG, ["distill.anneal.shape=cosine"])
+
+
+@pytest.mark.parametrize("key", ["distill.sample_schedules", "evaluate.schedules"])
+@pytest.mark.parametrize("spec", ["paper-v10", [0, 1], -1, {"a": 1}])
+def test_schedules_that_are_none_are_refused_before_training(key, spec, tmp_path, run_tiny):
+    with pytest.raises((RunError, StudentError), match=f"{key}: trans_points"):
+        run_tiny(tmp_path / "run", f"{key}={json.dumps([spec])}", config=CONFIG, until_stage="transfer")
+    assert not (tmp_path / "run" / "transfer" / "student").exists()
