@@ -34,6 +34,7 @@ FORMATS = ("native", "custom")
 TOLERANCE = 1e-4  # of logits in float32, relative to the largest
 NATIVE_FAMILIES = ("llama", "mistral", "qwen2")  # what is outside attention is then the same arithmetic
 NATIVE_NEEDS = "5.23"  # transformers before it normalises over all heads at once: silently other logits
+_ONE_FORM = "a layer of it is attention or Mamba-2, not one up to a TransPoint and then the other"
 # What a custom checkpoint carries: the files this project trains with.
 _TRAVELS = tuple(
     f"students/{name}"
@@ -114,6 +115,8 @@ def why_not(student: HybridForCausalLM, format: str) -> str | None:
     config, mixers = student.config, [mixer for mixer in student.mixer_layers() if mixer is not None]
     if reason := _too_old():
         return reason
+    if "transmamba" in config.mixers:
+        return f"{_ONE_FORM}; use format custom"
     if config.base_model_type not in NATIVE_FAMILIES:
         return f"it holds what {', '.join(NATIVE_FAMILIES)} have, not {config.base_model_type}; use format custom"
     for mixer in mixers:
@@ -155,10 +158,13 @@ def why_no_student(format: str, config: StudentConfig) -> str | None:
     """Why a format can hold no student of this config, whatever the teacher; None if it may."""
     if format == "custom":
         return None
+    if config.mixer == "transmamba":
+        return f"{_ONE_FORM}; use export.format=custom"
+    own = config.resolved()
     lacking = [
         f"student.{name} (must be {wanted})"
         for name, wanted in (("rope", "false"), ("conv_activation", "silu"), ("gate", "true"), ("norm", "true"))
-        if str(getattr(config, name)).lower() != wanted
+        if str(getattr(own, name)).lower() != wanted
     ]
     if lacking:
         return f"its Mamba-2 layer is fixed in {', '.join(lacking)}; use export.format=custom"
