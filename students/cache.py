@@ -38,7 +38,12 @@ class HybridCache(DynamicCache):
         Args:
             copies: how often each row is repeated: a batch of B rows becomes one of B * copies, row b the rows
                 b * copies to (b+1) * copies - 1.
+
+        Raises:
+            ValueError: copies is less than 1.
         """
+        if copies < 1:
+            raise ValueError(f"copies: expected at least 1, got {copies}")
         fork = HybridCache(self.config)
         for layer, own in zip(fork.layers, self.layers, strict=True):
             vars(layer).update({name: _copied(value) for name, value in vars(own).items()})

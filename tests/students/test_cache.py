@@ -1,7 +1,11 @@
 """The cache of a student: what it holds, how it is reordered and reset, and which caches are refused."""
 
+import json
+
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import DynamicCache, StaticCache
 
 from transpoint.students import HybridCache
@@ -151,3 +155,145 @@ def test_a_cache_without_states_is_refused_naming_what_to_pass(make_student, mak
 def test_a_mixer_layer_takes_no_keys_and_values(make_student):
     with pytest.raises(TypeError, match="a mixer layer keeps no keys and values"):
         make_student().new_cache().update(torch.zeros(1, 2, 3, 16), torch.zeros(1, 2, 3, 16), 0)
+
+
+# Forking, saving and loading
+
+CONTINUED = {
+    "mamba2": {},
+    "mamba2 and a window": {"family": "mistral"},
+    "all mamba2": {"keep_attention": ()},
+    "before the TransPoints": {"mixer": "transmamba", "trans_points": 30, "conv_kernel": 4},
+    "at and between them": {"mixer": "transmamba", "trans_points": [0, 5, 9, 12], "keep_attention": ()},
+    "after them": {"mixer": "transmamba", "trans_points": 4, "gate": True, "conv_kernel": 2},
+    "without TransPoints": {"family": "mistral", "mixer": "transmamba", "trans_points": "inf", "keep_attention": ()},
+}
+continued = pytest.mark.parametrize("case", CONTINUED.values(), ids=CONTINUED.keys())
+
+
+def prefix(student, length=9):
+    """A cache after a batch whose second row is padded on the left, and its mask."""
+    ids, mask, cache = tokens(length=length), torch.ones(2, length, dtype=torch.long), student.new_cache()
+    mask[1, :4] = 0
+    with torch.no_grad():
+        student(ids, attention_mask=mask, past_key_values=cache)
+    return cache, mask
+
+
+@torch.no_grad()
+def go_on(student, cache, mask, seed, rows=2, length=21):
+    """Logits of more tokens, one by one: past window and TransPoints."""
+    found, ids = [], tokens(rows, length, seed)
+    for t in range(length):
+        mask = torch.cat((mask, torch.ones(rows, 1, dtype=torch.long)), 1)
+        found.append(student(ids[:, t : t + 1], attention_mask=mask, past_key_values=cache).logits)
+    return torch.cat(found, 1)
+
+
+@continued
+def test_a_fork_continues_exactly_as_the_original_and_neither_touches_the_other(make_student, case):
+    student = make_student(**case)
+    expected = [go_on(student, *prefix(student), seed) for seed in (1, 2)]
+    cache, mask = prefix(student)
+    fork, later = cache.fork(), cache.fork()
+    assert isinstance(fork, HybridCache) and fork.get_seq_length() == 9
+    assert torch.equal(go_on(student, fork, mask, 1), expected[0])
+    assert torch.equal(go_on(student, cache, mask, 2), expected[1])
+    assert torch.equal(go_on(student, later, mask, 1), expected[0])
+
+
+@continued
+def test_one_prefix_is_continued_several_ways(make_student, case):
+    student = make_student(**case)
+    cache, mask = prefix(student)
+    fork = cache.fork(copies=3)
+    found = go_on(student, fork, mask.repeat_interleave(3, 0), 1, rows=6)
+    ids = tokens(6, 21, 1)
+    for copy in range(3):
+        with torch.no_grad():
+            own = student(
+                torch.cat((tokens(length=9), ids[copy::3]), 1),
+                attention_mask=torch.cat((mask, mask.new_ones(2, 21)), 1),
+            )
+        assert_near(found[copy::3], own.logits[:, 9:])
+    assert cache.get_seq_length() == 9 and all(len(t) == 2 for layer in cache.layers for t in held(layer))
+
+
+def held(layer):
+    return [value for value in vars(layer).values() if isinstance(value, torch.Tensor) and value.ndim > 1]
+
+
+def test_a_fork_shares_no_memory(make_student):
+    cache, _ = prefix(make_student(mixer="transmamba", trans_points=[0, 5, 7, 30], conv_kernel=4))
+    fork = cache.fork()
+    for layer, own in zip(fork.layers, cache.layers, strict=True):
+        assert len(held(layer)) == len(held(own)) > 0
+        assert not {t.data_ptr() for t in held(layer)} & {t.data_ptr() for t in held(own)}
+
+
+def test_a_cache_filled_with_gradients_can_be_forked_and_saved(make_student, tmp_path):
+    student, ids = make_student(mixer="transmamba", trans_points=4), tokens()
+    cache = student.new_cache()
+    student(ids, past_key_values=cache)
+    assert cache.fork().layers[0].ssm_state.requires_grad
+    cache.save(tmp_path / "cache.safetensors")
+
+
+@pytest.mark.parametrize("copies", [0, -1])
+def test_a_fork_has_at_least_one_copy(make_student, copies):
+    with pytest.raises(ValueError, match=f"^copies: expected at least 1, got {copies}$"):
+        make_student().new_cache().fork(copies)
+
+
+@continued
+def test_a_saved_cache_continues_exactly(make_student, case, tmp_path):
+    student = make_student(**case)
+    cache, mask = prefix(student)
+    cache.save(tmp_path / "cache.safetensors")
+    expected = go_on(student, cache, mask, 1)
+    for _ in range(2):
+        loaded = HybridCache.load(tmp_path / "cache.safetensors", student.config)
+        assert loaded.get_seq_length() == 9
+        assert torch.equal(go_on(student, loaded, mask, 1), expected)
+
+
+def test_a_saved_cache_is_one_safetensors_file_that_says_what_it_is(make_student, tmp_path):
+    student = make_student(mixer="transmamba", trans_points=[0, 5, "inf", 30])
+    prefix(student)[0].save(tmp_path / "cache.safetensors")
+    with safe_open(tmp_path / "cache.safetensors", "pt") as file:
+        names, metadata = set(file.keys()), file.metadata()
+    assert names == {"0.ssm_state", "1.keys", "1.values", "2.keys", "2.values", "2.real"} | {
+        f"3.{name}" for name in ("keys", "values", "real", "dt")
+    }
+    assert json.loads(metadata["for"])["trans_points"] == [0, "inf", "inf", 30]
+    assert json.loads(metadata["layers"])[3]["tokens"] == [9, 5]
+
+
+def test_an_empty_cache_is_saved_too(make_student, tmp_path):
+    student = make_student()
+    student.new_cache().save(tmp_path / "cache.safetensors")
+    loaded = HybridCache.load(tmp_path / "cache.safetensors", student.config)
+    assert torch.equal(feed(student, tokens(), loaded), feed(student, tokens(), student.new_cache()))
+
+
+@pytest.mark.parametrize(
+    "other, reason",
+    [
+        ({"trans_points": 5}, r"whose trans_points is \[4, 'inf', 4, 4\], this one's is \[5, 'inf', 5, 5\]"),
+        ({"keep_attention": (2,)}, "whose mixers is .*, this one's is "),
+        ({"gate": True}, "whose mixer_options is .*, this one's is "),
+        ({"sizes": {"num_key_value_heads": 4}}, "whose num_key_value_heads is 2, this one's is 4"),
+    ],
+)
+def test_the_cache_of_another_model_is_not_loaded(make_student, tmp_path, other, reason):
+    options = {"mixer": "transmamba", "trans_points": 4}
+    path = tmp_path / "cache.safetensors"
+    make_student(**options).new_cache().save(path)
+    with pytest.raises(ValueError, match=f"^'.*cache.safetensors' is of a model {reason}"):
+        HybridCache.load(path, make_student(**(options | other)).config)
+
+
+def test_a_file_that_is_no_cache_is_refused(make_student, tmp_path):
+    save_file({"a": torch.zeros(1)}, tmp_path / "weights.safetensors")
+    with pytest.raises(ValueError, match="weights.safetensors' holds no cache that HybridCache.save has written"):
+        HybridCache.load(tmp_path / "weights.safetensors", make_student().config)

@@ -23,6 +23,17 @@ FAMILIES = {
     "qwen2": {"family": "qwen2", "gate": False},
     "qwen3": {"family": "qwen3", "rope": True, "conv_kernel": 3},
     "all mixers": {"family": "llama", "keep_attention": ()},
+    "transmamba": {"family": "qwen3", "mixer": "transmamba", "trans_points": [3, 0, "inf", 9]},
+    "transmamba, all parts": {
+        "family": "mistral",
+        "keep_attention": (),
+        "mixer": "transmamba",
+        "trans_points": 9,
+        "conv_kernel": 4,
+        "conv_activation": "silu",
+        "gate": True,
+        "norm": True,
+    },
     "bare": {"family": "qwen3", "norm": False, "gate": False, "conv_activation": None, "qk_norm": False},
 }
 EXACT = {"A_log", "dt_bias", "D"}

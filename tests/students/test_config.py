@@ -147,3 +147,33 @@ def test_the_mixers_of_a_student_are_as_planned():
     assert [mixer is None for mixer in mixers] == [False, False, True] * 2
     assert mixers[0].conv1d.weight.shape[-1] == 2 and mixers[0].norm is None and mixers[0].rope and mixers[0].gate
     assert mixers[0].conv_activation is None
+
+
+def test_what_is_not_set_is_the_mixers_own():
+    teacher = random_teacher("random-qwen3")[0]
+    plain = build_student(teacher, StudentConfig())
+    assert plain.config.mixers == ["mamba2", "attention"] * 2
+    expected = {"conv_kernel": 4, "conv_activation": "silu", "gate": True, "norm": True, "rope": False, "qk_norm": True}
+    assert {name: plain.config.mixer_options[name] for name in expected} == expected
+    plain = build_student(teacher, StudentConfig(mixer="transmamba"))
+    assert plain.config.mixers == ["transmamba"] * 4
+    expected = {"conv_kernel": 0, "conv_activation": None, "gate": False, "norm": False, "rope": True, "qk_norm": True}
+    assert {name: plain.config.mixer_options[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("mixer", ["mamba2", "transmamba"])
+def test_what_is_set_stays(mixer):
+    options = {"conv_kernel": 2, "conv_activation": None, "gate": False, "norm": True, "rope": False, "qk_norm": False}
+    config = StudentConfig(mixer=mixer, keep_attention=[2], **options)
+    assert config.mixer_options == options and config.resolved() == config
+    assert layer_plan(config, 4) == [mixer, mixer, "attention", mixer]
+
+
+def test_only_transmamba_goes_without_a_convolution():
+    StudentConfig(mixer="transmamba", conv_kernel=0).check()
+    with pytest.raises(StudentError, match="^student.conv_kernel is 0; expected 1 to 4$"):
+        StudentConfig(conv_kernel=0).check()
+    with pytest.raises(
+        StudentError, match="^student.conv_activation is 'silu' without a convolution; set student.conv_k"
+    ):
+        StudentConfig(mixer="transmamba", conv_activation="silu").check()
