@@ -88,13 +88,13 @@ def _documents(seq_idx, width):
 def _final_state(x, width, seq_idx, initial_state):
     """The state after x: see causal_conv1d."""
     length = min(x.shape[1], width - 1)
-    state = x = x[:, x.shape[1] - length :]
+    state = x[:, x.shape[1] - length :]
     if length < width - 1:
-        state = _inputs(x, width, initial_state)[:, length:]
+        state = _inputs(state, width, initial_state)[:, length:]
     if seq_idx is not None:
         document = _documents(seq_idx[:, seq_idx.shape[1] - length :], width)
         state = state.masked_fill((document[:, length:] != document[:, -1:]).unsqueeze(-1), 0)
-    return state.mT.contiguous()
+    return state.clone(memory_format=torch.contiguous_format).mT  # channels together: a step reads it faster
 
 
 def _compute_dtype(t):

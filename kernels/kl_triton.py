@@ -619,7 +619,7 @@ class _Model:
 def _plan(tokens, row_bytes, gradient_bytes, chunk_size, config):
     """Tokens in a part, of which both models' values are kept, and in a chunk, of which the student's are."""
     rows = max(BUFFER_BYTES, int(BUFFER_SHARE * gradient_bytes)) // row_bytes
-    part = config.get("part") or max(128, 1 << max(1, rows // 5).bit_length() - 1)
+    part = config.get("part") or max(128, 1 << max(1, rows // 3).bit_length() - 1)
     chunk = chunk_size or config.get("chunk") or max(1, rows // part - 1) * part
     if not chunk_size:  # chunks of about one length
         chunk = -(-tokens // -(-tokens // chunk) // part) * part

@@ -345,7 +345,7 @@ class Maker:
         def make():
             return {
                 "x": self.randn(batch, channels),
-                "conv_state": self.randn(batch, channels, width - 1),
+                "conv_state": self.randn(batch, width - 1, channels).mT,  # as causal_conv1d leaves it
                 "weight": self.randn(channels, width, scale=0.5),
                 "bias": self.randn(channels, scale=0.1),
             }
@@ -584,7 +584,7 @@ def torch_conv(t):
 def fla_conv_step(t):
     from fla.modules.causal_conv1d import causal_conv1d_update
 
-    cache = F.pad(t["conv_state"], (1, 0))  # it keeps one more input, which it does not read
+    cache = F.pad(t["conv_state"].contiguous(), (1, 0))  # it keeps one more input, which it does not read
     return Call(lambda: causal_conv1d_update(t["x"], cache, None, t["weight"], t["bias"], activation="silu")[0])
 
 
@@ -728,27 +728,30 @@ class Meter:
         """Median milliseconds of one of `count` calls inside `work`, and the relative spread between quartiles."""
         once = max(self.elapsed(work), 1e-3)  # also a warm-up
         samples = min(30, max(3, math.ceil(self.patience / once)))
-        times = sorted(self.elapsed(work) / count for _ in range(samples))
-        middle = times[samples // 2]
-        return middle, (times[3 * samples // 4] - times[samples // 4]) / middle
+        return middle([self.elapsed(work) / count for _ in range(samples)])
 
     def sets(self, inputs):
         """How many sets of such inputs it takes to overflow the L2 cache twice."""
         size = sum(t.nbytes for t in inputs.values())
         return min(8, max(1, math.ceil(2 * self.l2 / size)))
 
-    def eager(self, steps):
-        """Steady-state time of a call, launched from Python."""
+    def eager(self, steps, samples):
+        """Steady-state time of a call, launched from Python: a function that takes a sample of it, in milliseconds."""
         for step in steps:
             step()
-        count = len(steps) * max(1, round(5 / (self.elapsed(steps[0]) * len(steps) + 1e-3)))
+        once = self.elapsed(steps[0])
+        count = len(steps) * max(1, round(5 / (once * len(steps) + 1e-3)))
         count = min(max(count, 4), 64)  # more than one: before the first kernel of a sample the GPU waits for Python
 
         def work():
             for i in range(count):
                 steps[i % len(steps)]()
 
-        return self.median(work, count)
+        def sample():
+            if len(samples) < 3 or sum(samples) * count < 10 * self.patience:
+                samples.append(self.elapsed(work) / count)
+
+        return sample
 
     def graph(self, steps, estimate_ms):
         """Time of a call replayed as part of a CUDA graph of about a millisecond."""
@@ -823,6 +826,12 @@ class Meter:
         return {"bytes_per_s": 2e3 * size / copy_ms, "flop_per_s": 2e3 * side**3 / matmul_ms}
 
 
+def middle(times):
+    """The median, and the spread between quartiles relative to it."""
+    times, count = sorted(times), len(times)
+    return times[count // 2], (times[3 * count // 4] - times[count // 4]) / times[count // 2]
+
+
 def relative(out, ref):
     """Relative L2 error; NaN stays NaN."""
     return ((out.double() - ref).norm() / ref.norm().clamp_min(1e-300)).item()
@@ -873,7 +882,7 @@ def short(error):
 
 
 def measure(bind, sets, backward, meter, compare=None):
-    """Time one implementation.
+    """Run one implementation and time it in a graph.
 
     Args:
         bind: inputs -> Call.
@@ -881,10 +890,10 @@ def measure(bind, sets, backward, meter, compare=None):
         compare: Call -> relative error, or None.
 
     Returns:
-        first_call_s, error, eager_ms, graph_ms, their spreads and peak_mb, as far as they could be had;
-        `refuses` says why it does not run at all, `graph_refuses` why not in a graph.
+        A result: first_call_s, error, graph_ms, its spread and peak_mb, as far as they could be had; `refuses` says why
+        it does not run at all, `graph_refuses` why not in a graph. And its steps, empty if it refuses.
     """
-    result = {}
+    result, steps = {}, []
     try:
         calls = [bind(inputs) for inputs in sets]
         with environment(calls[0].env):
@@ -895,18 +904,36 @@ def measure(bind, sets, backward, meter, compare=None):
             steps[0]()
             meter.sync()
             result["first_call_s"] = time.perf_counter() - start
-            result["eager_ms"], result["eager_spread"] = meter.eager(steps)
             if meter.cuda:
                 result["peak_mb"] = meter.peak_mb(steps[0])
                 try:
-                    result["graph_ms"], result["graph_spread"] = meter.graph(steps, result["eager_ms"])
+                    result["graph_ms"], result["graph_spread"] = meter.graph(steps, meter.elapsed(steps[0]))
                 except Exception as error:
                     result["graph_refuses"] = short(error)
+            return result, steps
     except ModuleNotFoundError as error:
         result["refuses"] = f"not installed ({error.name})"
     except Exception as error:
         result["refuses"] = short(error)
-    return result
+    return result, []
+
+
+def measure_eager(results, steps, meter, rounds=10):
+    """Add eager_ms and its spread to the results of all implementations, timed in turn.
+
+    A time from Python is as noisy as the machine is busy: what is compared has to meet the same noise.
+    """
+    samples = {kind: [] for kind, own in steps.items() if own}
+    takers = {}
+    for kind, times in samples.items():
+        with environment(steps[kind][0].call.env):
+            takers[kind] = meter.eager(steps[kind], times)
+    for _ in range(rounds):
+        for kind, sample in takers.items():
+            with environment(steps[kind][0].call.env):
+                sample()
+    for kind, times in samples.items():
+        results[kind]["eager_ms"], results[kind]["eager_spread"] = middle(times)
 
 
 @contextlib.contextmanager
@@ -970,18 +997,21 @@ def run_case(case, meter, ceilings, peers=".*"):
             tensors[name].requires_grad_()
     for name, record in records.items():
         chosen = {kind: bound for kind, bound in case.peers.items() if re.fullmatch(peers, kind)}
+        steps = {}
         for kind, bound in {OURS: bind, **chosen}.items():
             fresh = [{**t, **{n: t[n].clone() for n in case.mutated}} for t in sets]
             known = expected is not None and kind != OURS
-            result = measure(bound, fresh, name == BOTH, meter, compare if known else None)
+            result, steps[kind] = measure(bound, fresh, name == BOTH, meter, compare if known else None)
             if kind == OURS and first_call is not None:
                 result["first_call_s"] = first_call  # the check was the first
-            if kind == OURS and meter.cuda and "refuses" not in result:
-                result["kernels"] = meter.kernels(Step(bind(fresh[0]), name == BOTH))
+            if kind == OURS and meter.cuda and steps[kind]:
+                result["kernels"] = meter.kernels(steps[kind][0])
             record["results"][kind] = result
-            say(f"  {name:16s} {kind:18s} " + describe(result))
             meter.sync()  # a broken device shows here, and ends the run
             meter.free()
+        measure_eager(record["results"], steps, meter)
+        for kind, result in record["results"].items():
+            say(f"  {name:16s} {kind:18s} " + describe(result))
     return list(records.values())
 
 
