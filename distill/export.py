@@ -7,6 +7,7 @@ are expanded from key/value heads to query heads, and its gated norm is then one
 Every export ends by loading the folder in a fresh process in which Transpoint cannot be imported, and comparing logits.
 """
 
+import copy
 import importlib.util
 import json
 import logging
@@ -183,14 +184,19 @@ def _too_old() -> str | None:
 def verify(student: HybridForCausalLM, folder: Path, dtype: torch.dtype = torch.float32) -> dict[str, float]:
     """Compares the model in `folder`, loaded in a fresh process without Transpoint, with the student, in float32.
 
+    A student with TransPoints is compared a second time with early ones, so that every layer passes its own.
+
     Returns the figures of `export`. Raises ExportError if the folder does not load or is not equal.
     """
     generator = torch.Generator().manual_seed(0)
     length = min(48, student.config.max_position_embeddings)
     ids = torch.randint(3, student.config.vocab_size, (2, length), generator=generator)
-    expected = _logits_as_written(student, ids, dtype)
+    expected = {"ids": ids, "logits": _logits_as_written(student, ids, dtype)}
+    if "transmamba" in student.config.mixers:
+        early = 5 * length // 8
+        expected |= {"early": torch.tensor(early), "early_logits": _logits_as_written(student, ids, dtype, early)}
     with tempfile.TemporaryDirectory() as scratch:
-        save_file({"ids": ids, "logits": expected}, f"{scratch}/expected.safetensors")
+        save_file(expected, f"{scratch}/expected.safetensors")
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": f"{scratch}/modules"}
         command = [sys.executable, "-c", _VERIFY, str(folder.resolve()), scratch]
         done = subprocess.run(command, cwd=scratch, env=environment, capture_output=True, text=True)
@@ -220,28 +226,34 @@ expected = load_file(scratch + "/expected.safetensors")
 model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=True).eval()
 AutoTokenizer.from_pretrained(folder)
 ids = expected["ids"]
-with torch.no_grad():
+@torch.no_grad()
+def compare(logits):
     full = model(ids, use_cache=False).logits
     prefill = model(ids[:, : ids.shape[1] // 2], use_cache=True)
     cache, steps = prefill.past_key_values, [prefill.logits]
     for i in range(ids.shape[1] // 2, ids.shape[1]):
         steps.append(model(ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits)
-figures = {
-    "logits": (full - expected["logits"]).abs().max().item(),
-    "decode": (torch.cat(steps, dim=1) - full).abs().max().item(),
-    "scale": expected["logits"].abs().max().item(),
-}
+    return (full - logits).abs().max().item(), (torch.cat(steps, dim=1) - full).abs().max().item()
+found = [compare(expected["logits"])]
+if "early" in expected:
+    model.set_trans_points(expected["early"].item(), warn=False)
+    found.append(compare(expected["early_logits"]))
+figures = dict(zip(("logits", "decode"), map(max, zip(*found))), scale=expected["logits"].abs().max().item())
 json.dump(figures, open(scratch + "/figures.json", "w"))
 """
 
 
 @torch.no_grad()
-def _logits_as_written(student: HybridForCausalLM, ids: Tensor, dtype: torch.dtype) -> Tensor:
+def _logits_as_written(
+    student: HybridForCausalLM, ids: Tensor, dtype: torch.dtype, trans_points: int | None = None
+) -> Tensor:
     """The student's logits in float32, on the CPU, its weights rounded as they are written."""
-    copy = type(student)._from_config(student.config, dtype=torch.float32).eval()
+    model = type(student)._from_config(copy.deepcopy(student.config), dtype=torch.float32).eval()
     state = {name: tensor.cpu().to(_written(name, dtype)).float() for name, tensor in student.state_dict().items()}
-    copy.load_state_dict(state)
-    return copy(ids, use_cache=False).logits.contiguous()
+    model.load_state_dict(state)
+    if trans_points is not None:
+        model.set_trans_points(trans_points, warn=False)
+    return model(ids, use_cache=False).logits.contiguous()
 
 
 def _written(name: str, dtype: torch.dtype) -> torch.dtype:

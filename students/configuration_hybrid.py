@@ -25,7 +25,8 @@ class HybridConfig(PreTrainedConfig):
         trans_points: for each layer its TransPoint, a number of tokens or "inf"; "inf" where attention is kept, 0 in a
             Mamba-2 layer. None for a student without transmamba layers. Change it with `set_trans_points`.
         measured_trans_points: what is known of this student under some schedules, each {"trans_points": as above,
-            "trained": whether it was trained on them, "quality": figures by name}.
+            "trained": whether it was trained on them, "quality": figures by name, or None}, and "schedule": its name,
+            if it has one.
 
     `HybridConfig(base_model_type=..., ...)`, `from_dict` and `from_pretrained` give an instance of a class that is
     both this one and the teacher's config class.
@@ -86,21 +87,24 @@ class HybridConfig(PreTrainedConfig):
         if same.get("trained"):
             return
         trained = [record for record in records if record.get("trained")]
-        text = f"this student was not trained on TransPoints {_short(trans_points)}"
+        text = f"this student was not trained on TransPoints {_name(same or {'trans_points': trans_points})}"
         text += f": {_figures(same)}" if same.get("quality") else ", and nothing was measured with them"
         for record in trained:
-            text += f"; trained on {_short(record['trans_points'])}: {_figures(record)}"
+            text += f"; trained on {_name(record)}: {_figures(record)}"
         warnings.warn(text, UserWarning, stacklevel=3)
 
 
-def _short(trans_points: list[int | str]) -> str:
-    """A list of TransPoints for people: one entry where all layers are alike."""
-    return f"{trans_points[0]} in every layer" if len(set(trans_points)) == 1 else str(trans_points)
+def _name(record: dict) -> str:
+    """The TransPoints of a record for people: the schedule's name, or one entry where all layers are alike."""
+    points = record["trans_points"]
+    return record.get("schedule") or (f"{points[0]} in every layer" if len(set(points)) == 1 else str(points))
 
 
 def _figures(record: dict) -> str:
     quality = record.get("quality") or {}
-    return ", ".join(f"{n} {v:.4g}" if isinstance(v, float) else f"{n} {v}" for n, v in quality.items()) or "unmeasured"
+    return (
+        ", ".join(f"{name} {value:.4g}" for name, value in quality.items() if isinstance(value, float)) or "unmeasured"
+    )
 
 
 def hybrid_config_class(base_model_type: str | None) -> type[HybridConfig]:

@@ -1,5 +1,6 @@
 """Exports: what plain transformers makes of the folder is what was trained, and what cannot be held is refused."""
 
+import copy
 import json
 import os
 import subprocess
@@ -23,6 +24,7 @@ from transpoint.teachers import TeacherInfo
 from transpoint.teachers.random import byte_tokenizer, random_teacher
 
 FIGURES = {"logits": 1e-6, "decode": 2e-6, "scale": 10.0}
+ALL_PARTS = {"conv_kernel": 4, "conv_activation": "silu", "gate": True, "norm": True}
 PLAIN = {"rope": True, "conv_activation": None, "gate": False, "norm": False}
 
 
@@ -51,6 +53,10 @@ def ids_of(batch=2, length=24):
 
 def greedy(model, ids, **options):
     return model.generate(ids, max_new_tokens=24, min_new_tokens=24, do_sample=False, pad_token_id=2, **options)
+
+
+def sampled(model, ids):
+    return model.generate(ids, max_new_tokens=24, min_new_tokens=24, do_sample=True, pad_token_id=2)
 
 
 def assert_equal(found, expected):
@@ -182,15 +188,40 @@ for name, path in (("first", folder), ("second", again)):
     options = dict(max_new_tokens=24, min_new_tokens=24, do_sample=False, pad_token_id=2)
     found[name + ".generated"] = model.generate(given["ids"], **options)
     found[name + ".padded"] = model.generate(given["padded"], attention_mask=given["mask"], **options)
+    beams = dict(attention_mask=given["mask"], num_beams=3, **options)
+    found[name + ".beams"] = model.generate(given["padded"], **beams)
+    torch.manual_seed(5)
+    found[name + ".sampled"] = model.generate(given["ids"], **{**options, "do_sample": True})
+    try:
+        model.generate(given["ids"], cache_implementation="static", **options)
+        raise AssertionError("a static cache was taken")
+    except ValueError as error:
+        assert "cache_implementation='static' is not possible for a hybrid" in str(error), error
+    cache = model.new_cache()
+    with torch.no_grad():
+        model(given["ids"][:, :12], past_key_values=cache)
+        cache.save(scratch + "/cache.safetensors")
+        loaded = type(cache).load(scratch + "/cache.safetensors", model.config)
+        for way, held in {"fork": cache.fork(), "loaded": loaded}.items():
+            found[f"{name}.{way}"] = model(given["ids"][:, 12:], past_key_values=held).logits
     if name == "first":
         model.save_pretrained(again)
         AutoTokenizer.from_pretrained(folder).save_pretrained(again)
-save_file(found, scratch + "/found.safetensors")
+save_file({name: tensor.contiguous() for name, tensor in found.items()}, scratch + "/found.safetensors")
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family, options", [("llama", PLAIN), ("qwen3", {"rope": True})])
+@pytest.mark.parametrize(
+    "family, options",
+    [
+        ("llama", PLAIN),
+        ("qwen3", {"rope": True}),
+        ("qwen3", {"mixer": "transmamba", "trans_points": [0, "inf", 14, 30]}),
+        ("mistral", {"mixer": "transmamba", "trans_points": 20, **ALL_PARTS}),
+    ],
+    ids=["plain", "qwen3", "transmamba", "transmamba, all parts"],
+)
 def test_custom_goes_with_its_own_code_and_is_saved_with_it(family, options, tmp_path, unverified):
     student = make(family, options=options)
     folder, again = tmp_path / "custom", tmp_path / "again"
@@ -211,7 +242,55 @@ def test_custom_goes_with_its_own_code_and_is_saved_with_it(family, options, tmp
         assert_equal(found[f"{name}.logits"], expected)
         assert torch.equal(found[f"{name}.generated"], greedy(student, ids))
         assert torch.equal(found[f"{name}.padded"], greedy(student, padded, attention_mask=mask))
-    assert {path.name for path in folder.glob("*.py")} == {path.name for path in again.glob("*.py")}
+        assert torch.equal(found[f"{name}.beams"], greedy(student, padded, attention_mask=mask, num_beams=3))
+        torch.manual_seed(5)
+        assert torch.equal(found[f"{name}.sampled"], sampled(student, ids))
+        for way in ("fork", "loaded"):
+            assert_equal(found[f"{name}.{way}"], expected[:, 12:])
+    own, copied = ({path.name: path.read_text() for path in place.glob("*.py")} for place in (folder, again))
+    assert own == copied and {"modeling_transmamba.py", "configuration_transmamba.py"} <= own.keys()
+
+
+@pytest.mark.slow
+def test_trans_points_are_verified_in_layers_that_the_schedule_leaves_to_attention(tmp_path, monkeypatch):
+    """The state-space form of a layer with a late TransPoint is compared too."""
+    options = {"mixer": "transmamba", "trans_points": "inf"}
+    figures = export(make(keep=[], options=options), byte_tokenizer(), tmp_path / "right", "custom")
+    assert figures["logits"] < 1e-4 * figures["scale"] and 0 < figures["decode"] < 1e-4 * figures["scale"]
+    real = module._write_custom
+
+    def without_skip(student, folder, dtype):
+        wrong = copy.deepcopy(student)
+        wrong.model.layers[2].self_attn.D.data += 1
+        real(wrong, folder, dtype)
+
+    monkeypatch.setattr(module, "_write_custom", without_skip)
+    with pytest.raises(ExportError, match="is not equal to the student: logits differ by"):
+        export(make(keep=[], options=options), byte_tokenizer(), tmp_path / "wrong", "custom")
+
+
+def test_trans_points_are_chosen_where_an_export_is_loaded(tmp_path, unverified):
+    student = make(keep=[], options={"mixer": "transmamba", "trans_points": 5})
+    export(student, byte_tokenizer(), tmp_path / "out", "custom")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    config["measured_trans_points"] = [{"trans_points": [9] * 4, "trained": False, "quality": {"kl": 0.5}}]
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    with pytest.warns(UserWarning, match="this student was not trained on TransPoints 9 in every layer: kl 0.5"):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True, trans_points="uniform:9")
+    assert not type(model).__module__.startswith("transpoint.") and model.trans_points == [9] * 4
+    assert student.trans_points == [5] * 4
+    student.set_trans_points(9, warn=False)
+    with torch.no_grad():
+        assert_equal(model.eval()(ids_of()).logits, student(ids_of()).logits)
+
+
+def test_native_refuses_trans_points_before_and_after_training(tmp_path):
+    reason = "a layer of it is attention or Mamba-2, not one up to a TransPoint and then the other"
+    student = make(options={"mixer": "transmamba"})
+    assert refusal(student, tmp_path) == f"native cannot hold this student: {reason}; use format custom"
+    config = StudentConfig(mixer="transmamba")
+    assert module.why_no_student("native", config) == f"{reason}; use export.format=custom"
+    assert module.why_no_student("custom", config) is None and module.why_no_student("native", StudentConfig()) is None
 
 
 # What is refused

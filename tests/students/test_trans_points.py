@@ -124,9 +124,7 @@ def test_layers_that_keep_attention_have_infinity_whatever_is_said(make_student)
 def test_a_mamba2_student_has_none_to_set(make_student):
     student = make_student(keep_attention=(1,))
     assert student.trans_points == [0, INF, 0, 0] and student.config.trans_points is None
-    with pytest.raises(
-        StudentError, match="^this student has no transmamba layers, so there are no"
-    ):
+    with pytest.raises(StudentError, match="^this student has no transmamba layers, so there are no"):
         student.set_trans_points(3)
 
 
@@ -139,10 +137,10 @@ def test_malformed_points_leave_a_student_as_it_is(make_student):
 
 RECORDS = [
     {"trans_points": [3] * 4, "trained": True, "quality": {"kl": 0.25, "perplexity": 30.5}},
-    {"trans_points": [0] * 4, "trained": False, "quality": {"kl": 2.5, "perplexity": 99.0}},
-    {"trans_points": [0, 2, 4, 8], "trained": True, "quality": {}},
+    {"trans_points": [0] * 4, "trained": False, "quality": {"kl": 2.5, "perplexity": 99.0, "tokens": 5, "text": "abc"}},
+    {"trans_points": [0, 2, 4, 8], "trained": True, "quality": None, "schedule": "steps"},
 ]
-KNOWN = "; trained on 3 in every layer: kl 0.25, perplexity 30.5; trained on [0, 2, 4, 8]: unmeasured"
+KNOWN = "; trained on 3 in every layer: kl 0.25, perplexity 30.5; trained on steps: unmeasured"
 WARNED = {
     "measured": (0, f"this student was not trained on TransPoints 0 in every layer: kl 2.5, perplexity 99{KNOWN}"),
     "unknown": (
