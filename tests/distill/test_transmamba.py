@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -164,6 +166,29 @@ def test_interrupted_while_annealing_and_resumed_equals_uninterrupted(stop, whol
     assert ("distill: going on from step" in output) == (stop > 4)
     assert student(copy, "distill") == student(whole[0], "distill")
     assert metrics(copy, "distill") == metrics(whole[0], "distill")
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(tmp_path, run_tiny):
+    """Where documents end before every TransPoint, what only the state-space form has gets no gradient in a step."""
+    overrides = ["align.steps=0", "distill.steps=4", "distill.log_every=1", "distill.lr=1e-3"]
+    overrides += ["distill.anneal.fraction=null", "distill.sample_schedules=[teacher]", "calibrate.sequences=1"]
+    overrides += ["evaluate.sequences=1", "run.device=cpu", "run.precision=fp32"]
+    run_tiny(tmp_path / "one", *overrides, config=CONFIG, until_stage="distill")
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+    ]  # `accelerate launch --cpu` starts one
+    command = [*launch, "-m", "transpoint.distill", str(CONFIG), f"run.dir={tmp_path / 'two'}", *overrides]
+    done = subprocess.run([*command, "--until", "distill"], capture_output=True, text=True)
+    assert done.returncode == 0 and "2 processes on cpu" in done.stdout, done.stderr
+    one, two = (metrics(tmp_path / name, "distill") for name in ("one", "two"))
+    assert {line["attention"] for line in one} > {1.0}
+    for a, b in zip(one, two, strict=True):
+        assert b == pytest.approx(a, rel=1e-4)
 
 
 # The command line
