@@ -95,9 +95,9 @@ class HybridConfig(PreTrainedConfig):
 
 
 def _name(record: dict) -> str:
-    """The TransPoints of a record for people: the schedule's name, or one entry where all layers are alike."""
+    """The TransPoints of a record for people: one entry where all layers are alike, else the schedule's name."""
     points = record["trans_points"]
-    return record.get("schedule") or (f"{points[0]} in every layer" if len(set(points)) == 1 else str(points))
+    return f"{points[0]} in every layer" if len(set(points)) == 1 else record.get("schedule") or str(points)
 
 
 def _figures(record: dict) -> str:
