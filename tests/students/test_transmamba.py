@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from transpoint.kernels.ssd import ssd_scan
 from transpoint.students import StudentConfig, StudentError, build_student, memory_converter, plan_student
 from transpoint.students.modeling_transmamba import Documents
+from transpoint.teachers import load_teacher
 from transpoint.teachers.random import random_teacher
 
 INF = math.inf
@@ -486,3 +487,16 @@ def test_half_precision_keeps_decay_step_and_skip_in_float32():
     found = logits(student, tokens())
     assert found.dtype == torch.bfloat16 and found.isfinite().all()
     assert_near(found[:, :9].float(), logits(teacher, tokens())[:, :9].float(), 1e-2)
+
+
+@pytest.mark.slow
+def test_smollm2_answers_as_a_student_at_infinity_as_it_does_itself():
+    teacher, tokenizer = load_teacher("smollm2-135m")
+    student = build_student(teacher, StudentConfig(mixer="transmamba", trans_points="inf"))
+    questions = ["What is the capital of France?", "Why?"]
+    chats = [[{"role": "user", "content": question}] for question in questions]
+    inputs = tokenizer.apply_chat_template(
+        chats, add_generation_prompt=True, padding=True, padding_side="left", return_tensors="pt", return_dict=True
+    )
+    own, found = (model.generate(**inputs, max_new_tokens=10, do_sample=False) for model in (teacher, student))
+    assert torch.equal(found, own) and "Paris" in tokenizer.decode(found[0])
