@@ -201,7 +201,8 @@ class TransMambaMixer(StateSpace):
         first = last = length
         if convert := finished or max(after) > T or memory.ssm_state is not None:
             left = [max(T - seen, 0) for seen in before]
-            first = min(length, *left)
+            # A state goes on with every token, though the rows that called for it may be gone (`batch_select_indices`).
+            first = min(length, *left) if memory.ssm_state is None else 0
             last = min(length, max(some and some + pad for some, pad in zip(left, pads, strict=True)))
 
         q, k, v = self._project(hidden)

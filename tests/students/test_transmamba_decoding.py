@@ -167,6 +167,36 @@ def test_generation_of_a_left_padded_batch_equals_that_of_each_row(student, poin
         assert torch.equal(found[i, 11:], alone[0, len(row) :])
 
 
+REARRANGED = {
+    "reordered": (lambda cache: cache.reorder_cache(torch.tensor([2, 0, 0])), [2, 0, 0]),
+    "selected": (lambda cache: cache.batch_select_indices(torch.tensor([1, 2])), [1, 2]),
+    "repeated": (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change, rows", REARRANGED.values(), ids=REARRANGED.keys())
+@pytest.mark.parametrize("point", [3, 6, 10, 12, 30])
+def test_rows_that_pass_their_points_at_different_steps_can_be_rearranged(change, rows, point):
+    student = build("qwen3", point)
+    prompts = [tokens(1, length, seed=length)[0] for length in (3, 11, 7)]
+    ids, mask = padded(prompts)
+    cache, more = student.new_cache(), tokens(len(rows), 9, seed=1)
+    in_pieces(student, ids, [11], mask, cache)
+    change(cache)
+    mask = torch.cat((mask[rows], mask.new_ones(more.shape)), 1)
+    found = []
+    for t in range(9):
+        seen = mask[:, : 12 + t]
+        positions = seen.sum(1, keepdim=True) - 1
+        step = {"attention_mask": seen, "position_ids": positions, "past_key_values": cache}
+        found.append(student(more[:, t : t + 1], **step).logits)
+    for i, row in enumerate(rows):
+        expected = logits(student, torch.cat((prompts[row], more[i]))[None])
+        assert_near(torch.cat(found, 1)[i], expected[0, len(prompts[row]) :])
+    assert [layer.tokens for layer in cache.layers] == [[len(prompts[row]) + 9 for row in rows]] * 4
+
+
 def test_a_static_cache_is_refused_in_generation_naming_what_to_leave_out(student):
     with pytest.raises(ValueError, match="cache_implementation='static' is not possible for a hybrid"):
         student.generate(tokens(), max_new_tokens=4, cache_implementation="static")
