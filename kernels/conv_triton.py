@@ -21,7 +21,7 @@ from .launch import launched
 # and does so at most `loops` times: less often if that makes fewer than `per_sm` programs for each multiprocessor.
 FORWARD = {"block_c": 128, "vec": 8, "warps": 2, "steps": 8, "stages": 3, "loops": 2, "per_sm": 8}
 BACKWARD = {"block_c": 128, "vec": 4, "warps": 2, "steps": 4, "stages": 3, "loops": 32, "per_sm": 8}
-STEP = {"block_c": 256, "warps": 2}
+STEP = {"block_c": 256, "warps": 4}
 
 
 def _parameters(table, x, others, seq_idx):
