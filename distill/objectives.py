@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from ..kernels.kl import linear_kl
 from ..students import HybridForCausalLM
 from ..students.cache import document_index
+from ..students.modeling_transmamba import Documents
 from ..teachers import attention_view
 
 
@@ -38,12 +39,13 @@ class Alignment(nn.Module):
         teacher, views = self.beside
         pairs = attention_pairs(teacher, views, batch)
         seq_idx = document_index(batch["position_ids"])
+        documents = Documents(seq_idx)  # once for all mixers, as it waits for the device
         figures = {}
         for view in views:
             inputs, output, position_embeddings = pairs[view.layer]
             mixer = self.mixers[str(view.layer)]
             for name in _in_each_form(mixer):
-                found = mixer(inputs, position_embeddings, seq_idx=seq_idx)[0]
+                found = mixer(inputs, position_embeddings, seq_idx=seq_idx, documents=documents)[0]
                 error, size = (t.float().pow(2).sum((1, 2)) for t in (found - output, output))
                 # Per sequence, so that the loss does not depend on how a step is cut into micro-batches and processes.
                 figures[f"{name}_{view.layer}"] = (error / size).mean()

@@ -11,6 +11,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from .cache import TransPointLayer
 from .mamba2 import GATE_OPEN, PADDING_STEP, STEP_ONE, StateSpace, rotate, ssd_scan
@@ -61,6 +62,51 @@ class Documents:
         self.position = column - torch.where(starts, column, 0).cummax(dim=1).values
         self.start = starts.flatten().nonzero().squeeze(1)
         self.count, self.longest = len(self.start), int(self.position.max()) + 1
+        self._prefixes: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def prefixes(self, length: int) -> tuple[Tensor, Tensor]:
+        """Where the first `length` tokens of each document lie, in rows of their own, and back.
+
+        Returns:
+            Two indices for `_take`. The first (documents * length) are tokens among all B*L; -1 - i is token i, which
+            belongs to another document where one has ended. The second (B*L) are places in the first; -1 - i is the
+            last place of the document's prefix, for a token that comes after it.
+        """
+        if length not in self._prefixes:
+            last = self.number.numel() - 1
+            slot = torch.arange(length, device=self.start.device)
+            token = (self.start[:, None] + slot).clamp(max=last)
+            ended = slot >= torch.diff(self.start, append=self.start.new_tensor([last + 1]))[:, None]
+            place = self.number * length + self.position.clamp(max=length - 1)
+            self._prefixes[length] = (
+                torch.where(ended, -1 - token, token).flatten(),
+                torch.where(self.position >= length, -1 - place, place).flatten(),
+            )
+        return self._prefixes[length]
+
+
+class _Take(torch.autograd.Function):
+    """x[index] whose gradient is taken, too, and not scattered, which costs more than the attention in between."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, index: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(back)
+        return x.index_select(0, torch.where(index < 0, -1 - index, index))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor):
+        (back,) = ctx.saved_tensors
+        taken = gradient.index_select(0, back.clamp(min=0))
+        return taken.masked_fill_((back < 0).view(-1, *[1] * (taken.ndim - 1)), 0), None, None
+
+
+def _take(x: Tensor, index: Tensor, back: Tensor) -> Tensor:
+    """Rows of x (n, ...) by the first of two indices of `Documents.prefixes`, where `back` is the other one.
+
+    A row that -1 - i stands for is row i, but gets no gradient: nobody may use what comes of it.
+    """
+    return _Take.apply(x, index, back)
 
 
 class TransMambaMixer(StateSpace):
@@ -262,10 +308,9 @@ class TransMambaMixer(StateSpace):
         if prefix > 0 and documents.count * prefix**2 <= batch * length**2:
             # Each prefix a row of its own. One shorter than others reads on into the next document, which the causal
             # mask keeps from its own tokens.
-            index = documents.start[:, None] + torch.arange(prefix, device=hidden.device)
-            index = index.clamp(max=batch * length - 1)
-            attended = self._attend(*(t.flatten(0, 1)[index] for t in (queries, keys, v)))
-            attended = attended[documents.number, documents.position.clamp(max=prefix - 1)]
+            out, back = documents.prefixes(prefix)
+            rows = (_take(t.flatten(0, 1), out, back).unflatten(0, (-1, prefix)) for t in (queries, keys, v))
+            attended = _take(self._attend(*rows).flatten(0, 1), back, out).view(batch, length, -1)
         elif prefix > 0:  # a few long documents among many short ones: rows of their own would be mostly empty
             same = documents.number.unsqueeze(2) == documents.number.unsqueeze(1)
             attended = self._attend(queries, keys, v, same=same)

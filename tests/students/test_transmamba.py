@@ -313,6 +313,31 @@ def test_rows_of_a_batch_have_boundaries_of_their_own(student, cuts, points):
         assert_near(packed[row, cut:], logits(student, ids[row : row + 1, cut:])[0])
 
 
+@settings(max_examples=15)
+@given(lengths=st.lists(st.integers(1, 24), min_size=2, max_size=4), points=points_of_layers)
+def test_gradients_of_packed_documents_are_those_of_separate_ones(student, lengths, points):
+    student.set_trans_points(points, warn=False)
+    ids = tokens(1, sum(lengths))
+    weight = torch.randn(sum(lengths), student.config.vocab_size, generator=torch.Generator().manual_seed(1)).double()
+    parameters = dict(student.named_parameters())
+
+    def gradients(loss):
+        return torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+
+    packed = gradients((student(ids, position_ids=positions_of(lengths), use_cache=False).logits[0] * weight).sum())
+    apart = gradients(
+        sum(
+            (student(document, use_cache=False).logits[0] * part).sum()
+            for document, part in zip(ids.split(lengths, 1), weight.split(lengths), strict=True)
+        )
+    )
+    for name, found, expected in zip(parameters, packed, apart, strict=True):
+        if found is None or expected is None:  # a form that no document is long enough for
+            assert all(g is None or not g.any() for g in (found, expected)), name
+        else:
+            assert (found - expected).norm() <= 1e-6 * expected.norm() + 1e-9, name  # A_log goes through float32
+
+
 @pytest.mark.parametrize("lengths", [[20, 20], [36, *[1] * 4], [40]], ids=["gathered", "masked", "one document"])
 def test_both_ways_to_attend_to_packed_documents_are_taken(student, lengths, monkeypatch):
     """So that the tests above tried both: prefixes in rows of their own, or one row under a mask."""
