@@ -57,7 +57,7 @@ def write_card(
         layers=len(mixers),
         plan=plan_in_letters(mixers),
         trans_points=student.trans_points if "transmamba" in mixers else None,
-        schedules=[row for row in getattr(student.config, "measured_trans_points", None) or () if row["quality"]],
+        schedules=[row for row in getattr(student.config, "measured_trans_points", None) or () if row.get("cost")],
         schedule_rows=schedule_rows,
         tokens=facts.tokens,
         quality=facts.quality,
@@ -93,6 +93,7 @@ def schedule_rows(records: list[dict]) -> list[tuple[str, ...]]:
                 record["schedule"],
                 "yes" if record["trained"] else "no",
                 f"{quality['kl']:.4f}",
+                "" if quality.get("late_kl") is None else f"{quality['late_kl']:.4f}",
                 f"{quality['perplexity']:.2f}",
                 f"{quality['same_top']:.1%}",
                 f"{cost['attention']:.1%}",
@@ -182,16 +183,19 @@ Measured on {{ "{:,}".format(quality[0].tokens) }} tokens.
 {% endif %}
 
 {% if schedules %}
-## Other TransPoints
+{% set late = schedules[0].quality.late %}
+## TransPoints
 
-| schedule | trained on | KL | perplexity | same most likely token | attention | cache | prefill | next token |
-|---|---|---|---|---|---|---|---|---|
+| schedule | trained on | KL | KL past {{ late }} | perplexity | same top | attention | cache | prefill | next token |
+|---|---|---|---|---|---|---|---|---|---|
 {% for row in schedule_rows(schedules) %}
 | {{ row | join(" | ") }} |
 {% endfor %}
 
-Attention: fraction of tokens and layers that take it. It, cache and times are those of one sequence of
-{{ "{:,}".format(schedules[0].cost.length) }} tokens in {{ schedules[0].cost.dtype }} on {{ schedules[0].cost.device }}.
+KL: from the teacher, nats per token; past {{ late }}: over tokens after so many of their document. Same top: the
+fraction of tokens with the teacher's most likely next token. Attention: the fraction of tokens and layers that take it.
+It, cache and times are those of one sequence of {{ "{:,}".format(schedules[0].cost.length) }} tokens in
+{{ schedules[0].cost.dtype }} on {{ schedules[0].cost.device }}.
 {% endif %}
 
 {% if tokens %}

@@ -21,6 +21,8 @@ class Quality:
     bits_per_byte: float  # the same, comparable between vocabularies
     kl: float | None = None  # KL(teacher || model), nats per token
     same_top: float | None = None  # fraction of tokens at which both have the same most likely next token
+    late: int | None = None  # how many first tokens of each document late_kl leaves out
+    late_kl: float | None = None  # the KL over later ones; None where there are none
 
 
 class HeldOut:
@@ -45,12 +47,12 @@ class HeldOut:
         self.teacher = teacher
 
     @torch.no_grad()
-    def measure(self, model: PreTrainedModel) -> Quality:
-        """The model's quality on these sequences."""
+    def measure(self, model: PreTrainedModel, late: int | None = None) -> Quality:
+        """The model's quality on these sequences. late: how many first tokens of each document `late_kl` leaves out."""
         training = model.training
         model.eval()
-        nll = kl = same = 0.0
-        predicted = tokens = 0
+        nll = kl = late_kl = same = 0.0
+        predicted = tokens = late_tokens = 0
         for i, item in enumerate(self.items):
             hidden = self.targets[i] if model is self.teacher else _hidden(model, item)
             labels = item["input_ids"][0, 1:]
@@ -64,9 +66,14 @@ class HeldOut:
                     reference = _logprobs(self.teacher, self.targets[i][part])
                     width = min(logprobs.shape[-1], reference.shape[-1])  # vocabularies may be padded differently
                     p, q = (t[:, :width].log_softmax(-1) for t in (reference, logprobs.to(reference.device)))
-                    kl += F.kl_div(q, p, reduction="sum", log_target=True).item()
+                    by_token = F.kl_div(q, p, reduction="none", log_target=True).sum(-1)
+                    kl += by_token.sum().item()
                     same += (p.argmax(-1) == q.argmax(-1)).sum().item()
                     tokens += len(p)
+                    if late is not None and first + len(p) > late:
+                        by_token = by_token[max(0, late - first) :]
+                        late_kl += by_token.sum().item()
+                        late_tokens += len(by_token)
         model.train(training)
         return Quality(
             tokens=predicted,
@@ -74,6 +81,8 @@ class HeldOut:
             bits_per_byte=nll / self.bytes / 0.6931471805599453,
             kl=kl / tokens if tokens else None,
             same_top=same / tokens if tokens else None,
+            late=late,
+            late_kl=late_kl / late_tokens if late_tokens else None,
         )
 
 

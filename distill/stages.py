@@ -126,9 +126,9 @@ class Session:
         fields = [data.text_field, data.messages_field, data.length, data.max_heldout_tokens]
         return identity({"text": sources, "fields": fields, "sequences": self.recipe.evaluate.sequences})
 
-    def measure(self, student: PreTrainedModel, stage: str) -> dict:
-        """The student's held-out quality, said and for the record."""
-        quality = dataclasses.asdict(self.held_out.measure(student)) | {"measured_on": self.measured_on}
+    def measure(self, student: PreTrainedModel, stage: str, late: int | None = None) -> dict:
+        """The student's held-out quality, said and for the record; `late`: see `HeldOut.measure`."""
+        quality = dataclasses.asdict(self.held_out.measure(student, late)) | {"measured_on": self.measured_on}
         self.say(
             f"{stage}: held-out KL {quality['kl']:.4f}, perplexity {quality['perplexity']:.2f}, "
             f"same top token {quality['same_top']:.1%}"
@@ -235,7 +235,10 @@ def run_evaluate(session: Session, folder: StageFolder) -> dict:
     exported = session.folder("export").done
     path = session.folder("export") / exported["folder"]
     model = load_model(path).to(session.accelerator.device)
-    results = {"quality": session.measure(model, "evaluate")}
+    late = None
+    if _has_trans_points(model):  # where no layer takes attention any more, or at least the layers that documents reach
+        late = max((point for point in model.trans_points if point < session.held_out.longest), default=None)
+    results = {"quality": session.measure(model, "evaluate", late)}
     if _has_trans_points(model):
         results["schedules"] = _measure_schedules(session, model, results["quality"])
     results["answers"] = [
@@ -268,7 +271,7 @@ def _measure_schedules(session: Session, model: HybridForCausalLM, own: dict) ->
     records, never = [], set()
     for name, points in resolve(model, specs).items():
         with at_trans_points(model, points):
-            quality = session.measure(model, f"evaluate at {name}") if records else own
+            quality = session.measure(model, f"evaluate at {name}", own["late"]) if records else own
             cost = measure_cost(model, points, length)
         quality = {key: value for key, value in quality.items() if key != "measured_on"}
         record = {"schedule": name, "trans_points": written(points), "trained": written(points) in trained.values()}
@@ -464,8 +467,8 @@ def summary(session: Session) -> list:
 
 def schedule_table(records: list[dict]) -> Table:
     """Quality and cost by schedule, for the console."""
-    cost = records[0]["cost"]
-    columns = ("schedule", "trained on", "KL from teacher", "perplexity", "same top token", "attention", "cache")
+    cost, late = records[0]["cost"], records[0]["quality"].get("late")
+    columns = ("schedule", "trained on", "KL", f"KL past {late}", "perplexity", "same top", "attention", "cache")
     title = f"schedules (cost: one sequence of {cost['length']:,} tokens, {cost['dtype']} on {cost['device']})"
     table = Table(*columns, "prefill", "next token", title=title)
     for row in schedule_rows(records):

@@ -45,10 +45,10 @@ def dataset(tokenizer):
     return PackedDataset(Corpus(torch.tensor(sum(pieces, [])), torch.tensor(starts), ""), LENGTH)
 
 
-def naive(dataset, sequences, model, teacher=None, width=None):
+def naive(dataset, sequences, model, teacher=None, width=None, late=0):
     """Every document of every window on its own, from whole logits, in float64."""
-    nll = kl = same = 0.0
-    predicted = tokens = count = 0
+    nll = kl = late_kl = same = 0.0
+    predicted = tokens = late_tokens = count = 0
     for i in range(min(sequences, len(dataset))):
         ids, positions = dataset[i]["input_ids"], dataset[i]["position_ids"]
         starts = [*(positions == 0).nonzero().flatten().tolist(), LENGTH]
@@ -60,7 +60,10 @@ def naive(dataset, sequences, model, teacher=None, width=None):
             if teacher is not None:
                 reference = teacher(ids[None, a:b], use_cache=False).logits[0].double()[:, :width].log_softmax(-1)
                 found = logits[:, :width].log_softmax(-1)
-                kl += (reference.exp() * (reference - found)).sum().item()
+                by_token = (reference.exp() * (reference - found)).sum(-1)
+                kl += by_token.sum().item()
+                late_kl += by_token[late:].sum().item()
+                late_tokens += max(0, b - a - late)
                 same += (reference.argmax(-1) == found.argmax(-1)).sum().item()
                 tokens += b - a
     return {
@@ -69,6 +72,7 @@ def naive(dataset, sequences, model, teacher=None, width=None):
         "bits_per_byte": nll / math.log(2) / count,
         "kl": kl / tokens if tokens else None,
         "same_top": same / tokens if tokens else None,
+        **({"late_kl": late_kl / late_tokens if late_tokens else None} if late else {}),
     }
 
 
@@ -87,6 +91,17 @@ def test_quality_is_that_of_each_document_on_its_own(sequences, dataset, student
     found = HeldOut(dataset, sequences, tokenizer, teacher).measure(student)
     check(found, naive(dataset, sequences, student, teacher))
     assert found.kl > 0.1 and 0 < found.same_top < 1
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 1000])
+@pytest.mark.parametrize("late", [1, 5, 20, LENGTH])
+def test_late_tokens_are_those_after_the_first_of_their_document(
+    late, chunk, dataset, student, teacher, tokenizer, monkeypatch
+):
+    monkeypatch.setattr(quality, "CHUNK", chunk)
+    found = HeldOut(dataset, 2, tokenizer, teacher).measure(student, late)
+    check(found, naive(dataset, 2, student, teacher, late=late))
+    assert found.late == late and (found.late_kl is None) == (late == LENGTH)
 
 
 def test_without_a_teacher_there_is_no_kl(dataset, student, tokenizer):

@@ -118,7 +118,9 @@ def test_card_and_summary_show_the_schedules(whole):
     records = json.loads((folder / "evaluate" / "results.json").read_text())["schedules"]
     for record in records:
         name, trained = record["schedule"], "yes" if record["trained"] else "no"
-        assert f"| {name} | {trained} | {record['quality']['kl']:.4f} | {record['quality']['perplexity']:.2f} |" in text
+        kl, late_kl, perplexity = (record["quality"][key] for key in ("kl", "late_kl", "perplexity"))
+        assert record["quality"]["late"] == 32 and late_kl != kl
+        assert f"| {name} | {trained} | {kl:.4f} | {late_kl:.4f} | {perplexity:.2f} |" in text
         assert f"evaluate at {name}: held-out KL {record['quality']['kl']:.4f}" in output or record is records[0]
     assert "# A TransMamba hybrid of random-llama" in text and "`TTTT`" in text and "`0 8 16 32`" in text
     assert "- transmamba" in text and "mamba2" not in text and str(folder) not in text
