@@ -466,13 +466,14 @@ def summary(session: Session) -> list:
 
 
 def schedule_table(records: list[dict]) -> Table:
-    """Quality and cost by schedule, for the console."""
+    """Quality and cost by schedule, for a console of 80 columns: the model card has it all in words."""
     cost, late = records[0]["cost"], records[0]["quality"].get("late")
-    columns = ("schedule", "trained on", "KL", f"KL past {late}", "perplexity", "same top", "attention", "cache")
     title = f"schedules (cost: one sequence of {cost['length']:,} tokens, {cost['dtype']} on {cost['device']})"
-    table = Table(*columns, "prefill", "next token", title=title)
-    for row in schedule_rows(records):
-        table.add_row(*row)
+    table = Table("schedule", title=title, padding=(0, 0, 0, 1))
+    for name in ("trained", "KL", f"KL>{late}", "ppl", "top", "attn", "cache", "token"):
+        table.add_column(name, no_wrap=True)
+    for *row, _, token in schedule_rows(records):  # without the time of a prefill
+        table.add_row(*row, token)
     return table
 
 
