@@ -43,13 +43,14 @@ def memory_converter(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *, dt_bias: Te
     return ssd_scan(x, dt, A, B, B[:, :, :1], dt_bias=dt_bias, return_final_state=True)[1]
 
 
+SHORTEST = 16  # tokens of a row of its own that a shorter document gets
+
+
 class Documents:
     """Where the documents of packed sequences lie. Made once for all layers, as it has to wait for the device.
 
     Attributes, of documents numbered through the batch:
         count, longest: how many there are, and the tokens of the longest.
-        start: (documents,) of the first token of each among all B*L.
-        number: (B, L) each token's document.
         position: (B, L) each token's position in its document.
     """
 
@@ -58,30 +59,43 @@ class Documents:
         starts = torch.ones_like(seq_idx, dtype=torch.bool)
         starts[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
         column = torch.arange(seq_idx.shape[1], device=seq_idx.device)
-        self.number = starts.flatten().cumsum(0).view_as(seq_idx) - 1
         self.position = column - torch.where(starts, column, 0).cummax(dim=1).values
-        self.start = starts.flatten().nonzero().squeeze(1)
-        self.count, self.longest = len(self.start), int(self.position.max()) + 1
-        self._prefixes: dict[int, tuple[Tensor, Tensor]] = {}
+        # What follows is counted by the host, which has to know the shapes.
+        self._start = starts.flatten().nonzero().squeeze(1).cpu()
+        self._length = torch.diff(self._start, append=torch.tensor([seq_idx.numel()]))
+        self.count, self.longest = len(self._start), int(self._length.max())
+        self._prefixes: dict[int, tuple[list[tuple[int, int]], Tensor, Tensor]] = {}
 
-    def prefixes(self, length: int) -> tuple[Tensor, Tensor]:
-        """Where the first `length` tokens of each document lie, in rows of their own, and back.
+    def prefixes(self, length: int) -> tuple[list[tuple[int, int]], Tensor, Tensor]:
+        """How to lay out the first `length` tokens of each document in rows of their own, and back.
+
+        Rows are as wide as a power of two, or as `length`: documents of about one size lie together, so there are at
+        most about twice as many places as tokens.
 
         Returns:
-            Two indices for `_take`. The first (documents * length) are tokens among all B*L; -1 - i is token i, which
-            belongs to another document where one has ended. The second (B*L) are places in the first; -1 - i is the
-            last place of the document's prefix, for a token that comes after it.
+            (rows, width) of each group, and two indices for `_take`. The first (sum of rows * width) are tokens among
+            all B*L; -1 - i is token i, which belongs to another document where one has ended. The second (B*L) are
+            places in the first; -1 - i is the last place of a prefix, for a token that comes after it.
         """
         if length not in self._prefixes:
-            last = self.number.numel() - 1
-            slot = torch.arange(length, device=self.start.device)
-            token = (self.start[:, None] + slot).clamp(max=last)
-            ended = slot >= torch.diff(self.start, append=self.start.new_tensor([last + 1]))[:, None]
-            place = self.number * length + self.position.clamp(max=length - 1)
-            self._prefixes[length] = (
-                torch.where(ended, -1 - token, token).flatten(),
-                torch.where(self.position >= length, -1 - place, place).flatten(),
-            )
+            held = self._length.clamp(max=length)
+            width = (2 ** held.double().log2().ceil().long()).clamp(min=SHORTEST).clamp(max=length)
+            groups, out, first, places = [], [], torch.empty_like(self._start), 0
+            for size in width.unique().tolist():
+                group = (width == size).nonzero().squeeze(1)
+                slot = torch.arange(size)
+                token = (self._start[group, None] + slot).clamp(max=self.position.numel() - 1)
+                out.append(torch.where(slot >= self._length[group, None], -1 - token, token).flatten())
+                first[group] = places + size * torch.arange(len(group))
+                groups.append((len(group), size))
+                places += len(group) * size
+            number = torch.arange(self.count).repeat_interleave(self._length)
+            position = torch.arange(self.position.numel()) - self._start[number]
+            last = held[number] - 1
+            place = first[number] + torch.minimum(position, last)
+            back = torch.where(position > last, -1 - place, place)
+            device = self.position.device
+            self._prefixes[length] = groups, torch.cat(out).to(device), back.to(device)
         return self._prefixes[length]
 
 
@@ -304,16 +318,16 @@ class TransMambaMixer(StateSpace):
         q, k, v = self._project(hidden)
         queries, keys = (self._place(t, norm, position_embeddings) for t, norm in ((q, self.q_norm), (k, self.k_norm)))
         attended = None
-        prefix = int(min(T, documents.longest))
-        if prefix > 0 and documents.count * prefix**2 <= batch * length**2:
-            # Each prefix a row of its own. One shorter than others reads on into the next document, which the causal
-            # mask keeps from its own tokens.
-            out, back = documents.prefixes(prefix)
-            rows = (_take(t.flatten(0, 1), out, back).unflatten(0, (-1, prefix)) for t in (queries, keys, v))
-            attended = _take(self._attend(*rows).flatten(0, 1), back, out).view(batch, length, -1)
-        elif prefix > 0:  # a few long documents among many short ones: rows of their own would be mostly empty
-            same = documents.number.unsqueeze(2) == documents.number.unsqueeze(1)
-            attended = self._attend(queries, keys, v, same=same)
+        if T > 0:
+            # A row wider than its document reads on into the next one, which the causal mask keeps from its own tokens.
+            groups, out, back = documents.prefixes(int(min(T, documents.longest)))
+            sizes = [rows * width for rows, width in groups]
+            laid = (_take(t.flatten(0, 1), out, back).split(sizes) for t in (queries, keys, v))
+            parts = [
+                self._attend(*(t.unflatten(0, group) for t in operands)).flatten(0, 1)
+                for group, operands in zip(groups, zip(*laid, strict=True), strict=True)
+            ]
+            attended = _take(torch.cat(parts), back, out).view(batch, length, -1)
         if T >= documents.longest:
             return attended
         dt = self.dt_proj(hidden)
@@ -347,24 +361,20 @@ class TransMambaMixer(StateSpace):
         )
         return v, B, C, tail
 
-    def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None = None, same: Tensor | None = None
-    ) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None = None) -> Tensor:
         """Causal softmax attention (B,Q,H*P) of queries (B,Q,H,P), which are the last of the S keys and values
         (B,S,K,P), in the teacher's window.
 
-        `real` (B,S): keys that are no padding. `same` (B,Q,S): pairs of one document.
+        `real` (B,S): keys that are no padding.
         """
         if q.shape[1] == 1 and self.window is not None:
             k, v, real = (t if t is None else t[:, -self.window :] for t in (k, v, real))
         queries, held = q.shape[1], k.shape[1]
         mask = None if real is None else real[:, None, None]
-        if real is not None or same is not None or (queries > 1 and (queries < held or (self.window or held) < held)):
+        if real is not None or (queries > 1 and (queries < held or (self.window or held) < held)):
             row = torch.arange(held - queries, held, device=q.device)[:, None]
             column = torch.arange(held, device=q.device)
             mask = (column <= row) & (column > row - (self.window or held))
-            if same is not None:
-                mask = mask & same.unsqueeze(1)
             if real is not None:  # padding sees itself, as a softmax over nothing would be no number
                 mask = (mask & real[:, None, None]) | (column == row)
         groups = self.num_heads // self.num_kv_heads

@@ -1,6 +1,7 @@
 """The TransMamba mixer on whole sequences: the teacher's attention, an independent recurrence, and what is between."""
 
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -9,7 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transpoint.kernels.ssd import ssd_scan
-from transpoint.students import StudentConfig, StudentError, build_student, memory_converter, plan_student
+from transpoint.students import (
+    StudentConfig,
+    StudentError,
+    build_student,
+    memory_converter,
+    modeling_transmamba,
+    plan_student,
+)
 from transpoint.students.modeling_transmamba import Documents
 from transpoint.teachers import load_teacher
 from transpoint.teachers.random import random_teacher
@@ -293,11 +301,14 @@ points_of_layers = st.lists(st.one_of(st.integers(0, 30), st.just("inf")), min_s
 
 
 @settings(max_examples=30)
-@given(lengths=st.lists(st.integers(1, 24), min_size=1, max_size=5), points=points_of_layers)
-def test_packed_documents_equal_separate_ones(student, lengths, points):
+@given(
+    lengths=st.lists(st.integers(1, 24), min_size=1, max_size=5), points=points_of_layers, shortest=st.integers(1, 16)
+)
+def test_packed_documents_equal_separate_ones(student, lengths, points, shortest):
     student.set_trans_points(points, warn=False)
     ids = tokens(1, sum(lengths))
-    packed = logits(student, ids, position_ids=positions_of(lengths)).split(lengths, 1)
+    with mock.patch.object(modeling_transmamba, "SHORTEST", shortest):  # so that there are several groups of rows
+        packed = logits(student, ids, position_ids=positions_of(lengths)).split(lengths, 1)
     for found, document in zip(packed, ids.split(lengths, 1), strict=True):
         assert_near(found, logits(student, document))
 
@@ -314,6 +325,7 @@ def test_rows_of_a_batch_have_boundaries_of_their_own(student, cuts, points):
 
 
 @settings(max_examples=15)
+@mock.patch.object(modeling_transmamba, "SHORTEST", 2)
 @given(lengths=st.lists(st.integers(1, 24), min_size=2, max_size=4), points=points_of_layers)
 def test_gradients_of_packed_documents_are_those_of_separate_ones(student, lengths, points):
     student.set_trans_points(points, warn=False)
@@ -338,16 +350,27 @@ def test_gradients_of_packed_documents_are_those_of_separate_ones(student, lengt
             assert (found - expected).norm() <= 1e-6 * expected.norm() + 1e-9, name  # A_log goes through float32
 
 
-@pytest.mark.parametrize("lengths", [[20, 20], [36, *[1] * 4], [40]], ids=["gathered", "masked", "one document"])
-def test_both_ways_to_attend_to_packed_documents_are_taken(student, lengths, monkeypatch):
-    """So that the tests above tried both: prefixes in rows of their own, or one row under a mask."""
-    seen = []
-    mixer = student.mixer_layers()[0]
-    attend = mixer._attend
-    monkeypatch.setattr(mixer, "_attend", lambda q, *args, **kw: (seen.append(q.shape), attend(q, *args, **kw))[1])
-    student.set_trans_points("inf", warn=False)
-    logits(student, tokens(1, 40), position_ids=positions_of(lengths))
-    assert seen[0][:2] == {2: (2, 20), 5: (1, 40), 1: (1, 40)}[len(lengths)]
+@given(
+    lengths=st.lists(st.integers(1, 300), min_size=1, max_size=12), length=st.integers(1, 300), rows=st.integers(1, 3)
+)
+def test_prefixes_of_documents_take_few_places(lengths, length, rows):
+    """Of a batch whose rows hold the same documents: every token of a prefix has a place, and few places are empty."""
+    documents = Documents(torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).expand(rows, -1))
+    groups, out, back = documents.prefixes(length)
+    held = [min(n, length) for n in lengths] * rows
+    assert len(out) == sum(count * width for count, width in groups) <= sum(max(16, 2 * n) for n in held)
+    assert sum(count for count, _ in groups) == len(held) and max(width for _, width in groups) <= length
+    kept = documents.position.flatten() < length
+    assert torch.equal(back >= 0, kept) and torch.equal(out[back[kept]], torch.arange(len(back))[kept])
+    assert ((out >= 0).sum() == kept.sum()) and torch.equal(
+        out[-1 - back[~kept]], last_places(documents, length)[~kept]
+    )
+
+
+def last_places(documents, length):
+    """For each token the last one of its document's prefix."""
+    position = documents.position.flatten()
+    return torch.arange(len(position)) - position + length - 1
 
 
 def test_a_mixer_alone_finds_its_documents_itself():
