@@ -111,7 +111,7 @@ def load_snippet(path: str, format: str) -> str:
     return (
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
         f'model = AutoModelForCausalLM.from_pretrained("{path}"{extra})\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{path}")'
+        f'tokenizer = AutoTokenizer.from_pretrained("{path}"{extra})'
     )
 
 

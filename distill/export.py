@@ -224,7 +224,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 folder, scratch = sys.argv[1:]
 expected = load_file(scratch + "/expected.safetensors")
 model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=True).eval()
-AutoTokenizer.from_pretrained(folder)
+AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 ids = expected["ids"]
 @torch.no_grad()
 def compare(logits):

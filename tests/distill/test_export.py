@@ -473,12 +473,24 @@ def test_the_card_says_where_it_comes_from_and_what_was_measured(format, tmp_pat
     assert ("trust_remote_code" in text.split("```python")[1].split("```")[0]) == (format == "custom")
 
 
-def test_the_cards_code_loads_the_model(tmp_path, unverified):
-    text = card(tmp_path, facts_of(tmp_path))
+@pytest.mark.parametrize("format, made", [("native", "GraniteMoeHybridForCausalLM"), ("custom", "HybridForCausalLM")])
+def test_the_cards_code_loads_the_model_and_asks_nothing(format, made, tmp_path, unverified):
+    """In a process without Transpoint and without a terminal."""
+    text = card(tmp_path, facts_of(tmp_path), format)
     code = text.split("```python\n")[1].split("```")[0].replace("FOLDER_OR_HUB_ID", str(tmp_path / "out"))
-    names = {}
-    exec(code, names)
-    assert type(names["model"]) is GraniteMoeHybridForCausalLM and names["tokenizer"]("a")["input_ids"]
+    code = f"import sys\nsys.modules['transpoint'] = None\n{code}"
+    code += "\nprint(type(model).__name__, len(tokenizer('abc')['input_ids']))"
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith(f"{made} ") and "[y/N]" not in done.stdout + done.stderr
 
 
 def test_a_card_without_facts(tmp_path, unverified):
