@@ -120,11 +120,13 @@ class StateLayer(CacheLayerMixin):
         self.conv_state: Tensor | None = None  # (B, channels, kernel - 1): the last inputs of the convolution
         self.ssm_state: Tensor | None = None  # (B, H, P, N), float32
         self.seen = 0
+        self.tokens = [0]  # how many each row has seen, padding left out; one entry where all rows are alike
 
-    def advance(self, conv_state: Tensor | None, ssm_state: Tensor | None, tokens: int) -> None:
-        """Takes the states after `tokens` more tokens."""
+    def advance(self, conv_state: Tensor | None, ssm_state: Tensor | None, columns: int, tokens: list[int]) -> None:
+        """Takes the states after `columns` more columns; `tokens`: how many each row has now seen."""
         self.conv_state, self.ssm_state = conv_state, ssm_state
-        self.seen += tokens
+        self.seen += columns
+        self.tokens = tokens if len(set(tokens)) > 1 else tokens[:1]
         self.is_initialized = True
 
     def get_seq_length(self) -> int:
@@ -138,12 +140,16 @@ class StateLayer(CacheLayerMixin):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._map(lambda state: state.index_select(0, beam_idx.to(state.device)))
+        self._select(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._map(lambda state: state.repeat_interleave(repeats, dim=0))
+        if len(self.tokens) > 1:
+            self.tokens = [count for count in self.tokens for _ in range(repeats)]
 
     def batch_select_indices(self, indices: Tensor) -> None:
         self._map(lambda state: state[indices])
+        self._select(indices)
 
     def crop(self, tokens_to_remove: int) -> None:
         raise RuntimeError("a recurrent state cannot be rolled back: crop and assisted decoding are not possible here")
@@ -164,6 +170,10 @@ class StateLayer(CacheLayerMixin):
             if (tensor := getattr(self, name)) is not None:
                 setattr(self, name, function(tensor))
 
+    def _select(self, indices: Tensor) -> None:
+        if len(self.tokens) > 1:  # otherwise the device is not waited for
+            self.tokens = torch.tensor(self.tokens)[indices.cpu()].tolist()
+
 
 class TransPointLayer(StateLayer):
     """What one TransMamba layer remembers: keys and values up to its TransPoint, after it a state.
@@ -180,7 +190,6 @@ class TransPointLayer(StateLayer):
         self.dt: Tensor | None = None  # (B, columns, H) steps
         self.x: Tensor | None = None  # (B, columns, K, P) inputs and input maps of the state, where they are not
         self.B: Tensor | None = None  # values and keys
-        self.tokens = [0]  # how many each row has seen, padding left out; one entry where all rows are alike
         self.trans_point: int | float | None = None
 
     def settle(self, trans_point: int | float) -> None:
@@ -216,27 +225,11 @@ class TransPointLayer(StateLayer):
         for name in names:
             setattr(self, name, None)
 
-    def advance(self, conv_state, ssm_state, columns: int, tokens: list[int]) -> None:
-        """As `StateLayer.advance`; `tokens`: how many each row has now seen."""
-        super().advance(conv_state, ssm_state, columns)
-        self.tokens = tokens if len(set(tokens)) > 1 else tokens[:1]
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)
-        self._select(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
-        if len(self.tokens) > 1:
-            self.tokens = [count for count in self.tokens for _ in range(repeats)]
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
-        self._select(indices)
-
-    def _select(self, indices: Tensor) -> None:
-        if len(self.tokens) > 1:  # otherwise the device is not waited for
-            self.tokens = torch.tensor(self.tokens)[indices.cpu()].tolist()
+def by_row(*counts: list[int]) -> list[list[int]]:
+    """Counts of tokens with as many entries each as there are rows; one entry stands for all rows."""
+    rows = max(map(len, counts))
+    return [entries * rows if len(entries) == 1 else entries for entries in counts]
 
 
 def document_index(position_ids: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ heads. This file travels with exported checkpoints: it imports torch only.
 import torch
 from torch import Tensor, nn
 
+from .cache import by_row
+
 try:  # the fused kernels, where the package is installed
     from transpoint.kernels.conv import causal_conv1d, causal_conv1d_step
     from transpoint.kernels.norm import gated_rms_norm
@@ -37,6 +39,19 @@ class StateSpace(nn.Module):
                 "pass `past_key_values=model.new_cache()`, or none"
             )
         return memory
+
+    def _padding(self, memory, padding_mask: Tensor | None, length: int) -> tuple[bool, Tensor | None, list[int]]:
+        """Of `length` more columns: whether they are a step of decoding, which are padding (B,L,1), or None, and, where
+        there is a memory, how many are padding in each row (one entry: in all)."""
+        # Padding comes first in a row. Where all rows have begun, one more token is none (and no device is waited for).
+        stepping = memory is not None and memory.is_initialized and length == 1 and min(memory.tokens) > 0
+        if padding_mask is None or stepping:
+            return stepping, None, [0]
+        padding = (padding_mask[:, -length:] == 0).unsqueeze(-1)
+        if memory is None:
+            return stepping, padding, [0]
+        pads = padding.sum((1, 2)).tolist()
+        return stepping, padding if any(pads) else None, pads
 
     def _convolve(self, inputs, memory, stepping: bool, padding=None, seq_idx=None) -> tuple[Tensor, Tensor | None]:
         """The convolution of inputs (B,L,channels), and its tail where there is a memory. Padding (B,L,1) is zero
@@ -159,15 +174,12 @@ class Mamba2Mixer(StateSpace):
         memory = self._memory(past_key_values, "ssm_state")
         if seq_idx is not None:
             seq_idx = seq_idx.expand(batch, -1)
-        stepping = memory is not None and memory.is_initialized and length == 1
+        stepping, padding, pads = self._padding(memory, padding_mask, length)
 
         z, xBC, dt = self.in_proj(hidden_states).split(
             [self.sizes["z"], self.sizes["x"] + self.sizes["B"] + self.sizes["C"], self.sizes["dt"]], dim=-1
         )
-        padding = None
-        if padding_mask is not None and not stepping:  # a decoded token is never padding
-            padding = (padding_mask[:, -length:] == 0).unsqueeze(-1)
-            dt = dt.masked_fill(padding, PADDING_STEP)
+        dt = dt if padding is None else dt.masked_fill(padding, PADDING_STEP)
         xBC, conv_state = self._convolve(xBC, memory, stepping, padding, seq_idx)
 
         x, B, C = (
@@ -182,7 +194,8 @@ class Mamba2Mixer(StateSpace):
         state = None if memory is None else memory.ssm_state
         y, ssm_state = self._recur(x, dt, B, C, state, stepping, memory is not None, seq_idx)
         if memory is not None:
-            memory.advance(conv_state, ssm_state, length)
+            counts = zip(*by_row(memory.tokens, pads), strict=True)
+            memory.advance(conv_state, ssm_state, length, [seen + length - pad for seen, pad in counts])
         y = self._gate_and_norm(y.flatten(2), z + self.z_bias if self.gate else None)
         return self.out_proj(y.to(hidden_states.dtype)), None
 

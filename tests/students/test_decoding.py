@@ -190,3 +190,33 @@ def test_a_left_padded_batch_in_chunks_equals_unpadded_rows(make_student, keep):
     found = in_pieces(student, ids, [6, 9, 3, 1, 1], mask)
     for i, row in enumerate(rows):
         assert_near(found[i][mask[i] == 1], logits(student, row[None])[0], SHIFTED)
+
+
+@hybrids
+def test_a_left_padded_batch_token_by_token_equals_unpadded_rows(make_student, keep):
+    """Its first columns are padding in some rows and a token in another."""
+    student, rows = make_student("llama", keep), rows_of(5, 20, 13)
+    ids, mask = padded(rows, "left")
+    found = in_pieces(student, ids, [1] * 20, mask)
+    for i, row in enumerate(rows):
+        assert_near(found[i][mask[i] == 1], logits(student, row[None])[0], SHIFTED)
+
+
+@torch.no_grad()
+def test_no_token_waits_for_the_device_once_all_rows_have_begun(make_student, monkeypatch):
+    """Reading a tensor's content on the host would: item, tolist, and with them any `if` on it."""
+    student = make_student(keep_attention=())
+    ids, mask = padded(rows_of(8, 14), "left")
+    cache, read = student.new_cache(), []
+    student(ids[:, :7], past_key_values=cache, attention_mask=mask[:, :7])
+    assert [layer.tokens for layer in cache.layers] == [[1, 7]] * 4
+    for name in ("item", "tolist", "__bool__", "__int__", "__index__", "nonzero"):
+        method = getattr(torch.Tensor, name)
+        monkeypatch.setattr(
+            torch.Tensor, name, lambda *args, method=method, name=name: (read.append(name), method(*args))[1]
+        )
+    for t in range(7, 14):
+        hidden = student.model.embed_tokens(ids[:, t : t + 1])
+        for mixer in student.mixer_layers():
+            mixer(hidden, past_key_values=cache, padding_mask=mask[:, : t + 1])
+    assert not read and [layer.tokens for layer in cache.layers] == [[8, 14]] * 4
