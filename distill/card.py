@@ -196,6 +196,10 @@ KL: from the teacher, nats per token; past {{ late }}: over tokens after so many
 fraction of tokens with the teacher's most likely next token. Attention: the fraction of tokens and layers that take it.
 It, cache and times are those of one sequence of {{ "{:,}".format(schedules[0].cost.length) }} tokens in
 {{ schedules[0].cost.dtype }} on {{ schedules[0].cost.device }}.
+{% if schedules[0].longest is defined %}
+The longest held-out document has {{ "{:,}".format(schedules[0].longest) }} tokens: quality says nothing of the
+state-space form of a layer whose TransPoint is that or more.
+{% endif %}
 {% endif %}
 
 {% if tokens %}

@@ -59,11 +59,14 @@ def plan(options) -> None:
     from ..students import plan_student
     from ..teachers import load_teacher
     from .config import load_recipe
+    from .schedules import check_schedules, never_distilled
 
     console = Console()
     recipe = load_recipe(options.config, options.overrides)
     settings = recipe.teacher
     teacher, _ = load_teacher(settings.source, settings.dtype, trust_remote_code=settings.trust_remote_code)
+    longest = getattr(teacher.config, "max_position_embeddings", None)
+    check_schedules(recipe, teacher.config.num_hidden_layers, longest)
     student, transfers = plan_student(teacher, recipe.student)
     mixers = student.config.mixers
     points = student.trans_points if "transmamba" in mixers else None
@@ -87,6 +90,8 @@ def plan(options) -> None:
         console.print(
             "in transmamba layers that is so past the TransPoint; up to it they keep keys and values", highlight=False
         )
+        if line := never_distilled(recipe, mixers, longest):
+            console.print(line, highlight=False)
     if student.windows_given_up:
         console.print(f"sliding windows are given up in layers {student.windows_given_up}: a state has none")
 

@@ -329,7 +329,7 @@ def _check_values(section: Any, prefix: str) -> None:
                 raise ConfigError(f"{key} holds {number!r}; expected {_expected(key)}")
             if isinstance(number, bool) or not isinstance(number, int | float):
                 continue
-            if math.isinf(number):
+            if math.isinf(number) and entry.type not in (Any, list[Any], list[Any] | None):
                 raise ConfigError(f"{key} is {number}; expected a finite number")
             if "minimum" in limits and not number >= limits["minimum"]:
                 raise ConfigError(f"{key} is {number}; expected at least {limits['minimum']}")

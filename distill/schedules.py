@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from transformers import Cache, PreTrainedModel
 
-from ..students import HybridForCausalLM
-from .config import DistillConfig
+from ..students import HybridForCausalLM, StudentError, parse_trans_points
+from .config import DistillConfig, Recipe
 
 TransPoints = list[int | float]
 
@@ -52,6 +52,48 @@ def annealed(target: int | float, length: int, progress: float, shape: str) -> i
     if shape == "linear":
         return round(length + (target - length) * progress)
     return round((length + 1) ** (1 - progress) * (target + 1) ** progress) - 1
+
+
+def check_schedules(recipe: Recipe, num_layers: int, longest: int | None = 1) -> dict[str, list[TransPoints]]:
+    """The schedules that a recipe names for a transmamba student of so many layers, by key; none for another student.
+
+    Args:
+        longest: the longest sequence the model was made for, which "log" needs; any number serves to check alone.
+
+    Raises:
+        StudentError: one that is none, with its key.
+    """
+    if recipe.student.mixer != "transmamba":
+        return {}
+    named = {
+        "student.trans_points": [recipe.student.trans_points],
+        "distill.sample_schedules": recipe.distill.sample_schedules,
+        "evaluate.schedules": recipe.evaluate.schedules or [],
+    }
+    found: dict[str, list[TransPoints]] = {key: [] for key in named}
+    for key, specs in named.items():
+        for spec in specs:
+            try:
+                found[key].append(parse_trans_points(spec, num_layers, longest))
+            except StudentError as error:
+                raise StudentError(f"{key}: {error}") from error
+    return found
+
+
+def never_distilled(recipe: Recipe, mixers: list[str], longest: int | None) -> str | None:
+    """A line on the transmamba layers that no training sequence passes the TransPoint of; None where there are none."""
+    schedules = check_schedules(recipe, len(mixers), longest)
+    if not schedules:
+        return None
+    trained = zip(*schedules["student.trans_points"], *schedules["distill.sample_schedules"], strict=True)
+    least = {min(points) for points, mixer in zip(trained, mixers, strict=True) if mixer == "transmamba"}
+    never = sorted(point for point in least if recipe.data.length <= point < math.inf)
+    if not never:
+        return None
+    return (
+        f"data.length is {recipe.data.length:,}: distill never reaches the state-space form of layers with TransPoints "
+        f"of {', '.join(map(str, never))}; raise data.length, or lower them"
+    )
 
 
 def resolve(student: HybridForCausalLM, specs: list) -> dict[str, TransPoints]:

@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..students import HybridForCausalLM, StudentError, build_student
+from ..students import HybridForCausalLM, build_student
 from ..students.configuration_transmamba import written
 from ..teachers import load_teacher, teacher_info
 from .calibrate import calibrate
@@ -31,7 +31,14 @@ from .export import export, why_no_student, why_not
 from .objectives import Alignment, Distillation
 from .quality import HeldOut, answer
 from .run import STAGES, RunError, StageFolder, file_identity, identity, lineage, read_json, write_json
-from .schedules import at_trans_points, measure_cost, resolve, trans_points_in_step
+from .schedules import (
+    at_trans_points,
+    check_schedules,
+    measure_cost,
+    never_distilled,
+    resolve,
+    trans_points_in_step,
+)
 from .sources import DataError, source_identity
 from .trainer import train
 
@@ -139,16 +146,14 @@ class Session:
 def run_transfer(session: Session, folder: StageFolder) -> dict:
     """Builds the student and gives it the teacher's weights."""
     recipe = session.recipe
+    config = session.teacher.config
+    longest = getattr(config, "max_position_embeddings", None)
+    check_schedules(recipe, config.num_hidden_layers, longest)  # better now than after training
     student = build_student(session.teacher, recipe.student)
     if session.exports and (reason := why_not(student, recipe.export.format)):
         raise RunError(f"export.format={recipe.export.format} cannot hold this student: {reason}")
-    schedules = {"distill.sample_schedules": recipe.distill.sample_schedules}
-    schedules["evaluate.schedules"] = recipe.evaluate.schedules or []
-    for key, specs in schedules.items():  # better now than after training
-        try:
-            resolve(student, specs)
-        except StudentError as error:
-            raise RunError(f"{key}: {error}") from error
+    if line := never_distilled(recipe, student.config.mixers, longest):
+        session.say(f"transfer: {line}")
     session.save(student, folder)
     if session.accelerator.is_main_process:
         (folder / "transfer_plan.txt").write_text(str(student.transfer_plan), encoding="utf-8")
@@ -275,6 +280,7 @@ def _measure_schedules(session: Session, model: HybridForCausalLM, own: dict) ->
             cost = measure_cost(model, points, length)
         quality = {key: value for key, value in quality.items() if key != "measured_on"}
         record = {"schedule": name, "trans_points": written(points), "trained": written(points) in trained.values()}
+        record |= {"longest": session.held_out.longest}  # tokens of a document: no TransPoint from there on is passed
         records.append(record | {"quality": quality, "cost": dataclasses.asdict(cost)})
         never |= {point for point in points if session.held_out.longest <= point < math.inf}
     if never:
@@ -318,6 +324,9 @@ def run_recipe(
     session.exports = last >= STAGES.index("export")
     if session.exports and (reason := why_no_student(recipe.export.format, recipe.student)):
         raise RunError(f"export.format={recipe.export.format} cannot hold this student: {reason}")
+    transfer = session.folder("transfer")
+    if forced > 0 and transfer.why_not_reusable(needs["transfer"]) is None:  # otherwise transfer checks them itself
+        check_schedules(recipe, len(transfer.done["mixers"]))
     main = session.accelerator.is_main_process
     if main:
         try:

@@ -1,6 +1,7 @@
 """TransMamba students through the pipeline: annealed, drawn, resumed, measured at each schedule, shown."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,6 @@ import pytest
 
 from transpoint.distill.cli import main
 from transpoint.distill.config import ConfigError, load_recipe
-from transpoint.distill.run import RunError
 from transpoint.distill.stages import Session, load_model, summary
 from transpoint.students import StudentError
 
@@ -144,6 +144,9 @@ def test_held_out_documents_that_never_pass_a_transpoint_are_named(whole, copy, 
     ) in output
     records = json.loads((copy / "evaluate" / "results.json").read_text())["schedules"]
     assert [r["schedule"] for r in records][3:] == ["uniform:64", "[63, 0, 100, 2000]", "teacher"]
+    assert {r["longest"] for r in records} == {64}
+    card = (copy / "export" / "custom" / "README.md").read_text(encoding="utf-8")
+    assert "The longest held-out document has 64 tokens: quality says nothing of the\nstate-space form" in card
     assert records[3]["quality"]["kl"] == pytest.approx(records[5]["quality"]["kl"], rel=1e-4)
 
 
@@ -253,9 +256,62 @@ def test_impossible_fractions(fraction):
         load_recipe(CONFIG, ["distill.anneal.shape=cosine"])
 
 
+def test_infinity_as_yaml_writes_it():
+    overrides = ["student.trans_points=[0, .inf, 16, .inf]", "distill.sample_schedules=[.inf]"]
+    recipe = load_recipe(CONFIG, overrides)
+    assert recipe.student.trans_points == [0, math.inf, 16, math.inf]
+    assert recipe.distill.sample_schedules == [math.inf]
+    assert load_recipe(CONFIG, ["student.trans_points=.inf"]).student.trans_points == math.inf
+
+
+@pytest.mark.parametrize("key", ["distill.sample_schedules", "evaluate.schedules"])
+def test_null_is_no_schedule(key, tmp_path, run_tiny):
+    with pytest.raises(StudentError, match=f"^{key}: trans_points is None; expected a number of tokens, ") as caught:
+        run_tiny(tmp_path / "run", f"{key}=[mamba, null]", config=CONFIG, until_stage="transfer")
+    assert "\n" not in str(caught.value)
+    assert main(["plan", str(CONFIG), f"{key}=[null]"]) == 1
+
+
+@pytest.mark.parametrize("key", ["distill.sample_schedules", "evaluate.schedules"])
+def test_schedules_edited_after_transfer_are_checked_before_anything_trains(key, whole, copy, run_tiny):
+    before = {stage: done(copy, stage) for stage in ("align", "distill")}
+    with pytest.raises(StudentError, match=f"^{key}: trans_points has 2 entries, the model has 4 layers"):
+        run_tiny(copy, f"{key}=[[0, 1]]", config=CONFIG, from_stage="align")
+    assert {stage: done(copy, stage) for stage in ("align", "distill")} == before
+
+
+def test_a_schedule_of_another_length_names_its_key(tmp_path, run_tiny):
+    with pytest.raises(StudentError, match="^student.trans_points: trans_points has 2 entries, the model has 4 layers"):
+        run_tiny(tmp_path / "run", "student.trans_points=[0, 1]", config=CONFIG, until_stage="transfer")
+
+
+NEVER = "data.length is 64: distill never reaches the state-space form of layers with TransPoints of "
+
+
+@pytest.mark.parametrize(
+    "points, sampled, named",
+    [
+        ("[0, 64, inf, 200]", "[]", "64, 200"),
+        ("[0, 64, inf, 200]", "[[0, 8, 0, 200]]", "200"),
+        ("[0, 63, inf, 16]", "[]", None),
+        ("uniform:64", "[mamba]", None),
+    ],
+)
+def test_trans_points_that_no_training_sequence_passes_are_named(points, sampled, named, tmp_path, run_tiny, capsys):
+    overrides = [f"student.trans_points={points}", f"distill.sample_schedules={sampled}"]
+    output = run_tiny(tmp_path / "run", *overrides, config=CONFIG, until_stage="transfer")
+    assert main(["plan", str(CONFIG), *overrides]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    if named is None:
+        assert "never reaches" not in output + printed
+    else:
+        assert f"\ntransfer: {NEVER}{named}; raise data.length, or lower them\n" in output
+        assert f"{NEVER}{named}; raise data.length, or lower them" in printed
+
+
 @pytest.mark.parametrize("key", ["distill.sample_schedules", "evaluate.schedules"])
 @pytest.mark.parametrize("spec", ["paper-v10", [0, 1], -1, {"a": 1}])
 def test_schedules_that_are_none_are_refused_before_training(key, spec, tmp_path, run_tiny):
-    with pytest.raises((RunError, StudentError), match=f"{key}: trans_points"):
+    with pytest.raises(StudentError, match=f"^{key}: trans_points"):
         run_tiny(tmp_path / "run", f"{key}={json.dumps([spec])}", config=CONFIG, until_stage="transfer")
     assert not (tmp_path / "run" / "transfer" / "student").exists()
