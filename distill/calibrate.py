@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from ..students import HybridForCausalLM
 from ..students.cache import document_index
+from ..students.modeling_transmamba import Documents
 from ..teachers import AttentionView, attention_view
 from .objectives import attention_pairs
 
@@ -59,8 +60,10 @@ def calibrate(
     sums: dict[int, _Sums] = {}
     for batch in batches:
         pairs = attention_pairs(teacher, views, batch)
+        seq_idx = document_index(batch["position_ids"])
+        documents = Documents(seq_idx)  # once for all mixers and half-lives, as it waits for the device
         for view in views:
-            _accumulate(sums, view, mixers[view.layer], pairs[view.layer], batch["position_ids"], half_lives)
+            _accumulate(sums, view, mixers[view.layer], pairs[view.layer], seq_idx, documents, half_lives)
     return {f"layer_{layer}": _settle(mixer, sums[layer], decay, half_lives) for layer, mixer in mixers.items()}
 
 
@@ -75,11 +78,11 @@ def _accumulate(
     view: AttentionView,
     mixer: nn.Module,
     pair: tuple,
-    position_ids: Tensor,
+    seq_idx: Tensor,
+    documents: Documents,
     half_lives: tuple,
 ) -> None:
     hidden, _, position_embeddings = pair
-    seq_idx = document_index(position_ids)
     target, lookback = _attention_heads(view, hidden, position_embeddings, seq_idx)
     channels, heads = target.shape[-1], mixer.num_heads
     if view.layer not in sums:
@@ -92,7 +95,7 @@ def _accumulate(
     try:
         for i, half_life in enumerate(half_lives):
             set_half_life(mixer, half_life * ones, ones)
-            mixer(hidden, position_embeddings, seq_idx=seq_idx)
+            mixer(hidden, position_embeddings, seq_idx=seq_idx, documents=documents)
             output = read.pop()
             total.uo[i] += (output * target).sum((0, 1))
             total.uu[i] += (output * output).sum((0, 1))
@@ -100,7 +103,7 @@ def _accumulate(
         handle.remove()
     total.oo += (target * target).sum((0, 1))
     total.lookback += lookback
-    total.tokens += position_ids.numel()
+    total.tokens += seq_idx.numel()
 
 
 def _attention_heads(view: AttentionView, hidden, position_embeddings, seq_idx) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ import torch
 from transpoint.distill import calibrate as module
 from transpoint.distill.calibrate import HALF_LIVES, calibrate, set_half_life
 from transpoint.students import StudentConfig, build_student
+from transpoint.students.modeling_transmamba import Documents
 from transpoint.teachers.random import random_teacher
 
 GRID = tuple(2.0**i for i in range(-1, 7))
@@ -151,6 +152,16 @@ def test_packed_documents_do_not_leak(options):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=name)
     joined = [{**batches[0], "position_ids": torch.arange(sum(lengths))[None]}]
     assert calibrate(teacher, packed, joined) != found  # it would show
+
+
+def test_documents_are_found_once_a_batch(monkeypatch):
+    """It waits for the device, so not in each mixer and at each half-life."""
+    teacher, student = make(mixer="transmamba", trans_points="mamba")
+    made = []
+    find = Documents.__init__
+    monkeypatch.setattr(Documents, "__init__", lambda self, *args: (made.append(1), find(self, *args))[1])
+    calibrate(teacher, student, batches_of(12, 30) + batches_of(7))
+    assert len(made) == 2
 
 
 def test_the_lookback_is_the_mean_distance_that_attention_looks():
