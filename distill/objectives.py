@@ -5,6 +5,7 @@ The teacher is held beside the module, not in it: it is never wrapped, moved, op
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -44,24 +45,30 @@ class Alignment(nn.Module):
         for view in views:
             inputs, output, position_embeddings = pairs[view.layer]
             mixer = self.mixers[str(view.layer)]
-            for name in _in_each_form(mixer):
-                found = mixer(inputs, position_embeddings, seq_idx=seq_idx, documents=documents)[0]
+            for name, trans_point in _forms(mixer):
+                with _at(mixer, trans_point):
+                    found = mixer(inputs, position_embeddings, seq_idx=seq_idx, documents=documents)[0]
                 error, size = (t.float().pow(2).sum((1, 2)) for t in (found - output, output))
                 # Per sequence, so that the loss does not depend on how a step is cut into micro-batches and processes.
                 figures[f"{name}_{view.layer}"] = (error / size).mean()
         return sum(figures.values()) / len(views), figures
 
 
-def _in_each_form(mixer: nn.Module) -> Iterator[str]:
-    """For each form of a mixer its name in the figures, while the mixer is in it."""
-    if not hasattr(mixer, "trans_point"):
-        yield "layer"
+def _forms(mixer: nn.Module) -> tuple[tuple[str, int | float | None], ...]:
+    """For each form of a mixer its name in the figures, and the TransPoint that gives it."""
+    return (("layer", 0), ("attention", math.inf)) if hasattr(mixer, "trans_point") else (("layer", None),)
+
+
+@contextmanager
+def _at(mixer: nn.Module, trans_point: int | float | None) -> Iterator[None]:
+    if trans_point is None:
+        yield
         return
-    own = mixer.trans_point
-    for name, trans_point in (("layer", 0), ("attention", math.inf)):
-        mixer.trans_point = trans_point
-        yield name
-    mixer.trans_point = own
+    own, mixer.trans_point = mixer.trans_point, trans_point
+    try:
+        yield
+    finally:
+        mixer.trans_point = own
 
 
 class Distillation(nn.Module):

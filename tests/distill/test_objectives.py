@@ -91,6 +91,15 @@ def test_alignment_of_transmamba_is_that_of_both_forms(family, batch):
         assert figures[f"attention_{layer}"] < 1e-10 and figures[f"layer_{layer}"] > 0.1
 
 
+def test_a_failing_mixer_keeps_its_trans_point(batch, monkeypatch):
+    teacher, student = make(mixer="transmamba", trans_points=8)
+    objective = Alignment(teacher, student)
+    monkeypatch.setattr(type(student.mixer_layers()[1]), "forward", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        objective(batch)
+    assert student.trans_points == [math.inf, 8, math.inf, 8]
+
+
 def test_alignment_trains_the_mixers_alone(batch):
     teacher, student = make()
     objective = Alignment(teacher, student)
