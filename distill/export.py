@@ -120,9 +120,6 @@ def why_not(student: HybridForCausalLM, format: str) -> str | None:
         return f"{_ONE_FORM}; use format custom"
     if config.base_model_type not in NATIVE_FAMILIES:
         return f"it holds what {', '.join(NATIVE_FAMILIES)} have, not {config.base_model_type}; use format custom"
-    for mixer in mixers:
-        if not isinstance(mixer, Mamba2Mixer):
-            return f"its mixer is Mamba-2, not {type(mixer).__name__}; use format custom"
     mixer = mixers[0]
     lacking = [
         text

@@ -364,14 +364,6 @@ def test_transformers_that_would_compute_something_else(tmp_path, monkeypatch):
     )
 
 
-def test_another_mixer(tmp_path):
-    student = make()
-    student.model.layers[0].self_attn = torch.nn.Identity()
-    assert refusal(student, tmp_path) == (
-        "native cannot hold this student: its mixer is Mamba-2, not Identity; use format custom"
-    )
-
-
 def test_an_unknown_format(tmp_path):
     assert refusal(make(), tmp_path, "gguf") == "format 'gguf' is not known; expected one of native, custom"
 
