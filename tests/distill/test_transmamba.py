@@ -256,12 +256,16 @@ def test_impossible_fractions(fraction):
         load_recipe(CONFIG, ["distill.anneal.shape=cosine"])
 
 
-def test_infinity_as_yaml_writes_it():
+def test_infinity_as_yaml_writes_it(tmp_path, run_tiny):
     overrides = ["student.trans_points=[0, .inf, 16, .inf]", "distill.sample_schedules=[.inf]"]
     recipe = load_recipe(CONFIG, overrides)
     assert recipe.student.trans_points == [0, math.inf, 16, math.inf]
     assert recipe.distill.sample_schedules == [math.inf]
     assert load_recipe(CONFIG, ["student.trans_points=.inf"]).student.trans_points == math.inf
+    for output in ("transfer: not run yet", "transfer: done before, reused"):
+        assert output in run_tiny(tmp_path / "run", *overrides, config=CONFIG, until_stage="transfer")
+    assert load_model(tmp_path / "run" / "transfer" / "student").trans_points == [0, math.inf, 16, math.inf]
+    assert main(["status", str(tmp_path / "run")]) == 0
 
 
 @pytest.mark.parametrize("key", ["distill.sample_schedules", "evaluate.schedules"])
