@@ -17,6 +17,8 @@ from .configuration_hybrid import MODEL_TYPE, HybridConfig
 from .mamba2 import Mamba2Mixer
 from .modeling_transmamba import Documents, TransMambaMixer
 
+# Keywords of `from_pretrained` that say where a checkpoint is and how to get at it.
+HUB = {"cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token"}
 MIXERS = {"mamba2": Mamba2Mixer, "transmamba": TransMambaMixer}
 
 
@@ -47,7 +49,7 @@ class HybridForCausalLM:
     ) -> "HybridForCausalLM":
         """As `PreTrainedModel.from_pretrained`; with `trans_points`, `set_trans_points` chooses other TransPoints."""
         if cls is HybridForCausalLM:
-            config = config or HybridConfig.from_pretrained(path)
+            config = config or HybridConfig.from_pretrained(path, **{k: kwargs[k] for k in HUB & kwargs.keys()})
             cls = hybrid_model_class(config)
         model = super().from_pretrained(path, *args, config=config, **kwargs)
         if trans_points is not None:
@@ -117,9 +119,14 @@ def _tell_mixers(decoder, args, kwargs):
     if kwargs["use_cache"] and kwargs.get("past_key_values") is None:
         kwargs["past_key_values"] = HybridCache(decoder.config)
     mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
-    if isinstance(mask, Tensor) and mask.ndim == 2:
+    if mask is not None:
+        if not (isinstance(mask, Tensor) and mask.ndim == 2):
+            found = f"of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"that is a {type(mask).__name__}"
+            raise ValueError(
+                f"mixer layers know padding alone: expected an attention_mask of shape (batch, tokens), got one {found}"
+            )
         kwargs["padding_mask"] = mask
-    elif mask is None and kwargs.get("past_key_values") is None and positions is not None:
+    elif kwargs.get("past_key_values") is None and positions is not None:
         # transformers reads packed documents off position ids under the same condition, for attention layers
         kwargs["seq_idx"] = document_index(positions)
         if "transmamba" in decoder.config.mixers:

@@ -138,3 +138,19 @@ def test_a_config_of_an_unknown_model_type_is_refused(base):
 
 def test_students_errors_are_value_errors():
     assert issubclass(StudentError, ValueError)
+
+
+def test_a_student_is_loaded_from_a_subfolder(make_student, tmp_path):
+    student = make_student()
+    student.save_pretrained(tmp_path / "inner")
+    assert torch.equal(logits(HybridForCausalLM.from_pretrained(tmp_path, subfolder="inner")), logits(student))
+
+
+def test_a_student_is_loaded_from_a_revision_in_a_cache_of_the_hub(make_student, tmp_path):
+    student, commit = make_student(), "a" * 40
+    repository = tmp_path / "models--someone--student"
+    student.save_pretrained(repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "second").write_text(commit)
+    where = {"revision": "second", "cache_dir": tmp_path, "token": False, "local_files_only": True}
+    assert torch.equal(logits(HybridForCausalLM.from_pretrained("someone/student", **where)), logits(student))

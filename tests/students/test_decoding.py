@@ -220,3 +220,14 @@ def test_no_token_waits_for_the_device_once_all_rows_have_begun(make_student, mo
         for mixer in student.mixer_layers():
             mixer(hidden, past_key_values=cache, padding_mask=mask[:, : t + 1])
     assert not read and [layer.tokens for layer in cache.layers] == [[8, 14]] * 4
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 9, 9), (2, 9, 9)])
+@pytest.mark.parametrize("mixer", ["mamba2", "transmamba"])
+def test_a_mask_of_pairs_is_refused_where_there_are_mixers(make_student, mixer, shape):
+    found = ", ".join(map(str, shape))
+    expected = rf"^mixer layers know padding alone: expected an attention_mask .*, got one of shape \({found}\)$"
+    with pytest.raises(ValueError, match=expected):
+        make_student(mixer=mixer)(tokens(length=9), attention_mask=torch.ones(shape, dtype=torch.bool))
+    with pytest.raises(ValueError, match="got one that is a dict$"):
+        make_student(mixer=mixer)(tokens(length=9), attention_mask={"full_attention": None})
