@@ -7,7 +7,7 @@ import json
 import os
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
@@ -64,26 +64,45 @@ class HybridCache(DynamicCache):
 
     @classmethod
     def load(
-        cls, path: str | os.PathLike, config: PreTrainedConfig, device: str | torch.device = "cpu"
+        cls,
+        path: str | os.PathLike,
+        config: PreTrainedConfig,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
     ) -> "HybridCache":
         """The cache that `save` wrote.
 
         Args:
             config: of the model that goes on with it (`model.config`).
             device: where its tensors go.
+            dtype: what the model computes in, and so what keys, values and convolution tails must be in; by default
+                that of the config. A model that was moved (`model.bfloat16()`) has another: `model.dtype`.
 
         Raises:
-            ValueError: the file holds no such cache, or that of a model with other layers or other TransPoints.
+            ValueError: the file holds no such cache or is damaged; or that is of a model with other layers, heads,
+                positions or TransPoints, or with another dtype.
         """
-        with safe_open(path, "pt", device=str(device)) as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        try:
+            with safe_open(path, "pt", device=str(device)) as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        except SafetensorError as error:
+            raise ValueError(f"'{path}' is no safetensors file, or a damaged one ({error}): save it again") from error
         if "for" not in metadata or "layers" not in metadata:
             raise ValueError(f"'{path}' holds no cache that HybridCache.save has written")
-        kind = _kind(config)
-        for name, value in json.loads(metadata["for"]).items():
+        kind = json.loads(metadata["for"])
+        for name, value in json.loads(json.dumps(_kind(config))).items():
             if kind.get(name) != value:
-                raise ValueError(f"'{path}' is of a model whose {name} is {value}, this one's is {kind.get(name)}")
+                raise ValueError(f"'{path}' is of a model whose {name} is {kind.get(name)}, this one's is {value}")
+        # States are in float32 whatever the model is in.
+        kept = {t.dtype for name, t in tensors.items() if t.is_floating_point() and not name.endswith(".ssm_state")}
+        dtype = dtype or config.dtype
+        if dtype is not None and kept - {dtype}:
+            found = ", ".join(sorted(map(str, kept)))
+            raise ValueError(
+                f"'{path}' holds {found}, the model is in {dtype}: load the model in the cache's dtype, or pass "
+                "dtype=model.dtype if it was moved to another than its config's"
+            )
         cache = cls(config)
         for index, (layer, counts) in enumerate(zip(cache.layers, json.loads(metadata["layers"]), strict=True)):
             prefix = f"{index}."
@@ -96,7 +115,8 @@ class HybridCache(DynamicCache):
 
 def _kind(config: PreTrainedConfig) -> dict:
     """What a model must have in common with a cache."""
-    names = ("mixers", "trans_points", "mixer_options", "hidden_size", "num_attention_heads", "num_key_value_heads")
+    names = ("base_model_type", "mixers", "trans_points", "mixer_options", "hidden_size", "num_attention_heads")
+    names += ("num_key_value_heads", "head_dim", "sliding_window", "layer_types", "rope_parameters")
     return {name: getattr(config, name, None) for name in names}
 
 
@@ -219,7 +239,7 @@ class TransPointLayer(StateLayer):
         """Forgets all but the last columns of keys and values."""
         for name in ("keys", "values", "real"):
             if (held := getattr(self, name)) is not None and held.shape[1] > columns:
-                setattr(self, name, held[:, held.shape[1] - columns :])
+                setattr(self, name, held[:, held.shape[1] - columns :].clone())  # a view would hold all of them
 
     def drop(self, *names: str) -> None:
         for name in names:

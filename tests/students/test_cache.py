@@ -283,6 +283,9 @@ def test_an_empty_cache_is_saved_too(make_student, tmp_path):
         ({"keep_attention": (2,)}, "whose mixers is .*, this one's is "),
         ({"gate": True}, "whose mixer_options is .*, this one's is "),
         ({"sizes": {"num_key_value_heads": 4}}, "whose num_key_value_heads is 2, this one's is 4"),
+        ({"family": "qwen2"}, "whose base_model_type is llama, this one's is qwen2"),
+        ({"sizes": {"head_dim": 32}}, "whose head_dim is 16, this one's is 32"),
+        ({"sizes": {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}}, "whose rope_parameters is .*7.0"),
     ],
 )
 def test_the_cache_of_another_model_is_not_loaded(make_student, tmp_path, other, reason):
@@ -297,3 +300,50 @@ def test_a_file_that_is_no_cache_is_refused(make_student, tmp_path):
     save_file({"a": torch.zeros(1)}, tmp_path / "weights.safetensors")
     with pytest.raises(ValueError, match="weights.safetensors' holds no cache that HybridCache.save has written"):
         HybridCache.load(tmp_path / "weights.safetensors", make_student().config)
+
+
+def test_the_cache_of_a_model_with_another_window_is_not_loaded(make_student, tmp_path):
+    path = tmp_path / "cache.safetensors"
+    filled(make_student("mistral"), tokens()).save(path)
+    with pytest.raises(ValueError, match="is of a model whose sliding_window is 16, this one's is 8"):
+        HybridCache.load(path, make_student("mistral", sizes={"sliding_window": 8}).config)
+
+
+def test_a_cache_is_loaded_for_a_saved_config(make_student, tmp_path):
+    student = make_student("qwen3", mixer="transmamba", trans_points=[0, 5, "inf", 30])
+    filled(student, tokens()).save(tmp_path / "cache.safetensors")
+    student.config.save_pretrained(tmp_path)
+    loaded = HybridCache.load(tmp_path / "cache.safetensors", type(student.config).from_pretrained(tmp_path))
+    assert loaded.get_seq_length() == 9
+
+
+@pytest.mark.parametrize("kept", [0, 4, 100, -1], ids=["nothing", "4 bytes", "100 bytes", "all but one byte"])
+def test_a_truncated_file_is_refused(make_student, tmp_path, kept):
+    student, path = make_student(), tmp_path / "cache.safetensors"
+    filled(student, tokens()).save(path)
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(ValueError, match="^'.*cache.safetensors' is no safetensors file, or a damaged one .*: save it"):
+        HybridCache.load(path, student.config)
+
+
+@pytest.mark.parametrize("case", [{}, {"mixer": "transmamba", "trans_points": 30}], ids=["mamba2", "transmamba"])
+def test_a_cache_in_another_dtype_than_the_model_is_refused(make_student, tmp_path, case):
+    student, path = make_student(**case), tmp_path / "cache.safetensors"
+    filled(student, tokens()).save(path)
+    expected = (
+        "holds torch.float32, the model is in torch.bfloat16: load the model in the cache's dtype, or pass dtype="
+    )
+    student.bfloat16()
+    with pytest.raises(ValueError, match=expected):
+        HybridCache.load(path, student.config, dtype=student.dtype)
+    filled(student, tokens()).save(path)
+    with pytest.raises(ValueError, match="holds torch.bfloat16, the model is in torch.float32"):
+        HybridCache.load(path, student.config)
+    assert HybridCache.load(path, student.config, dtype=student.dtype).get_seq_length() == 9
+
+
+def test_a_window_does_not_hold_the_whole_prompt(make_student):
+    """In bytes of storage: a view of the last keys would keep all of them."""
+    student = make_student("mistral", keep_attention=(), mixer="transmamba", trans_points="inf")
+    cache = filled(student, tokens(length=200))
+    assert [bytes_held(layer) for layer in cache.layers] == [2 * 2 * 15 * 2 * 16 * 4] * 4
