@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .cache import TransPointLayer
+from .cache import TransPointLayer, by_row
 from .mamba2 import GATE_OPEN, PADDING_STEP, STEP_ONE, StateSpace, rotate, ssd_scan
 
 
@@ -226,7 +226,7 @@ class TransMambaMixer(StateSpace):
             ValueError: the cache was filled with another TransPoint; or documents are packed and there is a cache.
         """
         batch = hidden_states.shape[0]
-        memory = self._memory(past_key_values, "tokens")
+        memory = self._memory(past_key_values, "trans_point")
         if seq_idx is not None:
             if memory is not None or padding_mask is not None:
                 raise ValueError("packed documents take neither a cache nor padding: leave out seq_idx, or the others")
@@ -248,14 +248,8 @@ class TransMambaMixer(StateSpace):
         remember = memory is not None
         memory = memory if remember else TransPointLayer()
         memory.settle(T)
-        # Padding comes first in a row. Where all rows have begun, one more token is none (and no device is waited for).
-        stepping = memory.is_initialized and length == 1 and min(memory.tokens) > 0
-        padding, pads = None, [0]
-        if padding_mask is not None and not stepping:
-            padding = (padding_mask[:, -length:] == 0).unsqueeze(-1)
-            pads = padding.sum((1, 2)).tolist()
-            padding = padding if any(pads) else None
-        before, pads = _by_row(memory.tokens, pads)
+        stepping, padding, pads = self._padding(memory, padding_mask, length)
+        before, pads = by_row(memory.tokens, pads)
         after = [seen + length - pad for seen, pad in zip(before, pads, strict=True)]
         finished = remember and min(after) >= T
         first = last = length
@@ -398,12 +392,6 @@ class TransMambaMixer(StateSpace):
             f"heads={self.num_heads}, kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, "
             f"trans_point={self.trans_point}, window={self.window}"
         )
-
-
-def _by_row(*counts: list[int]) -> list[list[int]]:
-    """Counts of tokens with as many entries each as there are rows; one entry stands for all rows."""
-    rows = max(map(len, counts))
-    return [entries * rows if len(entries) == 1 else entries for entries in counts]
 
 
 def _window(attention: nn.Module) -> int | None:

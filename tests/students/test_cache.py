@@ -152,6 +152,12 @@ def test_a_cache_without_states_is_refused_naming_what_to_pass(make_student, mak
         feed(student, tokens(), make_cache(student.config))
 
 
+def test_a_mamba2_students_cache_is_refused_by_a_transmamba_student(make_student):
+    other = make_student(keep_attention=()).new_cache()
+    with pytest.raises(TypeError, match="^layer 0 is a mixer, but the cache holds a StateLayer for it: pass "):
+        feed(make_student(mixer="transmamba", keep_attention=(), trans_points=3), tokens(), other)
+
+
 def test_a_mixer_layer_takes_no_keys_and_values(make_student):
     with pytest.raises(TypeError, match="a mixer layer keeps no keys and values"):
         make_student().new_cache().update(torch.zeros(1, 2, 3, 16), torch.zeros(1, 2, 3, 16), 0)
