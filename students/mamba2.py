@@ -27,6 +27,14 @@ PADDING_STEP = -1e4  # softplus is exactly 0 there: a padding token leaves the s
 class StateSpace(nn.Module):
     """What mixers with a state share: all have conv1d and norm (or None for these), dt_bias, A_log and D."""
 
+    def __init__(self, attention: nn.Module, conv_activation: str | None, gate: bool, rope: bool, norm_eps: float):
+        super().__init__()
+        self.layer_idx = attention.layer_idx
+        self.head_dim = attention.head_dim
+        self.num_heads = attention.q_proj.out_features // self.head_dim
+        self.num_kv_heads = attention.k_proj.out_features // self.head_dim
+        self.conv_activation, self.gate, self.rope, self.norm_eps = conv_activation, gate, rope, norm_eps
+
     def _memory(self, past_key_values, kind: str):
         """This layer's memory in a cache (None without one); it must have the attribute `kind`."""
         if past_key_values is None:
@@ -123,12 +131,8 @@ class Mamba2Mixer(StateSpace):
         qk_norm: bool = True,
         norm_eps: float = 1e-5,
     ):
-        super().__init__()
-        self.layer_idx = attention.layer_idx
-        self.head_dim = P = attention.head_dim
-        self.num_heads = H = attention.q_proj.out_features // P
-        self.num_kv_heads = K = attention.k_proj.out_features // P
-        self.conv_activation, self.gate, self.rope, self.norm_eps = conv_activation, gate, rope, norm_eps
+        super().__init__(attention, conv_activation, gate, rope, norm_eps)
+        P, H, K = self.head_dim, self.num_heads, self.num_kv_heads
         self.sizes = {"z": H * P if gate else 0, "x": K * P, "B": K * P, "C": H * P, "dt": H}
         hidden_size, channels = attention.q_proj.in_features, (2 * K + H) * P
 

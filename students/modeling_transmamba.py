@@ -157,13 +157,9 @@ class TransMambaMixer(StateSpace):
         qk_norm: bool = True,
         norm_eps: float = 1e-5,
     ):
-        super().__init__()
-        self.layer_idx = attention.layer_idx
-        self.head_dim = P = attention.head_dim
-        self.num_heads = H = attention.q_proj.out_features // P
-        self.num_kv_heads = K = attention.k_proj.out_features // P
+        super().__init__(attention, conv_activation, gate, rope, norm_eps)
+        P, H, K = self.head_dim, self.num_heads, self.num_kv_heads
         self.scale, self.window = float(attention.scaling), _window(attention)
-        self.conv_activation, self.gate, self.rope, self.norm_eps = conv_activation, gate, rope, norm_eps
         self.trans_point: int | float = math.inf
         hidden_size, channels = attention.q_proj.in_features, (2 * K + H) * P
 
