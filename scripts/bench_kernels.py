@@ -753,8 +753,8 @@ class Meter:
 
         return sample
 
-    def graph(self, steps, estimate_ms):
-        """Time of a call replayed as part of a CUDA graph of about a millisecond."""
+    def graph(self, steps, estimate_ms, samples):
+        """Time of a call replayed as part of a CUDA graph of about a millisecond: a function that takes a sample."""
         torch.cuda.set_sync_debug_mode("error")  # a call that waits for the GPU cannot be captured: find out before
         try:
             steps[0]()
@@ -778,7 +778,12 @@ class Meter:
                 torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
             raise
         graph.replay()
-        return self.median(graph.replay, count)
+
+        def sample():
+            if len(samples) < 3 or sum(samples) * count < self.patience:
+                samples.append(self.elapsed(graph.replay) / count)
+
+        return sample
 
     def peak_mb(self, step):
         """What a call allocates at its peak beyond its inputs, in 10^6 bytes."""
@@ -882,7 +887,7 @@ def short(error):
 
 
 def measure(bind, sets, backward, meter, compare=None):
-    """Run one implementation and time it in a graph.
+    """Run one implementation, and capture it in a graph.
 
     Args:
         bind: inputs -> Call.
@@ -890,10 +895,11 @@ def measure(bind, sets, backward, meter, compare=None):
         compare: Call -> relative error, or None.
 
     Returns:
-        A result: first_call_s, error, graph_ms, its spread and peak_mb, as far as they could be had; `refuses` says why
-        it does not run at all, `graph_refuses` why not in a graph. And its steps, empty if it refuses.
+        A result: first_call_s, error and peak_mb, as far as they could be had; `refuses` says why it does not run at
+        all, `graph_refuses` why not in a graph. Its steps, empty if it refuses. And what takes a sample of its graph's
+        time, with the list that it goes to, or None.
     """
-    result, steps = {}, []
+    result, steps, graph = {}, [], None
     try:
         calls = [bind(inputs) for inputs in sets]
         with environment(calls[0].env):
@@ -907,33 +913,33 @@ def measure(bind, sets, backward, meter, compare=None):
             if meter.cuda:
                 result["peak_mb"] = meter.peak_mb(steps[0])
                 try:
-                    result["graph_ms"], result["graph_spread"] = meter.graph(steps, meter.elapsed(steps[0]))
+                    samples = []
+                    graph = meter.graph(steps, meter.elapsed(steps[0]), samples), samples
                 except Exception as error:
                     result["graph_refuses"] = short(error)
-            return result, steps
+            return result, steps, graph
     except ModuleNotFoundError as error:
         result["refuses"] = f"not installed ({error.name})"
     except Exception as error:
         result["refuses"] = short(error)
-    return result, []
+    return result, [], None
 
 
-def measure_eager(results, steps, meter, rounds=10):
-    """Add eager_ms and its spread to the results of all implementations, timed in turn.
+def measure_in_turn(results, takers, mode, rounds):
+    """Add the median time in `mode` and its spread to the results of all implementations, sampled in turn.
 
-    A time from Python is as noisy as the machine is busy: what is compared has to meet the same noise.
+    Clocks change with what the GPU did before, and a time from Python is as noisy as the machine is busy: what is
+    compared has to meet the same of both.
+
+    Args:
+        takers: by implementation, a function that takes a sample, the list it goes to, and its environment.
     """
-    samples = {kind: [] for kind, own in steps.items() if own}
-    takers = {}
-    for kind, times in samples.items():
-        with environment(steps[kind][0].call.env):
-            takers[kind] = meter.eager(steps[kind], times)
     for _ in range(rounds):
-        for kind, sample in takers.items():
-            with environment(steps[kind][0].call.env):
+        for sample, _, env in takers.values():
+            with environment(env):
                 sample()
-    for kind, times in samples.items():
-        results[kind]["eager_ms"], results[kind]["eager_spread"] = middle(times)
+    for kind, (_, times, _) in takers.items():
+        results[kind][f"{mode}_ms"], results[kind][f"{mode}_spread"] = middle(times)
 
 
 @contextlib.contextmanager
@@ -997,19 +1003,29 @@ def run_case(case, meter, ceilings, peers=".*"):
             tensors[name].requires_grad_()
     for name, record in records.items():
         chosen = {kind: bound for kind, bound in case.peers.items() if re.fullmatch(peers, kind)}
-        steps = {}
+        steps, graphs, eager = {}, {}, {}
         for kind, bound in {OURS: bind, **chosen}.items():
             fresh = [{**t, **{n: t[n].clone() for n in case.mutated}} for t in sets]
             known = expected is not None and kind != OURS
-            result, steps[kind] = measure(bound, fresh, name == BOTH, meter, compare if known else None)
+            result, steps[kind], graph = measure(bound, fresh, name == BOTH, meter, compare if known else None)
             if kind == OURS and first_call is not None:
                 result["first_call_s"] = first_call  # the check was the first
             if kind == OURS and meter.cuda and steps[kind]:
                 result["kernels"] = meter.kernels(steps[kind][0])
             record["results"][kind] = result
+            if graph:
+                graphs[kind] = (*graph, {})
             meter.sync()  # a broken device shows here, and ends the run
             meter.free()
-        measure_eager(record["results"], steps, meter)
+        measure_in_turn(record["results"], graphs, "graph", 30)
+        graphs.clear()  # and the memory that they hold
+        meter.free()
+        for kind, own in steps.items():
+            if own:
+                samples, env = [], own[0].call.env
+                with environment(env):
+                    eager[kind] = meter.eager(own, samples), samples, env
+        measure_in_turn(record["results"], eager, "eager", 10)
         for kind, result in record["results"].items():
             say(f"  {name:16s} {kind:18s} " + describe(result))
     return list(records.values())

@@ -1,5 +1,6 @@
 """TransMamba students through the pipeline: annealed, drawn, resumed, measured at each schedule, shown."""
 
+import io
 import json
 import math
 import shutil
@@ -8,10 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from transpoint.distill.cli import main
 from transpoint.distill.config import ConfigError, load_recipe
-from transpoint.distill.stages import Session, load_model, summary
+from transpoint.distill.stages import Session, load_model, schedule_table, summary
 from transpoint.students import StudentError
 
 CONFIG = Path(__file__).parents[2] / "configs" / "tiny-transmamba.yaml"
@@ -126,7 +128,16 @@ def test_card_and_summary_show_the_schedules(whole):
     assert "- transmamba" in text and "mamba2" not in text and str(folder) not in text
     plan, _, schedules = summary(Session(load_recipe(folder / "recipe.yaml")))[:3]
     assert plan == "layer plan: TTTT  (4 of 4 layers are TransMamba)"
-    assert [list(column.cells) for column in schedules.columns][0] == [record["schedule"] for record in records]
+    assert list(schedules.columns[0].cells) == [record["schedule"] for record in records]
+
+
+def test_a_long_schedule_is_written_below_its_table(whole):
+    records = json.loads((whole[0] / "evaluate" / "results.json").read_text())["schedules"]
+    records[1]["schedule"] = "[0, 128, 256, 512, 1024, 2048] cycled"
+    console = Console(record=True, width=80, file=io.StringIO())
+    console.print(schedule_table(records))
+    text = console.export_text()
+    assert "(1) [0, 128, 256, 512, 1024, 2048] cycled" in text and "│ (1)" in text
 
 
 def test_held_out_documents_that_never_pass_a_transpoint_are_named(whole, copy, run_tiny):
