@@ -26,7 +26,7 @@ class HybridConfig(PreTrainedConfig):
             Mamba-2 layer. None for a student without transmamba layers. Change it with `set_trans_points`.
         measured_trans_points: what is known of this student under some schedules, each {"trans_points": as above,
             "trained": whether it was trained on them, "quality": figures by name, or None}, and "schedule": its name,
-            if it has one.
+            if it has one, "longest": the tokens of the longest document it was measured on, "cost".
 
     `HybridConfig(base_model_type=..., ...)`, `from_dict` and `from_pretrained` give an instance of a class that is
     both this one and the teacher's config class.
@@ -101,10 +101,12 @@ def _name(record: dict) -> str:
 
 
 def _figures(record: dict) -> str:
-    quality = record.get("quality") or {}
-    return (
-        ", ".join(f"{name} {value:.4g}" for name, value in quality.items() if isinstance(value, float)) or "unmeasured"
-    )
+    quality = {name: value for name, value in (record.get("quality") or {}).items() if isinstance(value, float)}
+    if not quality:
+        return "unmeasured"
+    text = ", ".join(f"{name} {value:.4g}" for name, value in quality.items())
+    # No TransPoint from there on was passed by what it was measured on.
+    return text + (f" (documents of at most {record['longest']} tokens)" if record.get("longest") else "")
 
 
 def hybrid_config_class(base_model_type: str | None) -> type[HybridConfig]:

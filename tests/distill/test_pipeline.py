@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from run_files import done, metrics, student
 from transpoint.distill import stages
 from transpoint.distill.config import load_recipe
 from transpoint.distill.data import DataError
@@ -20,19 +21,6 @@ from transpoint.teachers.random import random_teacher
 TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 SAMPLE = TINY.parent / "sample"
 pytestmark = pytest.mark.xdist_group("tiny_run")
-
-
-def done(folder, stage):
-    return json.loads((folder / stage / "done.json").read_text())
-
-
-def metrics(folder, stage):
-    lines = [json.loads(line) for line in (folder / stage / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in lines]
-
-
-def student(folder, stage):
-    return (folder / stage / "student" / "model.safetensors").read_bytes()
 
 
 def files(folder):

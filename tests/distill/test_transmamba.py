@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from run_files import done, metrics, student
 from transpoint.distill.cli import main
 from transpoint.distill.config import ConfigError, load_recipe
 from transpoint.distill.stages import Session, load_model, schedule_table, summary
@@ -19,19 +20,6 @@ from transpoint.students import StudentError
 CONFIG = Path(__file__).parents[2] / "configs" / "tiny-transmamba.yaml"
 OWN = [0, 8, 16, 32]
 pytestmark = pytest.mark.xdist_group("tiny_transmamba")
-
-
-def done(folder, stage):
-    return json.loads((folder / stage / "done.json").read_text())
-
-
-def metrics(folder, stage):
-    lines = [json.loads(line) for line in (folder / stage / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in lines]
-
-
-def student(folder, stage):
-    return (folder / stage / "student" / "model.safetensors").read_bytes()
 
 
 @pytest.fixture(scope="module")

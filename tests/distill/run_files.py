@@ -1,0 +1,19 @@
+"""What tests read in a run folder."""
+
+import json
+
+
+def done(folder, stage):
+    """The record of a finished stage."""
+    return json.loads((folder / stage / "done.json").read_text())
+
+
+def metrics(folder, stage):
+    """The lines of a stage's log, without what differs between two equal runs."""
+    lines = [json.loads(line) for line in (folder / stage / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in lines]
+
+
+def student(folder, stage):
+    """The bytes of a stage's weights."""
+    return (folder / stage / "student" / "model.safetensors").read_bytes()
