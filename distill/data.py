@@ -157,6 +157,11 @@ class PackedDataset(torch.utils.data.Dataset):
         positions = offsets - np.maximum(starts[document], first)
         return {"input_ids": tokens.long(), "position_ids": torch.from_numpy(positions)}
 
+    def batch(self, step: int, batch_size: int, seed: int, slots: range) -> list[dict[str, torch.Tensor]]:
+        """The items of batch `step` (from 0) at some of its `batch_size` places: those of one process, say."""
+        indices = batch_indices(len(self), batch_size, seed, step)
+        return [self[indices[slot]] for slot in slots]
+
     def spread(self, count: int) -> list[dict[str, torch.Tensor]]:
         """`count` items evenly over the whole, or all if there are fewer."""
         count = min(count, len(self))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .checkpoint import load_checkpoint, save_checkpoint
 from .config import TrainConfig
-from .data import PackedDataset, batch_indices, collate
+from .data import PackedDataset, collate
 from .progress import Progress
 from .run import StageFolder, truncate_log
 
@@ -80,13 +80,13 @@ def train(
             factor = learning_rate_factor(step, config)
             for group in optimizer.param_groups:
                 group["lr"] = group["top_lr"] * factor
-            indices = batch_indices(len(dataset), config.batch_size, seed, step)
-            mine = indices[accelerator.process_index * share : (accelerator.process_index + 1) * share]
+            places = range(accelerator.process_index * share, (accelerator.process_index + 1) * share)
+            mine = dataset.batch(step, config.batch_size, seed, places)
             sums: dict[str, Tensor] = {}
             if before_step:
                 before_step(step)
             for first in range(0, share, micro):
-                batch = collate([dataset[i] for i in mine[first : first + micro]])
+                batch = collate(mine[first : first + micro])
                 batch = {key: value.to(accelerator.device, non_blocking=True) for key, value in batch.items()}
                 with accelerator.autocast():
                     loss, found = objective(batch)
