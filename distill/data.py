@@ -10,13 +10,14 @@ a row with both is read as text.
 """
 
 import hashlib
+import io
 import json
 import logging
 import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import groupby
@@ -28,7 +29,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from .sources import DataError, Item, Skip, content_hash, file_hash, one_line, read, resolve
+from .sources import DataError, Item, Skip, content_hash, file_hash, one_line, place, read, resolve
 
 logger = logging.getLogger(__name__)
 
@@ -115,12 +116,15 @@ def tokenize_corpus(
         raise DataError(f"the token limit is {max_tokens}: give a positive number, or null to read everything")
     items = [item for source in sources for item in resolve(source)]
     fingerprint = _fingerprint(items, tokenizer, text_field, messages_field, max_tokens)
-    corpus = _load(Path(cache), fingerprint) if cache is not None else None
+    documents = Documents(tokenizer, text_field, messages_field)
+    if cache is None:
+        return _tokenize(items, documents, max_tokens, fingerprint, None)
+    corpus = _load(Path(cache), fingerprint)
     if corpus is None:
-        reader = _Reader(items, tokenizer, text_field, messages_field)
-        corpus = _tokenize(reader, tokenizer, max_tokens, fingerprint)
-        if cache is not None:
-            _save(corpus, Path(cache))
+        with _aside(Path(cache)) as aside:
+            corpus = _tokenize(items, documents, max_tokens, fingerprint, aside / "tokens.raw")
+            _save(corpus, Path(cache), aside)
+        corpus = _load(Path(cache), fingerprint) or corpus
     return corpus
 
 
@@ -195,41 +199,37 @@ def _permutation(n_items: int, seed: int, epoch: int) -> np.ndarray:
 # Rows -> documents -> tokens
 
 
-class _Reader:
-    """Turns the rows of all items into texts, and counts those it cannot use."""
+class Documents:
+    """Turns rows into texts, and counts those it cannot use.
 
-    def __init__(self, items: list[Item], tokenizer, text_field: str, messages_field: str):
-        self.items = items
+    skipped: reason -> rows. examples_of_skipped: reason -> the first place.
+    """
+
+    def __init__(self, tokenizer, text_field: str, messages_field: str):
         self.tokenizer = tokenizer
         self.text_field = text_field
         self.messages_field = messages_field
-        self.sources = list(dict.fromkeys(item.source for item in items))
         self.skipped: dict[str, int] = {}
         self.examples_of_skipped: dict[str, str] = {}
-        self.no_field = f"no {text_field} or {messages_field} field"
 
-    def texts(self) -> Iterator[tuple[str, str, str]]:
-        """(source, place, text) of each document; DataError for a source of which no row has the wanted fields."""
-        for source, items in groupby(self.items, key=lambda item: item.source):
-            rows, without, first = 0, 0, None
-            for item in items:
-                for place, row in read(item, self.text_field, self.messages_field):
-                    if isinstance(row, dict):
-                        rows += 1
-                        without += self.text_field not in row and self.messages_field not in row
-                        first = first or row
-                    try:
-                        yield source, place, self._text(row)
-                    except Skip as skip:
-                        self.skip(place, skip)
-                    if without == rows == FIELD_PATIENCE:
-                        raise self._field_error(source, rows, first)
-            if rows and without == rows:
-                raise self._field_error(source, rows, first)
+    def text(self, row: dict | Skip, where: str) -> str | None:
+        """The document in `row`, or None for a row that cannot be used."""
+        try:
+            return self._text(row)
+        except Skip as skip:
+            self.skip(where, skip)
+            return None
 
-    def skip(self, place: str, skip: Skip) -> None:
+    def skip(self, where: str, skip: Skip) -> None:
         self.skipped[skip.reason] = self.skipped.get(skip.reason, 0) + 1
-        self.examples_of_skipped.setdefault(skip.reason, place + skip.cause)
+        self.examples_of_skipped.setdefault(skip.reason, where + skip.cause)
+
+    def skips_in_words(self) -> str:
+        return _skips_in_words(self.skipped, self.examples_of_skipped)
+
+    @property
+    def no_field(self) -> str:
+        return f"no {self.text_field} or {self.messages_field} field"
 
     def _text(self, row: dict | Skip) -> str:
         """The document in `row`; raises Skip."""
@@ -266,46 +266,93 @@ class _Reader:
         except Exception as error:  # a template is code of its own
             raise Skip("chat template failed", error) from error
 
-    def _field_error(self, source: str, rows: int, first: dict | None) -> DataError:
-        found = ", ".join(first or {}) or "no field at all"
-        return DataError(
-            f"{source}: {self.no_field} in any of the {rows:,} rows read; the first row has {found}: "
-            "set data.text_field or data.messages_field"
-        )
+
+class FieldCheck:
+    """Notices a source of which no row has the wanted fields."""
+
+    def __init__(self, source: str, documents: Documents):
+        self.source, self.documents = source, documents
+        self.rows, self.without, self.first = 0, 0, None
+
+    def see(self, row: dict | Skip) -> None:
+        """Raises DataError when the first FIELD_PATIENCE rows are all without the fields."""
+        if isinstance(row, dict):
+            self.rows += 1
+            self.without += self.documents.text_field not in row and self.documents.messages_field not in row
+            self.first = self.first or row
+            if self.rows == FIELD_PATIENCE:
+                self.end()
+
+    def end(self) -> None:
+        """Raises DataError if all rows so far were without the fields."""
+        if self.rows and self.without == self.rows:
+            found = ", ".join(self.first or {}) or "no field at all"
+            raise DataError(
+                f"{self.source}: {self.documents.no_field} in any of the {self.rows:,} rows read; the first row has "
+                f"{found}: set data.text_field or data.messages_field"
+            )
 
 
-def _tokenize(reader: _Reader, tokenizer, max_tokens: int | None, fingerprint: str) -> Corpus:
-    dtype = np.uint16 if max(tokenizer.get_vocab().values()) < 65536 else np.int32
+def encode(texts: list[str], tokenizer) -> list[list[int]]:
+    """The tokens of each document, the tokenizer's eos at its end if it has one; none for a text without tokens."""
+    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
     eos = tokenizer.eos_token_id
-    pieces, starts, total, unread = [], [], 0, []
-    with _progress(max_tokens) as show:
-        for batch in _batches(reader.texts()):
-            encoded = tokenizer(
-                [text for _, _, text in batch], add_special_tokens=False, return_attention_mask=False, verbose=False
-            )["input_ids"]
-            for (source, place, _), ids in zip(batch, encoded, strict=True):
+    return [[*ids, eos] if ids and eos is not None and ids[-1] != eos else ids for ids in encoded]
+
+
+def _texts(items: list[Item], documents: Documents) -> Iterator[tuple[str, str, str]]:
+    """(source, place, text) of each document; DataError for a source of which no row has the wanted fields."""
+    for source, of_source in groupby(items, key=lambda item: item.source):
+        check = FieldCheck(source, documents)
+        for item in of_source:
+            for number, row in read(item, documents.text_field, documents.messages_field):
+                check.see(row)
+                where = place(item, number)
+                if (text := documents.text(row, where)) is not None:
+                    yield source, where, text
+        check.end()
+
+
+def _tokenize(
+    items: list[Item], documents: Documents, max_tokens: int | None, fingerprint: str, aside: Path | None
+) -> Corpus:
+    """`aside`: a file that the tokens are written to as they come, and mapped from; None keeps them in memory."""
+    tokenizer = documents.tokenizer
+    dtype = np.uint16 if max(tokenizer.get_vocab().values()) < 65536 else np.int32
+    sources = list(dict.fromkeys(item.source for item in items))
+    starts, total, unread = [], 0, []
+    with _progress(max_tokens) as show, aside.open("w+b") if aside else nullcontext(io.BytesIO()) as file:
+        for batch in _batches(_texts(items, documents)):
+            encoded = encode([text for _, _, text in batch], tokenizer)
+            for (source, where, _), ids in zip(batch, encoded, strict=True):
                 if not ids:
-                    reader.skip(place, Skip("no tokens"))
+                    documents.skip(where, Skip("no tokens"))
                     continue
-                if eos is not None and ids[-1] != eos:
-                    ids = [*ids, eos]
                 if max_tokens is not None:
                     ids = ids[: max_tokens - total]
-                pieces.append(np.array(ids, dtype))
+                file.write(np.array(ids, dtype).tobytes())
                 starts.append(total)
                 total += len(ids)
                 if total == max_tokens:
-                    unread = reader.sources[reader.sources.index(source) + 1 :]
+                    unread = sources[sources.index(source) + 1 :]
                     break
             show(len(starts), total)
             if total == max_tokens:
                 break
-    if not starts:
-        skips = _skips_in_words(reader.skipped, reader.examples_of_skipped) or "there are no rows"
-        raise DataError(f"no usable document in {', '.join(reader.sources)}: {skips}")
-    tokens = torch.from_numpy(np.concatenate(pieces))
+        if not starts:
+            skips = documents.skips_in_words() or "there are no rows"
+            raise DataError(f"no usable document in {', '.join(sources)}: {skips}")
+        file.flush()
+        # Mapped copy-on-write, as torch has no tensor that cannot be written.
+        tokens = np.memmap(aside, dtype, "c") if aside else np.frombuffer(file.getbuffer(), dtype)
     return Corpus(
-        tokens, torch.tensor(starts), fingerprint, reader.sources, reader.skipped, reader.examples_of_skipped, unread
+        torch.from_numpy(tokens),
+        torch.tensor(starts),
+        fingerprint,
+        sources,
+        documents.skipped,
+        documents.examples_of_skipped,
+        unread,
     )
 
 
@@ -378,19 +425,28 @@ def _load(folder: Path, fingerprint: str) -> Corpus | None:
         return None
 
 
-def _save(corpus: Corpus, folder: Path) -> None:
+@contextmanager
+def _aside(folder: Path) -> Iterator[Path]:
+    """A folder to write in before moving what is whole into `folder`; DataError if that cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as aside:
+            yield Path(aside)
+    except OSError as error:
+        raise DataError(f"cannot write tokenised text to {folder} ({one_line(error)}): set data.cache") from error
+
+
+def _save(corpus: Corpus, folder: Path, aside: Path) -> None:
     """Write both files aside and move them into place, so that a reader sees all or nothing."""
     tensors_file, facts_file = _cache_files(folder, corpus.fingerprint)
     facts = {key: value for key, value in vars(corpus).items() if not isinstance(value, torch.Tensor)}
     facts |= {"documents": corpus.documents, "tokens": len(corpus.tokens)}
+    new_tensors, new_facts = aside / "tensors", aside / "facts"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as aside:
-            new_tensors, new_facts = Path(aside, "tensors"), Path(aside, "facts")
-            safetensors.torch.save_file({"tokens": corpus.tokens, "starts": corpus.starts}, new_tensors)
-            facts["sha256"] = file_hash(new_tensors)
-            new_facts.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", "utf-8")
-            os.replace(new_tensors, tensors_file)
-            os.replace(new_facts, facts_file)  # last: without it the cache does not count
-    except OSError as error:
-        raise DataError(f"cannot write tokenised text to {folder} ({one_line(error)}): set data.cache") from error
+        safetensors.torch.save_file({"tokens": corpus.tokens, "starts": corpus.starts}, new_tensors)
+    except safetensors.SafetensorError as error:  # a full disk, say
+        raise OSError(one_line(error)) from error
+    facts["sha256"] = file_hash(new_tensors)
+    new_facts.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    os.replace(new_tensors, tensors_file)
+    os.replace(new_facts, facts_file)  # last: without it the cache does not count

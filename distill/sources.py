@@ -14,15 +14,20 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import zstandard
+
+from .run import read_json, write_json
 
 logger = logging.getLogger(__name__)
 
 SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".parquet", ".txt", ".txt.zst")
+REMEMBERED_FROM = 64 * 2**20  # bytes of a file whose hash is remembered: what takes longer to read than to look up
 
 
 class DataError(ValueError):
@@ -37,6 +42,7 @@ class Item:
     source: str  # as the user wrote it
     path: Path = Path()
     hub: tuple[str, str | None, str, str | None] = ("", None, "", None)  # name, config, split, commit
+    shard: int | None = None  # of a hub dataset: one of its files, counted from 0; None: all of them
 
     def __str__(self) -> str:
         return self.source if self.kind == "hub" else str(self.path)
@@ -112,13 +118,26 @@ class Skip(Exception):
         self.cause = f": {one_line(cause)}" if cause else ""
 
 
-def read(item: Item, text_field: str, messages_field: str) -> Iterator[tuple[str, dict | Skip]]:
-    """(place, row) for each row of `item`; DataError if reading fails."""
-    wanted = (text_field, messages_field)
+def read(
+    item: Item,
+    text_field: str,
+    messages_field: str,
+    first: int = 0,
+    wanted: Callable[[int], bool] = lambda number: True,
+    hub: "HubDatasets | None" = None,
+) -> Iterator[tuple[int, dict | Skip]]:
+    """(number, row) for the rows of `item`, counted from 0, from number `first` on, where `wanted(number)`.
+
+    Rows that are not asked for are passed over as quickly as the format lets: neither parsed nor, in a .parquet file or
+    a saved folder, read. `hub`: datasets opened before.
+
+    Raises DataError if reading fails.
+    """
+    fields = (text_field, messages_field)
     rows = 0
     try:
-        for place, row in _rows(item, wanted):
-            yield place, row
+        for number, row in _rows(item, fields, first, wanted, hub or HubDatasets()):
+            yield number, row
             rows += 1
     except Exception as error:  # the readers raise anything; what they raise is about this item
         remedy = (
@@ -129,23 +148,50 @@ def read(item: Item, text_field: str, messages_field: str) -> Iterator[tuple[str
         raise DataError(f"{item}: reading failed after {rows:,} rows ({one_line(error)}): {remedy}") from error
 
 
-def _rows(item: Item, wanted: tuple[str, str]) -> Iterator[tuple[str, dict | Skip]]:
-    name = item.path.name
+def place(item: Item, number: int) -> str:
+    """Where row `number` is, for people."""
+    if item.kind.startswith(".txt"):
+        return item.path.name
     if item.kind.startswith(".jsonl"):
-        for number, line in enumerate(_lines(_decompressed(item.path)), 1):
-            if line.strip():
-                yield f"{name} line {number}", _parse(line)
+        return f"{item.path.name} line {number + 1}"
+    return f"{item.source if item.kind == 'hub' else item.path.name} row {number + 1}"
+
+
+class HubDatasets:
+    """Hub datasets, each opened once: opening asks the hub which files there are."""
+
+    def __init__(self):
+        self._opened: dict[tuple, Any] = {}
+
+    def __getitem__(self, hub: tuple[str, str | None, str, str | None]):
+        """The `datasets.IterableDataset` of an item's `hub`. Raises what `datasets.load_dataset` raises."""
+        import datasets
+
+        if hub not in self._opened:
+            name, config, split, commit = hub
+            self._opened[hub] = datasets.load_dataset(name, config, split=split, revision=commit, streaming=True)
+        return self._opened[hub]
+
+
+def _rows(
+    item: Item, fields: tuple[str, str], first: int, wanted: Callable[[int], bool], hub: HubDatasets
+) -> Iterator[tuple[int, dict | Skip]]:
+    if item.kind.startswith(".jsonl"):
+        for number, line in enumerate(_lines(_decompressed(item.path))):
+            if number >= first and wanted(number) and line.strip():
+                yield number, _parse(line)
     elif item.kind.startswith(".txt"):
-        try:
-            yield name, {wanted[0]: b"".join(_decompressed(item.path)).decode("utf-8-sig")}
-        except UnicodeDecodeError as error:
-            yield name, Skip("not valid UTF-8", error)
+        if first == 0 and wanted(0):
+            try:
+                yield 0, {fields[0]: b"".join(_decompressed(item.path)).decode("utf-8-sig")}
+            except UnicodeDecodeError as error:
+                yield 0, Skip("not valid UTF-8", error)
     elif item.kind == ".parquet":
-        for number, row in enumerate(_parquet_rows(item.path, wanted), 1):
-            yield f"{name} row {number}", row
+        yield from _parquet_rows(item.path, fields, first, wanted)
+    elif item.kind == "saved":
+        yield from _saved_rows(item.path, fields, first, wanted)
     else:
-        for number, row in enumerate(_datasets_rows(item, wanted), 1):
-            yield f"{item.source if item.kind == 'hub' else name} row {number}", row
+        yield from _hub_rows(hub[item.hub], item.shard, fields, first, wanted)
 
 
 def _decompressed(path: Path) -> Iterator[bytes]:
@@ -192,29 +238,54 @@ def _parse(line: bytes) -> dict | Skip:
     return row if isinstance(row, dict) else Skip("not a JSON object")
 
 
-def _parquet_rows(path: Path, wanted: tuple[str, str]) -> Iterator[dict | Skip]:
+def _parquet_rows(
+    path: Path, fields: tuple[str, str], first: int, wanted: Callable[[int], bool]
+) -> Iterator[tuple[int, dict | Skip]]:
     import pyarrow.parquet  # here and below: slow to import, and most recipes need neither
 
     with pyarrow.parquet.ParquetFile(path) as file:
-        present = [name for name in file.schema_arrow.names if name in wanted]
-        for batch in file.iter_batches(batch_size=1024, columns=present or None):
-            for i in range(batch.num_rows):
-                try:
-                    yield {name: batch.column(name)[i].as_py() for name in batch.schema.names}
-                except UnicodeDecodeError as error:
-                    yield Skip("not valid UTF-8", error)
+        present = [name for name in file.schema_arrow.names if name in fields]
+        number = 0
+        for group in range(file.num_row_groups):
+            if (end := number + file.metadata.row_group(group).num_rows) <= first:
+                number = end
+                continue
+            for batch in file.iter_batches(batch_size=1024, row_groups=[group], columns=present or None):
+                for i in range(batch.num_rows):
+                    if number >= first and wanted(number):
+                        try:
+                            yield number, {name: batch.column(name)[i].as_py() for name in batch.schema.names}
+                        except UnicodeDecodeError as error:
+                            yield number, Skip("not valid UTF-8", error)
+                    number += 1
 
 
-def _datasets_rows(item: Item, wanted: tuple[str, str]) -> Iterator[dict]:
+def _saved_rows(
+    path: Path, fields: tuple[str, str], first: int, wanted: Callable[[int], bool]
+) -> Iterator[tuple[int, dict]]:
     import datasets
 
-    if item.kind == "saved":
-        rows = datasets.load_from_disk(str(item.path))
-    else:
-        name, config, split, commit = item.hub
-        rows = datasets.load_dataset(name, config, split=split, revision=commit, streaming=True)
-    present = [column for column in rows.column_names or [] if column in wanted]
-    return iter(rows.select_columns(present) if present else rows)  # no decoding of images and the like
+    rows = _only(datasets.load_from_disk(str(path)), fields)
+    for begin in range(first, len(rows), 1024):
+        numbers = [number for number in range(begin, min(begin + 1024, len(rows))) if wanted(number)]
+        columns = rows[numbers] if numbers else {}
+        for i, number in enumerate(numbers):
+            yield number, {name: values[i] for name, values in columns.items()}
+
+
+def _hub_rows(
+    rows, shard: int | None, fields: tuple[str, str], first: int, wanted: Callable[[int], bool]
+) -> Iterator[tuple[int, dict]]:
+    rows = _only(rows if shard is None else rows.shard(rows.num_shards, shard), fields)
+    for number, row in enumerate(rows.skip(first) if first else rows, first):
+        if wanted(number):
+            yield number, row
+
+
+def _only(rows, fields: tuple[str, str]):
+    """A dataset without other columns than `fields`: no decoding of images and the like."""
+    present = [column for column in rows.column_names or [] if column in fields]
+    return rows.select_columns(present) if present else rows
 
 
 def one_line(error: Exception) -> str:
@@ -238,8 +309,43 @@ def content_hash(item: Item) -> list:
 
 
 def file_hash(path: Path) -> str:
+    """SHA-256 of a file. That of a large one is remembered, and read again only when the file was written since.
+
+    Raises DataError if it cannot be read.
+    """
     try:
         with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+            facts = os.fstat(file.fileno())
+            if facts.st_size < REMEMBERED_FROM:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+            # Writing changes ctime, even where mtime is set back. One of just now may not change with the next write.
+            state = [facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino]
+            settled = time.time_ns() - facts.st_ctime_ns > 2 * 10**9
+            known = _remembered().get(str(path.resolve()))
+            if known is not None and known[1:] == state:
+                return known[0]
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
+    if settled:
+        known = {name: entry for name, entry in _remembered().items() if os.path.exists(name)}
+        _remember({**known, str(path.resolve()): [digest, *state]})
+    return digest
+
+
+def _hashes_file() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "transpoint", "hashes.json")
+
+
+def _remembered() -> dict[str, list]:
+    """Path -> [SHA-256, size, mtime, ctime, inode]."""
+    known = read_json(_hashes_file())
+    return known if isinstance(known, dict) and all(isinstance(v, list) for v in known.values()) else {}
+
+
+def _remember(known: dict[str, list]) -> None:
+    try:
+        _hashes_file().parent.mkdir(parents=True, exist_ok=True)
+        write_json(_hashes_file(), known)
+    except OSError as error:  # a home that cannot be written: the next run reads the file again
+        logger.debug("hashes are not remembered: %s", error)

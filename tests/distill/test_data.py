@@ -3,6 +3,8 @@
 import gzip
 import json
 import logging
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -180,7 +182,7 @@ def test_reading_stops_at_the_token_limit(tmp_path, tokenizer, monkeypatch):
     Path(paths[1]).write_bytes(b"\n")
     read = []
     real = sources._rows
-    monkeypatch.setattr(sources, "_rows", lambda item, wanted: read.append(item.path.name) or real(item, wanted))
+    monkeypatch.setattr(sources, "_rows", lambda item, *more: read.append(item.path.name) or real(item, *more))
     tokenize_corpus(paths, tokenizer, max_tokens=10)
     assert read == ["a.jsonl"]
 
@@ -467,6 +469,7 @@ def test_a_damaged_cache_is_reported_and_rebuilt(damage, tmp_path, tokenizer, co
     path = str(write(tmp_path / "a.jsonl", "jsonl", TEXTS))
     cache = tmp_path / "cache"
     first = tokenize_corpus([path], tokenizer, cache=cache)
+    first = replace(first, tokens=first.tokens.clone(), starts=first.starts.clone())  # the file is mapped
     tensors, facts = next(cache.glob("*.safetensors")), next(cache.glob("*.json"))
     if damage == "truncated tensors":
         tensors.write_bytes(tensors.read_bytes()[:-10])
@@ -486,6 +489,49 @@ def test_a_damaged_cache_is_reported_and_rebuilt(damage, tmp_path, tokenizer, co
     assert len(caplog.records) == 1 and caplog.messages[0].startswith(f"tokenised text in {tensors} is damaged (")
     third = tokenize_corpus([path], tokenizer, cache=cache)
     assert len(counted) == 2 and equal(first, third)
+
+
+def test_a_cached_corpus_is_mapped_not_read(tmp_path, tokenizer):
+    path = write(tmp_path / "a.jsonl", "jsonl", ["one two three " * 20_000])
+    cached = tokenize_corpus([str(path)], tokenizer, cache=tmp_path / "cache")
+    assert any("cache" in line and ".safetensors" in line for line in Path("/proc/self/maps").read_text().splitlines())
+    assert torch.equal(cached.tokens, tokenize_corpus([str(path)], tokenizer).tokens)
+
+
+def test_a_cache_that_does_not_fit_the_disk(tmp_path, tokenizer, monkeypatch):
+    path = str(write(tmp_path / "a.jsonl", "jsonl", TEXTS))
+    cache = tmp_path / "cache"
+
+    def full(*args):
+        raise data.safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(data.safetensors.torch, "save_file", full)
+    assert message([path], tokenizer, cache=cache) == (
+        f"cannot write tokenised text to {cache} (I/O error: No space left on device (os error 28)): set data.cache"
+    )
+    assert list(cache.iterdir()) == []
+
+
+def test_hashes_of_large_files_are_remembered_until_they_are_written(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(sources, "REMEMBERED_FROM", 10)
+    read, real = [], sources.hashlib.file_digest
+    monkeypatch.setattr(sources.hashlib, "file_digest", lambda *args: read.append(1) or real(*args))
+    path = tmp_path / "a.txt"
+    path.write_text("x" * 100)
+    first = sources.file_hash(path)
+    assert sources.file_hash(path) == first and len(read) == 2  # it was written just now, and may be again
+    now = sources.time.time_ns
+    monkeypatch.setattr(sources.time, "time_ns", lambda: now() + 10**10)
+    assert {sources.file_hash(path) for _ in range(3)} == {first} and len(read) == 3
+    before = path.stat()
+    path.write_text("y" * 100)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert sources.file_hash(path) != first and len(read) == 4
+    (tmp_path / "home" / "transpoint" / "hashes.json").write_text("[damaged")
+    assert sources.file_hash(path) != first and len(read) == 5
+    monkeypatch.setenv("XDG_CACHE_HOME", str(path))  # cannot be written
+    assert sources.file_hash(path) != first
 
 
 # Packing and batching
