@@ -41,6 +41,14 @@ class RunConfig:
         "of the matrix products in training: fp32, bf16, or auto (bf16 where the hardware multiplies it)",
         choices=("auto", "fp32", "bf16"),
     )
+    trackers: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "where training figures go besides metrics.jsonl: tensorboard (files in RUN/tracking), wandb, "
+            "trackio; each must be installed",
+            "choices": ("tensorboard", "wandb", "trackio"),
+        },
+    )
 
 
 @dataclass
@@ -75,6 +83,9 @@ class TrainConfig:
         default_factory=lambda: [0.9, 0.95], metadata={"help": "of AdamW", "length": 2, "minimum": 0, "maximum": 1}
     )
     clip: float = setting(1.0, "largest norm of the gradient", above=0)
+    max_skipped: int = setting(
+        10, "steps in a row that may be left out because their gradient is not finite, before training stops", minimum=1
+    )
     log_every: int = setting(10, "steps between lines of metrics.jsonl", minimum=1)
     checkpoint_every: int = setting(100, "steps between checkpoints", minimum=1)
     keep_checkpoints: int = setting(2, "how many checkpoints to keep", minimum=1)
@@ -318,10 +329,12 @@ def _check_values(section: Any, prefix: str) -> None:
             _check_values(value, key + ".")
             continue
         limits = entry.metadata
-        if "choices" in limits and value not in limits["choices"]:
-            near = difflib.get_close_matches(str(value), limits["choices"], n=1)
-            hint = f"; did you mean '{near[0]}'?" if near else ""
-            raise ConfigError(f"{key} is '{value}'; expected one of {', '.join(limits['choices'])}{hint}")
+        for choice in (value if isinstance(value, list) else [value]) if "choices" in limits else ():
+            if choice not in limits["choices"]:
+                near = difflib.get_close_matches(str(choice), limits["choices"], n=1)
+                hint = f"; did you mean '{near[0]}'?" if near else ""
+                verb = "holds" if isinstance(value, list) else "is"
+                raise ConfigError(f"{key} {verb} '{choice}'; expected one of {', '.join(limits['choices'])}{hint}")
         if "length" in limits and len(value) != limits["length"]:
             raise ConfigError(f"{key} is {value}; expected {limits['length']} numbers")
         for number in value if isinstance(value, list) else [value]:

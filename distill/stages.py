@@ -14,7 +14,13 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, set_seed
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    InitProcessGroupKwargs,
+    set_seed,
+)
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -40,6 +46,7 @@ from .schedules import (
     trans_points_in_step,
 )
 from .sources import DataError, source_identity
+from .tracking import check_trackers
 from .trainer import train
 
 # Stages that leave a student in their folder, in order.
@@ -55,7 +62,13 @@ _SETTINGS = {
 }
 
 
-_DISTRIBUTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+_DISTRIBUTED = (
+    DistributedType.NO,
+    DistributedType.MULTI_GPU,
+    DistributedType.MULTI_CPU,
+    DistributedType.DEEPSPEED,
+    DistributedType.FSDP,
+)
 
 
 class Session:
@@ -65,6 +78,7 @@ class Session:
         self.recipe = recipe
         self.root = Path(recipe.run.dir)
         self.accelerator = _accelerator(recipe)
+        self.precision = _precision(recipe, self.accelerator)
         self.console = console or Console(quiet=not self.accelerator.is_main_process)
         self.on_step: Callable[[int], None] | None = None
         self.exports = False  # whether this run goes on to the export
@@ -318,6 +332,7 @@ def run_recipe(
     forced = STAGES.index(from_stage) if from_stage else len(STAGES)
     if from_stage and forced > last:
         raise RunError(f"--from {from_stage} comes after --until {until_stage}: nothing would run")
+    check_trackers(recipe.run.trackers)
     needs = stage_inputs(recipe)
     session = Session(recipe, console)
     session.on_step = on_step
@@ -336,8 +351,9 @@ def run_recipe(
             raise RunError(f"the run folder cannot be written: {error}; set run.dir to another place") from error
     accelerator = session.accelerator
     count = f"{accelerator.num_processes} process" + ("es" if accelerator.num_processes > 1 else "")
-    precision = "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
-    session.say(f"{session.root}: {count} on {accelerator.device.type}, matrix products in {precision}")
+    kind = accelerator.distributed_type
+    count += "" if kind == DistributedType.NO else f" ({kind.value})"
+    session.say(f"{session.root}: {count} on {accelerator.device.type}, matrix products in {session.precision}")
     for position, stage in enumerate(STAGES[: last + 1]):
         folder = session.folder(stage)
         reason = folder.why_not_reusable(needs[stage])
@@ -523,7 +539,7 @@ def _trained(
             student.set_trans_points(trans_points(step), warn=False)
 
     with at_trans_points(student):
-        training = train(
+        trained = train(
             objective,
             groups,
             settings,
@@ -534,10 +550,18 @@ def _trained(
             session.recipe.run.seed,
             session.on_step,
             before_step,
+            session.precision,
         )
-    student.eval()
-    session.save(student, folder)
-    return {"training": training, "quality": session.measure(student, folder.stage)}
+    if trained.weights is None:
+        session.save(student.eval(), folder)
+    else:  # they are in pieces in the modules that were trained
+        whole = session.student(STUDENT_STAGES[STUDENT_STAGES.index(folder.stage) - 1])
+        whole.config.measured_trans_points = student.config.measured_trans_points
+        whole.load_state_dict(trained.weights, strict=False)
+        session.save(whole, folder)
+        session.accelerator.wait_for_everyone()
+        student = session.student(folder.stage)
+    return {"training": trained.figures, "quality": session.measure(student, folder.stage)}
 
 
 def _has_trans_points(model: PreTrainedModel) -> bool:
@@ -553,29 +577,47 @@ def _is_mixer(name: str, student: HybridForCausalLM) -> bool:
 
 
 def _accelerator(recipe: Recipe) -> Accelerator:
-    precision, device = recipe.run.precision, recipe.run.device
-    on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    if device == "cuda" and not torch.cuda.is_available():
+    device = recipe.run.device
+    on_gpu = torch.cuda.is_available() and device != "cpu"
+    if device == "cuda" and not on_gpu:
         raise RunError("run.device is cuda, but no GPU is to be seen; set run.device=cpu")
-    if precision == "auto":
-        precision = "bf16" if on_gpu or _multiplies_bf16() else "fp32"
+    wanted = int(os.environ.get("WORLD_SIZE", "1"))
+    deepspeed, fsdp = (_asked_for(f"ACCELERATE_USE_{kind}") for kind in ("DEEPSPEED", "FSDP"))
+    if deepspeed and device == "cpu" and torch.cuda.is_available():
+        raise RunError("DeepSpeed takes the GPU where there is one: leave out run.device=cpu, or hide the GPU")
     # Documents that end before a TransPoint leave what only the state-space form has without a gradient.
-    unused = DistributedDataParallelKwargs(find_unused_parameters=recipe.student.mixer == "transmamba")
-    accelerator = Accelerator(
-        cpu=device == "cpu", mixed_precision="no" if precision == "fp32" else "bf16", kwargs_handlers=[unused]
-    )
+    handlers = [DistributedDataParallelKwargs(find_unused_parameters=recipe.student.mixer == "transmamba")]
+    if not on_gpu and wanted > 1:  # unasked, DeepSpeed on CPUs leaves each process alone
+        handlers.append(InitProcessGroupKwargs(backend="gloo"))
+    # Precision is the trainer's, so that parameters are in float32 under every engine.
+    accelerator = Accelerator(cpu=not on_gpu and not deepspeed, mixed_precision="no", kwargs_handlers=handlers)
+    if fsdp and accelerator.distributed_type == DistributedType.MULTI_CPU:  # accelerate has FSDP on GPUs only
+        accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
     if accelerator.distributed_type not in _DISTRIBUTED:
         raise RunError(
-            f"{accelerator.distributed_type.value} is not supported: training runs in one process or data-parallel; "
-            "choose such a configuration with `accelerate config`"
+            f"{accelerator.distributed_type.value} is not supported: choose one process, DDP, DeepSpeed or FSDP2 with "
+            "`accelerate config`, or a file of configs/accelerate"
         )
-    wanted = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise RunError("FSDP version 1 is not supported: set fsdp_version: 2 in accelerate's configuration")
     if accelerator.num_processes != wanted:
         raise RunError(
             f"{wanted} processes were launched, but they do not see each other (world size "
             f"{accelerator.num_processes}): each would train alone; check the launch configuration"
         )
     return accelerator
+
+
+def _asked_for(variable: str) -> bool:
+    """Whether accelerate's launcher set this."""
+    return os.environ.get(variable, "false").lower() == "true"
+
+
+def _precision(recipe: Recipe, accelerator: Accelerator) -> str:
+    if recipe.run.precision != "auto":
+        return recipe.run.precision
+    return "bf16" if accelerator.device.type == "cuda" or _multiplies_bf16() else "fp32"
 
 
 def _multiplies_bf16() -> bool:

@@ -1,0 +1,146 @@
+"""Where the figures of training go: metrics.jsonl always, and the trackers that `run.trackers` names.
+
+Names that other parts read (`report`): `loss`, `layer_N` and `attention_N` (alignment of one layer), `lr...`,
+`gradient_norm`, `tokens`, `tokens_per_second`, `mfu` (a fraction), `memory` (bytes, the peak on one device), and
+`skipped` (steps whose gradient was not finite, so far) and `event` (a line of text).
+"""
+
+import json
+import logging
+import uuid
+
+from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+from accelerate.utils import is_tensorboard_available, is_trackio_available, is_wandb_available
+
+from .config import Recipe
+from .run import RunError, StageFolder, read_json, truncate_log, write_json
+
+PROJECT = "transpoint"  # of Weights & Biases and trackio
+_INSTALLED = {
+    "tensorboard": is_tensorboard_available,
+    "wandb": is_wandb_available,
+    "trackio": is_trackio_available,
+}
+logger = logging.getLogger(__name__)
+
+
+def check_trackers(names: list[str]) -> None:
+    """Raises RunError for a tracker that is not installed."""
+    for name in names:
+        if not _INSTALLED[name]():
+            raise RunError(f"run.trackers names {name}, which is not installed: pip install {name}, or leave it out")
+
+
+class Tracking:
+    """The log of one training stage. On processes other than the main one it does nothing.
+
+    Each stage is a run of its own in every tracker, and figures are named STAGE/NAME there. TensorBoard's files are in
+    RUN/tracking/STAGE. A resumed stage goes on in the same tracker run, which is not told again the steps it knows.
+
+    Args:
+        stage: its name.
+        folder: of the stage.
+        step: how many steps are done. What metrics.jsonl says of later ones is dropped, as they come again.
+
+    Raises:
+        RunError: a tracker does not start (no login, no network).
+    """
+
+    def __init__(self, accelerator: Accelerator, recipe: Recipe, stage: str, folder: StageFolder, step: int = 0):
+        self.stage, self.folder, self.trackers = stage, folder, []
+        self._main = accelerator.is_main_process
+        if not self._main:
+            return
+        log = folder / "metrics.jsonl"
+        self._told = max(step, _last_step(log))
+        truncate_log(log, step)
+        names = list(dict.fromkeys(recipe.run.trackers))
+        options = self._options() if names else {}
+        for name in names:
+            arguments, keywords = options[name]
+            try:
+                tracker = LOGGER_TYPE_TO_CLASS[name](*arguments, **keywords)
+                tracker.start()
+                if not self._told:
+                    tracker.store_init_configuration(_flat(recipe.to_dict()))
+            except Exception as error:  # whatever these libraries raise
+                self.close()
+                raise RunError(
+                    f"run.trackers: {name} does not start ({type(error).__name__}: {error}); leave it out to train "
+                    "without it"
+                ) from error
+            self.trackers.append(tracker)
+
+    def log(self, figures: dict, step: int) -> None:
+        """Writes the figures of a step down. Numbers and texts go to the trackers too.
+
+        A tracker that fails is given up, with a warning: it must not cost a run.
+        """
+        if not self._main:
+            return
+        self.folder.log({"step": step, **figures})
+        if step <= self._told:
+            return
+        values = {
+            f"{self.stage}/{name}": value
+            for name, value in figures.items()
+            if isinstance(value, int | float | str) and name != "step"
+        }
+        for tracker in list(self.trackers):
+            try:
+                tracker.log(values, step=step)
+            except Exception as error:
+                logger.warning(
+                    "%s failed (%s: %s): training goes on without it", tracker.name, type(error).__name__, error
+                )
+                self.trackers.remove(tracker)
+
+    def close(self) -> None:
+        """Ends the trackers' runs, and waits for what they still have to send."""
+        while self.trackers:
+            tracker = self.trackers.pop()
+            try:
+                tracker.finish()
+            except Exception as error:
+                logger.warning("%s failed at its end (%s: %s)", tracker.name, type(error).__name__, error)
+
+    def _options(self) -> dict[str, tuple[tuple, dict]]:
+        """For each tracker the arguments of accelerate's class for it."""
+        root = self.folder.path.parent
+        name, files = root.resolve().name, root / "tracking"
+        files.mkdir(parents=True, exist_ok=True)
+        # Kept in the stage's folder, which goes when the stage begins anew: then it is another run.
+        record = self.folder / "tracking.json"
+        if (known := read_json(record)) is None:
+            write_json(record, known := {"id": uuid.uuid4().hex[:8]})
+        run = f"{name}-{self.stage}-{known['id']}"
+        return {
+            # What an earlier start of this stage left in this folder is not shown from `purge_step` on.
+            "tensorboard": ((self.stage, str(files)), {"purge_step": self._told + 1}),
+            "wandb": ((PROJECT,), {"id": run, "name": run, "group": name, "resume": "allow", "dir": str(files)}),
+            "trackio": ((PROJECT,), {"name": run, "group": name, "resume": "allow"}),
+        }
+
+
+def _last_step(log) -> int:
+    """The last step in metrics.jsonl; 0 where there is none."""
+    last = 0
+    if log.exists():
+        for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                last = max(last, json.loads(line)["step"])
+            except (ValueError, KeyError, TypeError):  # the line that was being written when a process was killed
+                continue
+    return last
+
+
+def _flat(values: dict, prefix: str = "") -> dict:
+    """{"align.steps": 100}: what trackers take as settings."""
+    found = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            found |= _flat(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = value if isinstance(value, bool | int | float | str) else str(value)
+    return found
