@@ -2,19 +2,20 @@
 
 Names that other parts read (`report`): `loss`, `layer_N` and `attention_N` (alignment of one layer), `lr...`,
 `gradient_norm`, `tokens`, `tokens_per_second`, `mfu` (a fraction), `memory` (bytes, the peak on one device), and
-`skipped` (steps whose gradient was not finite, so far) and `event` (a line of text).
+`skipped` (steps left out since the line before, as their gradient was not finite) and `event` (text).
 """
 
 import json
 import logging
 import uuid
+from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from accelerate.utils import is_tensorboard_available, is_trackio_available, is_wandb_available
 
 from .config import Recipe
-from .run import RunError, StageFolder, read_json, truncate_log, write_json
+from .run import RunError, StageFolder, read_json, write_json
 
 PROJECT = "transpoint"  # of Weights & Biases and trackio
 _INSTALLED = {
@@ -36,29 +37,20 @@ class Tracking:
     """The log of one training stage. On processes other than the main one it does nothing.
 
     Each stage is a run of its own in every tracker, and figures are named STAGE/NAME there. TensorBoard's files are in
-    RUN/tracking/STAGE. A resumed stage goes on in the same tracker run, which is not told again the steps it knows.
-
-    Args:
-        stage: its name.
-        folder: of the stage.
-        step: how many steps are done. What metrics.jsonl says of later ones is dropped, as they come again.
+    RUN/tracking/STAGE. A resumed stage goes on in the same tracker run, which is not told again the steps it knows; so
+    this is made before what metrics.jsonl says of steps after the last checkpoint is dropped.
 
     Raises:
         RunError: a tracker does not start (no login, no network).
     """
 
-    def __init__(self, accelerator: Accelerator, recipe: Recipe, stage: str, folder: StageFolder, step: int = 0):
+    def __init__(self, accelerator: Accelerator, recipe: Recipe, stage: str, folder: StageFolder):
         self.stage, self.folder, self.trackers = stage, folder, []
-        self._main = accelerator.is_main_process
-        if not self._main:
-            return
-        log = folder / "metrics.jsonl"
-        self._told = max(step, _last_step(log))
-        truncate_log(log, step)
+        self._main, self._told = accelerator.is_main_process, 0
         names = list(dict.fromkeys(recipe.run.trackers))
-        options = self._options() if names else {}
-        for name in names:
-            arguments, keywords = options[name]
+        if not self._main or not names:
+            return
+        for name, (arguments, keywords) in self._options(names).items():
             try:
                 tracker = LOGGER_TYPE_TO_CLASS[name](*arguments, **keywords)
                 tracker.start()
@@ -72,14 +64,15 @@ class Tracking:
                 ) from error
             self.trackers.append(tracker)
 
-    def log(self, figures: dict, step: int) -> None:
-        """Writes the figures of a step down. Numbers and texts go to the trackers too.
+    def log(self, figures: dict) -> None:
+        """Writes down the figures of a step, `step` among them. Numbers and texts go to the trackers too.
 
         A tracker that fails is given up, with a warning: it must not cost a run.
         """
         if not self._main:
             return
-        self.folder.log({"step": step, **figures})
+        self.folder.log(figures)
+        step = figures["step"]
         if step <= self._told:
             return
         values = {
@@ -105,25 +98,27 @@ class Tracking:
             except Exception as error:
                 logger.warning("%s failed at its end (%s: %s)", tracker.name, type(error).__name__, error)
 
-    def _options(self) -> dict[str, tuple[tuple, dict]]:
-        """For each tracker the arguments of accelerate's class for it."""
+    def _options(self, names: list[str]) -> dict[str, tuple[tuple, dict]]:
+        """For each of these trackers the arguments of accelerate's class for it."""
         root = self.folder.path.parent
         name, files = root.resolve().name, root / "tracking"
         files.mkdir(parents=True, exist_ok=True)
         # Kept in the stage's folder, which goes when the stage begins anew: then it is another run.
         record = self.folder / "tracking.json"
-        if (known := read_json(record)) is None:
-            write_json(record, known := {"id": uuid.uuid4().hex[:8]})
+        known = read_json(record) or {"id": uuid.uuid4().hex[:8], "told": 0}
+        self._told = known["told"] = max(known["told"], _last_step(self.folder / "metrics.jsonl"))
+        write_json(record, known)
         run = f"{name}-{self.stage}-{known['id']}"
-        return {
+        options = {
             # What an earlier start of this stage left in this folder is not shown from `purge_step` on.
             "tensorboard": ((self.stage, str(files)), {"purge_step": self._told + 1}),
             "wandb": ((PROJECT,), {"id": run, "name": run, "group": name, "resume": "allow", "dir": str(files)}),
             "trackio": ((PROJECT,), {"name": run, "group": name, "resume": "allow"}),
         }
+        return {name: options[name] for name in names}
 
 
-def _last_step(log) -> int:
+def _last_step(log: Path) -> int:
     """The last step in metrics.jsonl; 0 where there is none."""
     last = 0
     if log.exists():

@@ -8,7 +8,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
 from transpoint.distill.cli import main
 from transpoint.distill.config import ConfigError, Recipe, load_recipe
-from transpoint.distill.run import RunError, StageFolder
+from transpoint.distill.run import RunError, StageFolder, truncate_log
 from transpoint.distill.tracking import Tracking
 
 
@@ -53,10 +53,14 @@ def stage(tmp_path):
     return folder
 
 
-def tracking(folder, *names, step=0, accelerator=None):
+def tracking(folder, *names, step=None, accelerator=None):
+    """As a stage that goes on from `step` makes it."""
     recipe = Recipe()
     recipe.run.trackers = list(names)
-    return Tracking(accelerator or Accelerator(cpu=True), recipe, folder.stage, folder, step)
+    log = Tracking(accelerator or Accelerator(cpu=True), recipe, folder.stage, folder)
+    if step is not None:
+        truncate_log(folder / "metrics.jsonl", step)
+    return log
 
 
 def steps(folder):
@@ -65,7 +69,7 @@ def steps(folder):
 
 def test_metrics_are_always_written(stage, made):
     log = tracking(stage)
-    log.log({"loss": 0.5, "event": "a spike"}, 3)
+    log.log({"step": 3, "loss": 0.5, "event": "a spike"})
     log.close()
     assert json.loads((stage / "metrics.jsonl").read_text()) == {"step": 3, "loss": 0.5, "event": "a spike"}
     assert not made and not (stage / "tracking.json").exists() and not (stage.path.parent / "tracking").exists()
@@ -73,38 +77,41 @@ def test_metrics_are_always_written(stage, made):
 
 def test_trackers_are_told_settings_and_figures(stage, made):
     log = tracking(stage, "wandb", "wandb")
-    log.log({"loss": 0.5, "event": "a spike", "list": [1]}, 3)
+    log.log({"step": 3, "loss": 0.5, "event": "a spike", "list": [1]})
     log.close()
     (tracker,) = made
     assert tracker.told == [(3, {"align/loss": 0.5, "align/event": "a spike"})] and tracker.finished
     assert tracker.settings["align.steps"] == 100 and tracker.settings["run.trackers"] == "['wandb', 'wandb']"
     assert tracker.project == "transpoint"
     assert tracker.options["name"].startswith("mine-align-") and tracker.options["group"] == "mine"
-    log.log({"loss": 0.4}, 4)
+    log.log({"step": 4, "loss": 0.4})
     assert len(tracker.told) == 1 and steps(stage) == [3, 4]
 
 
 def test_a_resumed_stage_tells_no_step_twice(stage, made):
     log = tracking(stage, "wandb")
     for step in range(1, 8):
-        log.log({"loss": 1 / step}, step)
+        log.log({"step": step, "loss": 1 / step})
     with (stage / "metrics.jsonl").open("a") as file:
         file.write('{"step": 8, "lo')  # killed meanwhile
     stage.begin({"align": 1})
     log = tracking(stage, "wandb", step=5)
     assert steps(stage) == [1, 2, 3, 4, 5]
+    log.log({"step": 6, "loss": 1 / 6})  # and killed again
+    stage.begin({"align": 1})
+    log = tracking(stage, "wandb", step=5)
     for step in range(6, 10):
-        log.log({"loss": 1 / step}, step)
-    first, second = made
-    assert [step for step, _ in second.told] == [8, 9] and second.settings is None
-    assert second.options == first.options and steps(stage) == list(range(1, 10))
+        log.log({"step": step, "loss": 1 / step})
+    first, second, third = made
+    assert not second.told and [step for step, _ in third.told] == [8, 9] and third.settings is None
+    assert third.options == second.options == first.options and steps(stage) == list(range(1, 10))
 
 
 def test_a_stage_that_begins_anew_is_another_run(stage, made):
-    tracking(stage, "wandb").log({"loss": 1.0}, 1)
+    tracking(stage, "wandb").log({"step": 1, "loss": 1.0})
     stage.begin({"align": 2})
     log = tracking(stage, "wandb")
-    log.log({"loss": 2.0}, 1)
+    log.log({"step": 1, "loss": 2.0})
     first, second = made
     assert second.options["id"] != first.options["id"]
     assert second.told == [(1, {"align/loss": 2.0})] and second.settings
@@ -115,7 +122,7 @@ def test_other_processes_write_nothing(stage, made):
         is_main_process = False
 
     log = tracking(stage, "wandb", accelerator=Other())
-    log.log({"loss": 1.0}, 1)
+    log.log({"step": 1, "loss": 1.0})
     log.close()
     assert not made and not (stage / "metrics.jsonl").exists()
 
@@ -127,8 +134,8 @@ def test_a_tracker_that_fails_costs_no_run(stage, made, caplog):
         raise ConnectionError("no network")
 
     made[0].log = fail
-    log.log({"loss": 1.0}, 1)
-    log.log({"loss": 1.0}, 2)
+    log.log({"step": 1, "loss": 1.0})
+    log.log({"step": 2, "loss": 1.0})
     assert steps(stage) == [1, 2]
     assert [record.getMessage() for record in caplog.records] == [
         "wandb failed (ConnectionError: no network): training goes on without it"
@@ -155,16 +162,16 @@ def test_tensorboard(stage):
 
     log = tracking(stage, "tensorboard")
     for step in range(1, 5):
-        log.log({"loss": float(step)}, step)
+        log.log({"step": step, "loss": float(step)})
     log.close()
     log = tracking(stage, "tensorboard", step=2)
     for step in range(3, 7):
-        log.log({"loss": float(step)}, step)
+        log.log({"step": step, "loss": float(step)})
     log.close()
     assert shown() == [(step, float(step)) for step in range(1, 7)]
     stage.begin({"align": 2})
     log = tracking(stage, "tensorboard")
-    log.log({"loss": 9.0}, 1)
+    log.log({"step": 1, "loss": 9.0})
     log.close()
     assert shown() == [(1, 9.0)]
 
