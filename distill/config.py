@@ -117,6 +117,9 @@ class DistillConfig(TrainConfig):
         0.0, "learning rate of the parameters that were the teacher's; 0 leaves them frozen", minimum=0
     )
     temperature: float = setting(1.0, "of both softmaxes in the KL", above=0)
+    teacher_cache: str | None = setting(
+        None, "folder of the teacher's cached predictions, read in its place; `transpoint cache-teacher` writes it"
+    )
     anneal: AnnealConfig = field(default_factory=AnnealConfig)
     sample_schedules: list[Any] = field(
         default_factory=list,
@@ -125,6 +128,19 @@ class DistillConfig(TrainConfig):
             "draws one of these and student.trans_points, all equally likely"
         },
     )
+
+
+@dataclass
+class CacheTeacherConfig:
+    k: int = setting(64, "most likely tokens kept of each prediction; of the others, the mass", minimum=1)
+    hidden: bool = setting(False, "whether the teacher's last hidden states are kept too")
+    dtype: str = setting(
+        "float16",
+        "of log-probabilities and hidden states in the cache",
+        choices=("float32", "bfloat16", "float16"),
+    )
+    batch_size: int = setting(8, "sequences in one forward pass of the teacher", minimum=1)
+    shard_mb: int = setting(256, "megabytes in a shard, at most: an interrupted cache loses one at most", minimum=1)
 
 
 @dataclass
@@ -168,6 +184,7 @@ class Recipe:
     distill: DistillConfig = field(default_factory=DistillConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    cache_teacher: CacheTeacherConfig = field(default_factory=CacheTeacherConfig)
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)

@@ -130,14 +130,16 @@ def write_json(path: Path, value: Any) -> None:
         raise
 
 
-def truncate_log(path: Path, last_step: int) -> None:
-    """Drops lines of metrics.jsonl after a step: they will be written again by the resumed run."""
-    if path.exists():
-        lines = path.read_text(encoding="utf-8").split("\n")
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= last_step]
-        aside = path.with_name(f".{path.name}")
-        aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        os.replace(aside, path)
+def truncate_log(path: Path, last_step: int) -> list[dict]:
+    """Drops lines of metrics.jsonl after a step: they will be written again by the resumed run. Returns the others."""
+    if not path.exists():
+        return []
+    lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.endswith("}")]
+    kept = [line for line in lines if json.loads(line)["step"] <= last_step]
+    aside = path.with_name(f".{path.name}")
+    aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    os.replace(aside, path)
+    return [json.loads(line) for line in kept]
 
 
 def _content(path: Path) -> str:

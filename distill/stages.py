@@ -47,6 +47,7 @@ from .schedules import (
 )
 from .sources import DataError, source_identity
 from .tracking import check_trackers
+from .teacher_cache import CachedDistillation, CachedTargets, cache_identity
 from .trainer import train
 
 # Stages that leave a student in their folder, in order.
@@ -108,6 +109,27 @@ class Session:
     @cached_property
     def train_data(self) -> PackedDataset:
         return self._packed("train", self.recipe.data.train, self.recipe.data.max_train_tokens)
+
+    @cached_property
+    def cached_targets(self) -> CachedTargets:
+        """The training data with the teacher's cached predictions, checked against the recipe."""
+        # One process reads all of the cache to find out whether it is whole.
+        cached = CachedTargets(
+            self.train_data, self.recipe.distill.teacher_cache, verify=self.accelerator.is_main_process
+        )
+        cached.check(self.recipe)
+        return cached
+
+    @contextmanager
+    def teacher_off_device(self) -> Iterator[None]:
+        """Leaves the device's memory to the student meanwhile."""
+        self.teacher.to("cpu")
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.empty_cache()
+        try:
+            yield
+        finally:
+            self.teacher.to(self.accelerator.device)
 
     @cached_property
     def held_out(self) -> HeldOut:
@@ -394,6 +416,8 @@ def stage_inputs(recipe: Recipe) -> dict[str, dict]:
             unread = ["cache"] if stage == "evaluate" else ["cache", "heldout", "max_heldout_tokens"]
             for name in unread:
                 del own["data"][name]
+        if stage == "distill" and recipe.distill.teacher_cache:
+            own["distill"]["teacher_cache"] = cache_identity(recipe.distill.teacher_cache)
         if "teacher" in own:
             own["teacher"]["files"] = file_identity(recipe.teacher.source)
         if stage in ("align", "distill"):

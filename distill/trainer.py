@@ -1,28 +1,58 @@
 """The one trainer: every training stage gives it an objective, and it does the rest.
 
 An objective is a module whose `forward(batch)` returns the loss (mean per token) and named figures. The trainer owns
-the optimizer, the schedule, accumulation, clipping, logging, checkpoints and resuming; `accelerate` owns devices,
-precision and processes.
+the schedule, accumulation, logging, checkpoints and resuming; `engine` how a step runs on one process or many.
+
+The host does not wait for the device between log lines: what a step finds out (loss, norm, whether it was left out)
+stays there until a line is written.
 """
 
 import math
+import signal
+import statistics
+import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
 from rich.console import Console
 from torch import Tensor, nn
 
-from .checkpoint import load_checkpoint, save_checkpoint
+from .checkpoint import find_checkpoint, load_generators, load_parameters, save_checkpoint
 from .config import TrainConfig
-from .data import PackedDataset, collate
+from .data import PackedDataset
+from .engine import Engine, make_engine
+from .loader import batches_ahead
+from .nonfinite import first_nonfinite
 from .progress import Progress
 from .run import StageFolder, truncate_log
+
+SPIKE = 2.0  # times the median of the last lines' losses that a loss is worth a word from
+LINES = 20
 
 
 class TrainingError(RuntimeError):
     """Training that cannot go on. One line; what was saved stays."""
+
+
+class Stopped(TrainingError):
+    """Training that was asked to stop (SIGTERM), and has saved where it is."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training came to.
+
+    figures: those of the last step, tokens seen, seconds, steps left out. weights: trained parameters by name, whole
+    and on the CPU, in the main process; None where they are in the modules that were given.
+    """
+
+    figures: dict
+    weights: dict[str, Tensor] | None
 
 
 def train(
@@ -36,36 +66,26 @@ def train(
     seed: int,
     on_step: Callable[[int], None] | None = None,
     before_step: Callable[[int], None] | None = None,
-) -> dict:
+    precision: str = "fp32",
+    log: Callable[[dict], None] | None = None,
+) -> Trained:
     """Trains for `config.steps` steps, going on from the newest checkpoint in `folder` if there is one.
 
     Args:
         objective: `forward(batch) -> (loss, {name: figure})`; only the parameters in `groups` are changed.
-        groups: [{"name", "parameters": {name: parameter}, "lr"}].
+        groups: [{"name", "parameters": {name: parameter}, "lr"}], and "weight_decay" where it is not the config's.
+        dataset: `batch(step, batch_size, seed, places)` gives items; a `state_dict(places)`, where there is one, is
+            saved with checkpoints and given back to `load_state_dict`.
         on_step: called with each finished step; what tests interrupt a run with.
         before_step: called with the number of steps done before each step; what it does must depend on that alone, so
             that a resumed run is the same.
-
-    Returns:
-        Figures of the last step, tokens seen, seconds.
+        precision: of the matrix products: fp32 or bf16 (parameters are in float32 in any case).
+        log: takes a line of figures; `folder.log` by default.
 
     Raises:
-        TrainingError: the loss is not finite.
+        TrainingError: too many steps in a row had a gradient that is not finite; the batch cannot be cut up.
+        Stopped: SIGTERM, after a checkpoint.
     """
-    parameters = {name: p for group in groups for name, p in group["parameters"].items()}
-    for parameter in objective.parameters():
-        parameter.requires_grad_(False)
-    for parameter in parameters.values():
-        parameter.requires_grad_(True)
-    optimizer = torch.optim.AdamW(_decayed(groups, config.weight_decay), betas=tuple(config.betas), fused=True)
-    step = load_checkpoint(folder / "checkpoints", parameters, optimizer)
-    if accelerator.is_main_process:
-        truncate_log(folder / "metrics.jsonl", step)
-    accelerator.wait_for_everyone()
-    if step:
-        console.print(f"{folder.stage}: going on from step {step}")
-    objective, optimizer = accelerator.prepare(objective, optimizer)
-
     share, rest = divmod(config.batch_size, accelerator.num_processes)
     micro = config.micro_batch_size or share
     if rest or share % micro:
@@ -73,36 +93,55 @@ def train(
             f"{folder.stage}.batch_size is {config.batch_size}; expected a multiple of {accelerator.num_processes} "
             f"processes times micro_batch_size {micro}"
         )
+    places = range(accelerator.process_index * share, (accelerator.process_index + 1) * share)
+    parameters = {name: p for group in groups for name, p in group["parameters"].items()}
+    for parameter in objective.parameters():
+        parameter.requires_grad_(False)
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    # The same for all processes, whatever each of them sees of the disk.
+    step, state = find_checkpoint(folder / "checkpoints", set(parameters), accelerator)
+    load_parameters(state, parameters)
+    groups = [{"weight_decay": config.weight_decay, **group} for group in groups]
+    module = _InPrecision(objective, precision, accelerator.device.type)
+    engine = make_engine(module, groups, config.betas, config.clip, share // micro, accelerator)
+    if step:
+        engine.load_optimizer(state)
+        load_generators(state, accelerator.process_index)
+        if hasattr(dataset, "load_state_dict"):
+            dataset.load_state_dict(state["data"])
+        console.print(f"{folder.stage}: going on from step {step}")
+    del state
+    losses: deque[float] = deque(maxlen=LINES)
+    told = 0  # steps left out that the lines tell of
+    if accelerator.is_main_process:
+        lines = truncate_log(folder / "metrics.jsonl", step)
+        losses.extend(line["loss"] for line in lines if line["loss"] is not None)
+        told = sum(line.get("skipped", 0) for line in lines)
+    accelerator.wait_for_everyone()
+
+    log = log or folder.log
     tokens_per_step = config.batch_size * dataset.tokens_per_item
     begun, last, figures = time.monotonic(), (time.monotonic(), step), {}
-    with Progress(console, folder.stage, config.steps, step, tokens_per_step) as progress:
-        while step < config.steps:
-            factor = learning_rate_factor(step, config)
-            for group in optimizer.param_groups:
-                group["lr"] = group["top_lr"] * factor
-            places = range(accelerator.process_index * share, (accelerator.process_index + 1) * share)
-            mine = dataset.batch(step, config.batch_size, seed, places)
+    left_out, in_a_row = (torch.full((), count, device=accelerator.device) for count in (told, 0))
+
+    loader = batches_ahead(dataset, range(step, config.steps), config, seed, places, micro, accelerator.device)
+    with Progress(console, folder.stage, config.steps, step, tokens_per_step) as progress, _sigterm() as asked, loader:
+        for batches, position in loader:
             sums: dict[str, Tensor] = {}
             if before_step:
                 before_step(step)
-            for first in range(0, share, micro):
-                batch = collate(mine[first : first + micro])
-                batch = {key: value.to(accelerator.device, non_blocking=True) for key, value in batch.items()}
-                with accelerator.autocast():
-                    loss, found = objective(batch)
-                accelerator.backward(loss * (micro / share))
+            for number, batch in enumerate(batches, start=1):
+                loss, found = engine.forward_backward(batch, last=number == len(batches))
                 for key, value in {"loss": loss, **found}.items():
-                    sums[key] = sums.get(key, 0) + value.detach() * (micro / share)
-            norm = accelerator.clip_grad_norm_(list(parameters.values()), config.clip)
-            if not torch.isfinite(norm):
-                raise TrainingError(
-                    f"{folder.stage}: the gradient at step {step + 1} is not finite (loss {float(sums['loss']):.4g}); "
-                    f"lower {folder.stage}.lr or run.precision=fp32; the last checkpoint is intact"
-                )
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+                    sums[key] = sums.get(key, 0) + value.detach() / len(batches)
+            factor = learning_rate_factor(step, config)
+            norm, skipped = engine.step(factor)
+            left_out += skipped
+            in_a_row = (in_a_row + 1) * skipped
             step += 1
-            if step % config.log_every == 0 or step == config.steps:
+            logs = step % config.log_every == 0 or step == config.steps
+            if logs:
                 means = {key: accelerator.reduce(value.float(), "mean").item() for key, value in sums.items()}
                 now = time.monotonic()
                 figures = {
@@ -113,18 +152,44 @@ def train(
                     "tokens": step * tokens_per_step,
                     "tokens_per_second": (step - last[1]) * tokens_per_step / max(now - last[0], 1e-9),
                 }
+                if (count := int(left_out)) > told:
+                    figures["skipped"], told = count - told, count
+                figures = {key: value if math.isfinite(value) else None for key, value in figures.items()}
+                if figures["loss"] is not None:
+                    if len(losses) >= LINES // 4 and figures["loss"] > SPIKE * statistics.median(losses):
+                        figures["event"] = "loss spike"
+                    losses.append(figures["loss"])
                 last = (now, step)
                 if accelerator.is_main_process:
-                    folder.log(figures)
+                    log(figures)
                 progress.show(step, figures["loss"])
+                _say(console, folder.stage, figures)
+                if in_a_row >= config.max_skipped:
+                    raise TrainingError(_why_not_finite(engine, batches, folder.stage, step, int(in_a_row), means))
             else:
                 progress.show(step)
-            if accelerator.is_main_process and step % config.checkpoint_every == 0 and step < config.steps:
-                save_checkpoint(folder / "checkpoints", step, parameters, optimizer, config.keep_checkpoints)
+            stops = _all_stop(asked, accelerator, logs)
+            if step < config.steps and (stops or step % config.checkpoint_every == 0):
+                checkpoints, keep = folder / "checkpoints", config.keep_checkpoints
+                save_checkpoint(checkpoints, step, engine.state(), position, keep, accelerator)
             if on_step:
                 on_step(step)
-    accelerator.free_memory()  # it would hold on to the objective and the optimizer's state
-    return {**figures, "tokens": config.steps * tokens_per_step, "seconds": time.monotonic() - begun}
+            if stops and step < config.steps:
+                raise Stopped(
+                    f"{folder.stage}: asked to stop (SIGTERM), saved at step {step} of {config.steps}; "
+                    "the same command goes on from there"
+                )
+    weights = None
+    if engine.shards:
+        whole = engine.state() or {}
+        weights = {key.split(".", 1)[1]: value for key, value in whole.items() if key.startswith("parameter.")}
+    engine.close()
+    figures |= {
+        "tokens": config.steps * tokens_per_step,
+        "seconds": time.monotonic() - begun,
+        "left_out": int(left_out),
+    }
+    return Trained(figures, weights)
 
 
 def learning_rate_factor(step: int, config: TrainConfig) -> float:
@@ -136,12 +201,57 @@ def learning_rate_factor(step: int, config: TrainConfig) -> float:
     return config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def _decayed(groups: list[dict], weight_decay: float) -> list[dict]:
-    """AdamW's parameter groups: weight decay on matrices only."""
-    out = []
-    for group in groups:
-        for decay, of_kind in ((weight_decay, lambda p: p.ndim == 2), (0.0, lambda p: p.ndim != 2)):
-            chosen = [p for p in group["parameters"].values() if of_kind(p)]
-            if chosen:
-                out.append({"params": chosen, "lr": group["lr"], "top_lr": group["lr"], "weight_decay": decay})
-    return out
+class _InPrecision(nn.Module):
+    """An objective whose matrix products are in another precision than its parameters."""
+
+    def __init__(self, objective: nn.Module, precision: str, device_type: str):
+        super().__init__()
+        self.objective = objective
+        self.options = {"device_type": device_type, "dtype": torch.bfloat16, "enabled": precision == "bf16"}
+
+    @property
+    def student(self) -> nn.Module:
+        return self.objective.student
+
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        with torch.autocast(**self.options):
+            return self.objective(batch)
+
+
+@contextmanager
+def _sigterm() -> Iterator[threading.Event]:
+    """An event that is set when SIGTERM arrives, in place of dying at once."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # where no handler can be set
+        yield asked
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _all_stop(asked: threading.Event, accelerator: Accelerator, logs: bool) -> bool:
+    """Whether any process was asked to stop. Several agree on it where they wait for each other anyway."""
+    if accelerator.num_processes == 1:
+        return asked.is_set()
+    if not logs:
+        return False
+    return bool(accelerator.reduce(torch.tensor(float(asked.is_set()), device=accelerator.device), "sum"))
+
+
+def _say(console: Console, stage: str, figures: dict) -> None:
+    if "skipped" in figures:
+        console.print(f"{stage}: {figures['skipped']} steps up to {figures['step']} left out: gradient not finite")
+    if "event" in figures:
+        console.print(f"{stage}: {figures['event']} at step {figures['step']}: {figures['loss']:.4g}")
+
+
+def _why_not_finite(engine: Engine, batches: list, stage: str, step: int, in_a_row: int, means: dict) -> str:
+    where = first_nonfinite(engine.module, batches)
+    return (
+        f"{stage}: the gradient was not finite in {in_a_row} steps in a row, the last of them step {step} (loss "
+        f"{means['loss']:.4g}): first of all {where}. Lower {stage}.lr or set run.precision=fp32: "
+        "the weights are as they were before these steps, and the last checkpoint is intact"
+    )

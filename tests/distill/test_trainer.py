@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -19,16 +20,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
 from transpoint.distill import checkpoint
 from transpoint.distill.config import TrainConfig
 from transpoint.distill.data import Corpus, PackedDataset, batch_indices, collate
 from transpoint.distill.run import StageFolder
-from transpoint.distill.trainer import TrainingError, learning_rate_factor, train
+from transpoint.distill.trainer import Stopped, TrainingError, learning_rate_factor, train
 
 ROOT = Path(__file__).parents[2]
 STEPS = 17
+TRAINED = ("linear.weight", "linear.bias", "scale")
 
 
 class Toy(nn.Module):
@@ -53,16 +56,25 @@ class Toy(nn.Module):
 
 
 class Broken(Toy):
-    """Its loss is not a number from the given step on."""
+    """Its loss is not a number in some of its calls, counted from 1."""
 
-    def __init__(self, step):
+    def __init__(self, *calls):
         super().__init__()
-        self.step, self.calls = step, 0
+        self.broken, self.calls = calls, 0
 
     def forward(self, batch):
         self.calls += 1
         loss, figures = super().forward(batch)
-        return (loss * float("nan") if self.calls >= self.step else loss), figures
+        return (loss * float("nan") if self.calls in self.broken else loss), figures
+
+
+class Overflowing(Toy):
+    """A submodule's output is infinite."""
+
+    def forward(self, batch):
+        with torch.no_grad():
+            self.linear.weight.fill_(3e38)
+        return super().forward(batch)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +88,11 @@ def settings_of(**changes):
     return TrainConfig(**{"steps": STEPS, "batch_size": 4, "lr": 0.05, "log_every": 1, "checkpoint_every": 4} | changes)
 
 
-def go(folder, config, dataset, make=Toy, stop=None, names=("linear.weight", "linear.bias", "scale")):
+def interrupt():
+    raise KeyboardInterrupt
+
+
+def go(folder, config, dataset, make=Toy, stop=None, stop_by=interrupt, names=TRAINED, figures=None):
     """Trains a fresh toy in `folder`, interrupted after step `stop`; returns its parameters and the steps it took."""
     torch.manual_seed(0)
     objective = make()
@@ -86,16 +102,15 @@ def go(folder, config, dataset, make=Toy, stop=None, names=("linear.weight", "li
     def on_step(step):
         taken.append(step)
         if step == stop:
-            raise KeyboardInterrupt
+            stop_by()
 
     folder.path.mkdir(parents=True, exist_ok=True)
     groups = [{"name": "all", "parameters": parameters, "lr": config.lr}]
     arguments = (config, dataset, folder, Accelerator(cpu=True, mixed_precision="no"), Console(quiet=True), 3)
-    if stop is None:
-        train(objective, groups, *arguments, on_step=on_step)
-    else:
-        with pytest.raises(KeyboardInterrupt):
-            train(objective, groups, *arguments, on_step=on_step)
+    with pytest.raises(KeyboardInterrupt) if stop is not None and stop_by is interrupt else nullcontext():
+        trained = train(objective, groups, *arguments, on_step=on_step)
+        if figures is not None:
+            figures.append(trained.figures)
     return {name: p.detach().clone() for name, p in objective.named_parameters()}, taken
 
 
@@ -235,16 +250,63 @@ def test_a_checkpoint_of_another_model_is_not_used(folder, dataset, caplog):
 # Failures
 
 
-def test_a_loss_that_is_no_number_stops_in_one_line_and_leaves_the_checkpoint(folder, dataset, whole):
+def test_steps_without_a_finite_gradient_are_left_out_and_counted(folder, dataset):
+    """As if the optimizer had not been there: nothing moves, and its own count of steps stands still."""
+    parameters, taken = go(folder, settings_of(), dataset, lambda: Broken(6, 7, 12))
+    lines = metrics(folder)
+    assert taken[-1] == STEPS and all(p.isfinite().all() for p in parameters.values())
+    assert {line["step"]: line["skipped"] for line in lines if "skipped" in line} == {6: 1, 7: 1, 12: 1}
+    assert [line["step"] for line in lines if line["loss"] is None] == [6, 7, 12]
+    state = load_file(folder / "checkpoints" / "step-00000016" / "state.safetensors")
+    assert state["optimizer.step.scale"].item() == 16 - 3
+
+
+def test_left_out_steps_stay_counted_after_a_resume(folder, dataset):
+    go(folder, settings_of(), dataset, lambda: Broken(6, 7), stop=9)
+    figures = []
+    go(folder, settings_of(), dataset, lambda: Broken(1), figures=figures)  # its first call is of step 9
+    assert figures[0]["left_out"] == 3
+
+
+def test_too_many_steps_left_out_in_a_row_stop_in_one_line_and_leave_the_checkpoint(folder, dataset, whole):
     with pytest.raises(TrainingError) as caught:
-        go(folder, settings_of(), dataset, lambda: Broken(10))
+        go(folder, settings_of(max_skipped=3), dataset, lambda: Broken(*range(9, 99)))
     assert str(caught.value) == (
-        "align: the gradient at step 10 is not finite (loss nan); lower align.lr or run.precision=fp32; "
-        "the last checkpoint is intact"
+        "align: the gradient was not finite in 3 steps in a row, the last of them step 11 (loss nan): first of all the "
+        "loss. Lower align.lr or set run.precision=fp32: the weights are as they were before these steps, and the last "
+        "checkpoint is intact"
     )
-    assert steps_kept(folder) == [4, 8] and metrics(folder) == whole[1][:9]
+    assert steps_kept(folder) == [4, 8]
     parameters, taken = go(folder, settings_of(), dataset)
     assert taken[0] == 9 and same(parameters, whole[0]) and metrics(folder) == whole[1]
+
+
+def test_what_is_not_finite_first_is_named(folder, dataset):
+    with pytest.raises(TrainingError, match="first of all the output of linear. Lower align.lr"):
+        go(folder, settings_of(max_skipped=1), dataset, Overflowing, names=("scale",))
+
+
+def test_a_loss_spike_is_told(folder, dataset, capsys):
+    class Spiking(Broken):
+        def forward(self, batch):
+            loss, figures = Toy.forward(self, batch)
+            self.calls += 1
+            return loss * (9 if self.calls == 12 else 1), figures
+
+    go(folder, settings_of(), dataset, Spiking)
+    assert [line["step"] for line in metrics(folder) if line.get("event") == "loss spike"] == [12]
+
+
+def test_sigterm_saves_and_stops(folder, dataset, whole):
+    """At a step without a checkpoint of its own; going on from there changes nothing."""
+    with pytest.raises(Stopped) as caught:
+        go(folder, settings_of(), dataset, stop=6, stop_by=lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert str(caught.value) == (
+        "align: asked to stop (SIGTERM), saved at step 7 of 17; the same command goes on from there"
+    )
+    assert steps_kept(folder) == [4, 7]
+    parameters, taken = go(folder, settings_of(), dataset)
+    assert taken[0] == 8 and same(parameters, whole[0]) and metrics(folder) == whole[1]
 
 
 @pytest.mark.parametrize(
@@ -370,9 +432,8 @@ def test_groups_have_their_own_learning_rate_and_the_rest_stays(folder, dataset)
     ]
     folder.path.mkdir()
     config = settings_of(steps=1, warmup=0.0)
-    figures = train(
-        toy, groups, config, dataset, folder, Accelerator(cpu=True, mixed_precision="no"), Console(quiet=True), 0
-    )
+    accelerator = Accelerator(cpu=True, mixed_precision="no")
+    figures = train(toy, groups, config, dataset, folder, accelerator, Console(quiet=True), 0).figures
     # Adam's first step is the learning rate itself, with the gradient's sign.
     for name, lr in (("scale", 0.1), ("linear.weight", 0.001), ("linear.bias", 0.0), ("frozen", 0.0)):
         moved = (dict(toy.named_parameters())[name].detach() - before[name]).abs()

@@ -1,0 +1,240 @@
+"""How an optimizer step runs on the processes there are: one, DDP, DeepSpeed ZeRO 1 to 3, or FSDP2, as accelerate says.
+
+All have one form of training state: every tensor whole, under the parameter's name. So a run that was saved by one of
+them goes on under any other, and on another number of processes.
+"""
+
+from contextlib import nullcontext
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+
+from ..students.mamba2 import StateSpace
+
+ADAM = ("exp_avg", "exp_avg_sq")  # what AdamW keeps for each parameter, besides its count of steps
+
+
+def make_engine(
+    objective: nn.Module, groups: list[dict], betas: list[float], clip: float, micros: int, accelerator: Accelerator
+) -> "Engine":
+    """The engine for accelerate's kind of distribution.
+
+    Args:
+        objective: `forward(batch) -> (loss, {name: figure})`, the loss a mean over the batch.
+        groups: [{"name", "parameters": {name: parameter}, "lr", "weight_decay"}]: what is trained, by AdamW.
+        clip: the largest norm of the gradient of all of them.
+        micros: forward passes whose gradients make up a step.
+    """
+    kinds = {DistributedType.DEEPSPEED: DeepSpeedEngine, DistributedType.FSDP: FSDPEngine}
+    kind = kinds.get(accelerator.distributed_type, Engine)
+    return kind(objective, groups, betas, clip, micros, accelerator)
+
+
+class Engine:
+    """One process, or several with a whole copy of everything each (DDP)."""
+
+    shards = False  # whether parameters are elsewhere than in the modules that were given
+
+    def __init__(self, objective, groups, betas, clip, micros, accelerator):
+        self.accelerator, self.clip, self.micros = accelerator, clip, micros
+        self.parameters = {name: p for group in groups for name, p in group["parameters"].items()}
+        names = {id(p): name for name, p in objective.named_parameters()}
+        self._names = {name: names[id(p)] for name, p in self.parameters.items()}  # ours -> the objective's
+        self.module, self.optimizer = self._prepare(objective, _adamw(groups, betas))
+
+    def forward_backward(self, batch: dict[str, Tensor], last: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and figures of one micro-batch; its gradient is added. `last`: of those that make up a step."""
+        with nullcontext() if last else self.accelerator.no_sync(self.module):
+            loss, figures = self.module(batch)
+            self.accelerator.backward(loss / self.micros)
+        return loss, figures
+
+    def step(self, lr: float) -> tuple[Tensor, Tensor]:
+        """An optimizer step with `lr` of every group's learning rate, left out where the gradient is not finite.
+
+        Returns:
+            The gradient's norm before clipping, and whether the step was left out: scalars, on the device.
+        """
+        optimizer = self.optimizer.optimizer
+        self._set_lr(lr)
+        norm = nn.utils.clip_grad_norm_(self._trained(), self.clip)
+        skipped = ~torch.isfinite(norm)
+        optimizer.found_inf = skipped.float()  # the fused kernel looks at it, and the host need not wait
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return norm, skipped
+
+    def state(self) -> dict[str, Tensor] | None:
+        """The training state, whole: `parameter.NAME`, `optimizer.KEY.NAME`. Every process must call it; in the main
+        one it returns tensors on the CPU, in the others None."""
+        state = {}
+        for name, parameter in self._sharded().items():
+            held = self.optimizer.optimizer.state[parameter]
+            tensors = {f"parameter.{name}": parameter.detach()}
+            tensors |= {f"optimizer.{key}.{name}": held[key] for key in (*ADAM, "step") if held}
+            self._collect(state, {key: self._whole(value) for key, value in tensors.items()})
+        return state if self.accelerator.is_main_process else None
+
+    def load_optimizer(self, state: dict[str, Tensor]) -> None:
+        """Takes the optimizer's part of a state. Parameters must have been loaded before the engine was made."""
+        for name, parameter in self._sharded().items():
+            if f"optimizer.step.{name}" in state:
+                held = {key: self._share(state[f"optimizer.{key}.{name}"], parameter) for key in ADAM}
+                step = state[f"optimizer.step.{name}"].clone().to(parameter.device)
+                self.optimizer.optimizer.state[parameter] = {"step": step, **held}
+
+    def close(self) -> None:
+        """Lets go of the objective and the optimizer's state."""
+        self.accelerator.free_memory()
+
+    def _prepare(self, objective, optimizer):
+        return self.accelerator.prepare(objective, optimizer)
+
+    def _set_lr(self, factor: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["top_lr"] * factor
+
+    def _sharded(self) -> dict[str, nn.Parameter]:
+        """What the optimizer has under each of our names."""
+        return self.parameters
+
+    def _trained(self) -> list[nn.Parameter]:
+        return list(self._sharded().values())
+
+    def _collect(self, state: dict, tensors: dict[str, Tensor]) -> None:
+        if self.accelerator.is_main_process:
+            state |= {key: value.detach().to("cpu", copy=True) for key, value in tensors.items()}
+
+    def _whole(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def _share(self, tensor: Tensor, parameter: nn.Parameter) -> Tensor:
+        """This process's part of a whole tensor."""
+        return tensor.to(parameter.device, copy=True)
+
+
+class FSDPEngine(Engine):
+    """PyTorch's fully_shard: each process holds a share of every parameter, its gradient and optimizer state."""
+
+    shards = True
+
+    def _prepare(self, objective, optimizer):
+        # What is gathered together: a decoder layer, or, where they are trained alone, a mixer.
+        layers = getattr(getattr(objective, "student", None), "_no_split_modules", None)
+        mixers = {type(module).__name__ for module in objective.modules() if isinstance(module, StateSpace)}
+        objective._no_split_modules = list(layers or mixers)
+        return super()._prepare(objective, optimizer)
+
+    def forward_backward(self, batch, last):
+        self.module.set_requires_gradient_sync(last)
+        loss, figures = self.module(batch)
+        (loss / self.micros).backward()
+        return loss, figures
+
+    def step(self, lr):
+        self._set_lr(lr)
+        optimizer = self.optimizer.optimizer
+        norm = nn.utils.clip_grad_norm_(self._trained(), self.clip).full_tensor()
+        skipped = ~torch.isfinite(norm)
+        if not skipped:  # the fused kernel takes no flag beside sharded tensors
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return norm, skipped
+
+    def _sharded(self):
+        found = dict(self.module.named_parameters())
+        return {ours: found[name] for ours, name in self._names.items()}
+
+    def _whole(self, tensor):
+        return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+    def _share(self, tensor, parameter):
+        from torch.distributed.tensor import distribute_tensor
+
+        return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements)
+
+
+class DeepSpeedEngine(Engine):
+    """ZeRO: optimizer state (1), gradients (2) and parameters (3) are cut up between the processes."""
+
+    shards = True
+
+    def _prepare(self, objective, optimizer):
+        plugin = self.accelerator.state.deepspeed_plugin
+        config = plugin.deepspeed_config
+        # Steps, clipping and precision are the trainer's; whatever a person's DeepSpeed config says of the rest holds.
+        config["gradient_accumulation_steps"] = self.accelerator.gradient_accumulation_steps = self.micros
+        config["train_micro_batch_size_per_gpu"] = 1  # sequences are counted by the trainer: it need only be a number
+        config["gradient_clipping"] = self.clip
+        config["train_batch_size"] = "auto"
+        if plugin.zero_stage == 3:
+            self._gather_together(objective)
+        engine, _ = self.accelerator.prepare(objective, optimizer)
+        self._base = engine.optimizer.optimizer
+        for held in self._base.state.values():  # ZeRO takes a step of its own to allocate it
+            held["step"].zero_()
+        return engine, engine.optimizer
+
+    @staticmethod
+    def _gather_together(objective: nn.Module) -> None:
+        """Parameters that are read elsewhere than in the forward pass of their own module."""
+        from deepspeed.runtime.zero.partition_parameters import register_external_parameter
+        from deepspeed.utils import set_z3_leaf_modules
+
+        mixers = {type(module) for module in objective.modules() if isinstance(module, StateSpace)}
+        set_z3_leaf_modules(objective, list(mixers))
+        if hasattr(objective, "student"):
+            register_external_parameter(objective, objective.student.get_output_embeddings().weight)
+
+    def forward_backward(self, batch, last):
+        loss, figures = self.module(batch)
+        self.module.set_gradient_accumulation_boundary(last)
+        self.module.backward(loss)  # divides by the number of micro-batches
+        return loss, figures
+
+    def step(self, lr):
+        self._set_lr(lr)
+        self.module.step()  # leaves itself out where the gradient's norm is not finite
+        skipped = bool(self.optimizer.overflow)
+        norm = float("nan") if skipped else float(self.module.get_global_grad_norm())
+        device = self.accelerator.device
+        return torch.tensor(norm, device=device), torch.tensor(skipped, device=device)
+
+    def state(self):
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        state = {}
+        step = next(iter(self._base.state.values()))["step"]
+        for name, parameter in self.parameters.items():
+            tensors = {f"parameter.{name}": safe_get_full_fp32_param(parameter)}
+            tensors |= {f"optimizer.{key}.{name}": safe_get_full_optimizer_state(parameter, key) for key in ADAM}
+            self._collect(state, {**tensors, f"optimizer.step.{name}": step})
+        return state if self.accelerator.is_main_process else None
+
+    def load_optimizer(self, state):
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        for name, parameter in self.parameters.items():
+            if f"optimizer.step.{name}" in state:
+                for key in ADAM:
+                    value = state[f"optimizer.{key}.{name}"].to(self.accelerator.device)
+                    safe_set_full_optimizer_state(parameter, value, key)
+                for held in self._base.state.values():
+                    held["step"].copy_(state[f"optimizer.step.{name}"])
+
+    def close(self):
+        self.module.destroy()
+        super().close()
+
+
+def _adamw(groups: list[dict], betas: list[float]) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices only."""
+    out = []
+    for group in groups:
+        for decay, of_kind in ((group["weight_decay"], lambda p: p.ndim == 2), (0.0, lambda p: p.ndim != 2)):
+            chosen = [p for p in group["parameters"].values() if of_kind(p)]
+            if chosen:
+                out.append({"params": chosen, "lr": group["lr"], "top_lr": group["lr"], "weight_decay": decay})
+    return torch.optim.AdamW(out, betas=tuple(betas), fused=True)
