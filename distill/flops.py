@@ -1,0 +1,152 @@
+"""Floating-point operations that training takes by its definition, for the model FLOP utilisation (MFU) of a device.
+
+MFU is these, times tokens a second, by what the device could do (Chowdhery et al. 2022, arXiv 2204.02311, appendix B):
+what an implementation computes again, or computes and throws away, does not count. A multiplication with its addition
+is two operations; norms, activations, softmax, rotary embedding, the loss and the optimizer are left out.
+
+Where gradients flow is read off `requires_grad` of the parameters, so ask when that is set.
+"""
+
+import math
+import re
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+# Dense peaks in TFLOP/s: bfloat16 with float32 accumulation on tensor cores, and float32 without TF32. From NVIDIA's
+# and AMD's data sheets, half of the figures "with sparsity". The first pattern found in a device's name counts.
+_PEAKS = (
+    (r"GB200", 2500, 80),
+    (r"B[23]00", 2250, 75),
+    (r"H[12]00 NVL", 835, 60),
+    (r"H100 PCIe", 756, 51),
+    (r"G?H[12]00|H800", 989, 67),
+    (r"A[18]00", 312, 19.5),
+    (r"A30", 165, 10.3),
+    (r"A40", 150, 37.4),
+    (r"A10", 125, 31.2),
+    (r"L40S", 362, 91.6),
+    (r"L40", 181, 90.5),
+    (r"L4", 121, 30.3),
+    (r"RTX A6000", 155, 38.7),
+    (r"RTX 6000 Ada", 364, 91.1),
+    (r"RTX 5090", 209.5, 104.8),
+    (r"RTX 4090", 165, 82.6),
+    (r"RTX 3090", 71, 35.6),
+    (r"MI300X", 1307, 163.4),
+)
+_PARTIAL = re.compile(r"\b(MIG|Laptop|Max-Q)\b|\bRTX \d+ (D|Ti|SUPER)\b")  # other peaks than the card of that name
+
+
+def distill_flops(teacher: PreTrainedModel | None, student: PreTrainedModel, length: int) -> float:
+    """Operations per token of a step of distillation, on sequences of `length` tokens that are one document each.
+
+    The teacher forward (None: it is read from a cache), the student forward and backward, both with their heads:
+
+        forward   2 N + the mixing of each layer    N: weights of the linear layers, the output head's among them
+        backward  2 N from the first layer on that trains, for the gradients that flow through
+                  + 2 N_trained for the weights' own + twice the mixing
+
+    So with nothing frozen it is the well-known 6 N and 12 x hidden x keys seen.
+    """
+    total = 0.0 if teacher is None else _forward(teacher, length)
+    flows = any(parameter.requires_grad for parameter in student.get_input_embeddings().parameters())
+    for layer in _layers(student):
+        flows |= any(parameter.requires_grad for parameter in layer.parameters())
+        weights, trained, mixing = _weights(layer), _weights(layer, trained=True), _mixing(layer.self_attn, length)
+        total += 2 * weights + mixing + 2 * trained + flows * (2 * weights + 2 * mixing)
+    head = student.get_output_embeddings()
+    return total + 2 * _weights(head) + 2 * _weights(head, trained=True) + flows * 2 * _weights(head)
+
+
+def align_flops(teacher: PreTrainedModel, student: PreTrainedModel, length: int) -> float:
+    """Operations per token of a step of alignment, on sequences of `length` tokens that are one document each.
+
+    The teacher forward without its head, and each mixer, in each of its forms, forward and backward: gradients flow
+    back to its first projections, whose input is the teacher's and needs none.
+    """
+    total = _forward(teacher, length) - 2 * _weights(teacher.get_output_embeddings())
+    for mixer in student.mixer_layers():
+        if mixer is None:
+            continue
+        weights = _weights(mixer)
+        if not hasattr(mixer, "trans_point"):
+            forms = [(weights, _state_space(mixer, length, 0))]
+        else:
+            own = sum(_weights(getattr(mixer, name, None)) for name in ("dt_proj", "z_proj"))
+            forms = [
+                (weights, _state_space(mixer, length, 0)),
+                (weights - own, _attention(mixer.num_heads * mixer.head_dim, length, mixer.window)),
+            ]
+        for products, mixing in forms:
+            total += 2 * products + 2 * products + 2 * _weights(mixer.out) + 3 * mixing
+    return total
+
+
+def peak_flops(device_name: str, dtype: torch.dtype = torch.bfloat16) -> float | None:
+    """Published dense operations a second of a device, by the name that `torch.cuda.get_device_name` gives.
+
+    None where it is not known: another device, a part of one (MIG), a laptop's, or another dtype than bfloat16, float16
+    (the same) and float32.
+    """
+    if _PARTIAL.search(device_name):
+        return None
+    for pattern, half, full in _PEAKS:
+        if re.search(rf"\b({pattern})\b", device_name):
+            return {torch.bfloat16: half * 1e12, torch.float16: half * 1e12, torch.float32: full * 1e12}.get(dtype)
+    return None
+
+
+def _layers(model: PreTrainedModel) -> nn.ModuleList:
+    return model.get_decoder().layers
+
+
+def _forward(model: PreTrainedModel, length: int) -> float:
+    """Operations per token of a forward pass with the output head."""
+    layers = sum(2 * _weights(layer) + _mixing(layer.self_attn, length) for layer in _layers(model))
+    return layers + 2 * _weights(model.get_output_embeddings())
+
+
+def _weights(module: nn.Module | None, trained: bool = False) -> int:
+    """Weights of the linear layers in a module, by their shape: their tensors may be spread over processes."""
+    if module is None:
+        return 0
+    found = (part for part in module.modules() if isinstance(part, nn.Linear))
+    return sum(part.in_features * part.out_features for part in found if part.weight.requires_grad or not trained)
+
+
+def _mixing(mixer: nn.Module, length: int) -> float:
+    """Operations per token, forward, of what passes between tokens: attention, convolution and state."""
+    if not hasattr(mixer, "A_log"):
+        window = getattr(mixer, "sliding_window", getattr(mixer.config, "sliding_window", None))
+        return _attention(mixer.q_proj.out_features, length, window)
+    point = min(getattr(mixer, "trans_point", 0), length)
+    window = getattr(mixer, "window", None)
+    attention = _attention(mixer.num_heads * mixer.head_dim, point, window) * point / length if point else 0.0
+    return attention + _state_space(mixer, length, point)
+
+
+def _attention(width: int, length: int, window: int | None) -> float:
+    """2 x 2 x width for each key that a token sees: its product with the query, and with the value.
+
+    Causal: (length + 1) / 2 keys on average, fewer in a window. width: query heads times their size.
+    """
+    seen = min(window or length, length)
+    keys = (seen * (seen + 1) / 2 + (length - seen) * seen) / length
+    return 4.0 * width * keys
+
+
+def _state_space(mixer: nn.Module, length: int, point: int | float) -> float:
+    """The recurrence, token by token (arXiv 2405.21060): 2 N P for each head to add a token to the state, and 2 N P to
+    read it, after `point` tokens alone; and 2 taps for each channel of the convolution.
+
+    Chunked algorithms take more products; they are an implementation's choice.
+    """
+    if point >= length or math.isinf(point):
+        return 0.0
+    read = (length - point) / length
+    state = 2.0 * mixer.num_heads * mixer.head_dim**2
+    taps = mixer.conv1d.weight.shape[-1] if mixer.conv1d is not None else 0
+    channels = (2 * mixer.num_kv_heads + mixer.num_heads) * mixer.head_dim
+    return state * (1 + read) + 2.0 * taps * channels

@@ -1,0 +1,134 @@
+"""Model FLOPs against torch's own counter of what a step computes, and against formulas."""
+
+import math
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from transpoint.distill.flops import align_flops, distill_flops, peak_flops
+from transpoint.students import StudentConfig, build_student
+from transpoint.teachers.random import random_teacher
+
+LENGTH = 32
+
+
+def models(mixer="mamba2", teacher="random-llama", **options):
+    teacher = random_teacher(teacher)[0].requires_grad_(False)
+    return teacher, build_student(teacher, StudentConfig(mixer=mixer, **options)).train().requires_grad_(False)
+
+
+def weights(module):
+    return sum(part.weight.numel() for part in module.modules() if isinstance(part, torch.nn.Linear))
+
+
+def mixers_train(student):
+    for mixer in student.mixer_layers():
+        if mixer is not None:
+            mixer.requires_grad_(True)
+
+
+def products(step) -> float:
+    """What torch counts of matrix products in linear layers, per token (attention and state left out)."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    counts = counter.get_flop_counts()["Global"]
+    return sum(n for op, n in counts.items() if str(op).endswith(("aten.mm", "aten.addmm"))) / LENGTH
+
+
+def test_everything_trains_is_six_times_the_weights():
+    teacher, student = models(keep_attention=[0, 2, 3])
+    student.requires_grad_(True)
+    (mixer,) = [mixer for mixer in student.mixer_layers() if mixer is not None]
+    heads, size = mixer.num_heads, mixer.head_dim
+    state = 4 * heads * size**2 + 2 * 4 * (heads + 2 * mixer.num_kv_heads) * size
+    attention = 3 * 4 * heads * size * (LENGTH + 1) / 2
+    assert distill_flops(None, student, LENGTH) == pytest.approx(6 * weights(student) + 3 * (attention + state))
+    both = distill_flops(teacher, student, LENGTH)
+    assert both - distill_flops(None, student, LENGTH) == pytest.approx(2 * weights(teacher) + attention / 3 * 4)
+
+
+def test_frozen_weights_take_no_gradient_of_their_own():
+    _, student = models(keep_attention=[0, 2, 3])
+    frozen = distill_flops(None, student, LENGTH)
+    mixers_train(student)
+    before = weights(student.get_decoder().layers[0])
+    flowing = distill_flops(None, student, LENGTH) - frozen
+    mixer = weights(student.mixer_layers()[1])
+    mixing = (frozen - 2 * weights(student)) - 4 * 64 * (LENGTH + 1) / 2  # of layers 1 to 3
+    assert flowing == pytest.approx(2 * (weights(student) - before) + 2 * mixer + 2 * mixing)
+
+
+@pytest.mark.parametrize("train", ["mixers", "all"])
+def test_distillation_is_what_torch_counts(train):
+    teacher, student = models(keep_attention=[0, 2])
+    student.requires_grad_(True) if train == "all" else mixers_train(student)
+    ids = torch.randint(0, 100, (1, LENGTH))
+
+    def step():
+        with torch.no_grad():
+            teacher(ids, use_cache=False)
+        student(ids, use_cache=False).logits.sum().backward()
+
+    counted = products(step)
+    attention = sum(4 * 64 * (LENGTH + 1) / 2 * passes for passes in ([1] * 4 + ([3, 3] if train == "all" else [1, 3])))
+    state = sum(
+        3 * (4 * m.num_heads * m.head_dim**2 + 8 * (m.num_heads + 2 * m.num_kv_heads) * m.head_dim)
+        for m in student.mixer_layers()
+        if m is not None
+    )
+    # The input gradients of the first trained layer's own first projections are counted, and not taken where the
+    # layers before it are frozen.
+    slack = 0.02 if train == "all" else 0.05
+    assert distill_flops(teacher, student, LENGTH) - attention - state == pytest.approx(counted, rel=slack)
+
+
+def test_alignment_trains_each_mixer_in_each_form():
+    teacher, student = models(keep_attention=[0, 2, 3])
+    mixer = student.mixer_layers()[1]
+    forward = 2 * weights(teacher.get_decoder()) + 4 * 4 * 64 * (LENGTH + 1) / 2
+    state = 4 * mixer.num_heads * mixer.head_dim**2 + 8 * (mixer.num_heads + 2 * mixer.num_kv_heads) * mixer.head_dim
+    own = 4 * weights(mixer) + 2 * weights(mixer.out) + 3 * state
+    assert align_flops(teacher, student, LENGTH) == pytest.approx(forward + own)
+    teacher, student = models("transmamba", keep_attention=[0, 2, 3])
+    mixer = student.mixer_layers()[1]
+    state = 4 * mixer.num_heads * mixer.head_dim**2
+    own = 4 * weights(mixer) + 2 * weights(mixer.out) + 3 * state
+    own += 4 * (weights(mixer) - weights(mixer.dt_proj)) + 2 * weights(mixer.out) + 3 * 4 * 64 * (LENGTH + 1) / 2
+    assert align_flops(teacher, student, LENGTH) == pytest.approx(forward + own)
+
+
+def test_trans_points_count_what_each_form_computes():
+    teacher, student = models("transmamba")
+    at = {}
+    for point in (0, 16, LENGTH, math.inf):
+        student.set_trans_points(point, warn=False)
+        at[point] = distill_flops(None, student, LENGTH)
+    layers, state = 4, 2 * 64 * 16  # 64 wide, heads of 16
+    assert at[math.inf] == at[LENGTH] == pytest.approx(2 * weights(student) + layers * 4 * 64 * (LENGTH + 1) / 2)
+    assert at[0] == pytest.approx(2 * weights(student) + layers * 2 * state)
+    half = 4 * 64 * (16 + 1) / 2 * 16 / LENGTH + state * 1.5
+    assert at[16] == pytest.approx(2 * weights(student) + layers * half)
+
+
+def test_a_window_limits_what_is_seen():
+    _, student = models(teacher="random-mistral", keep_attention=[0, 2, 3])
+    window = student.config.sliding_window
+    assert window
+    difference = distill_flops(None, student, 100 * window) - distill_flops(None, student, 50 * window)
+    assert 0 < difference < 3 * 4 * 64  # a token sees nearly as many keys in both
+
+
+def test_peaks_by_device_name():
+    tera = 1e12
+    assert peak_flops("NVIDIA H100 80GB HBM3") == peak_flops("NVIDIA H200") == peak_flops("NVIDIA GH200 480GB")
+    assert peak_flops("NVIDIA H100 80GB HBM3") == 989 * tera
+    assert peak_flops("NVIDIA H100 PCIe", torch.float16) == 756 * tera
+    assert peak_flops("NVIDIA H200 NVL") == 835 * tera
+    assert peak_flops("NVIDIA A100-SXM4-80GB", torch.float32) == 19.5 * tera
+    assert peak_flops("NVIDIA L40S") == 362 * tera and peak_flops("NVIDIA L40") == 181 * tera
+    assert peak_flops("NVIDIA L4") == 121 * tera and peak_flops("NVIDIA B200") == 2250 * tera
+    assert peak_flops("NVIDIA GeForce RTX 4090") == 165 * tera
+    unknown = ("cpu", "NVIDIA A10G", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA GeForce RTX 4090 Laptop GPU")
+    assert [peak_flops(name) for name in (*unknown, "NVIDIA GeForce RTX 4090 D", "NVIDIA X2000")] == [None] * 6
+    assert peak_flops("NVIDIA H200", torch.float64) is None
