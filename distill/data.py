@@ -56,6 +56,14 @@ class DataConfig:
     max_heldout_tokens: int | None = field(
         default=None, metadata={"help": "stop reading heldout at this many tokens; null reads everything", "minimum": 1}
     )
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "whether train is read and tokenised while training runs, instead of all of it before"},
+    )
+    shuffle_buffer: int = field(
+        default=1000,
+        metadata={"help": "documents shuffled together, for each sequence of a batch, when streaming", "minimum": 1},
+    )
     cache: str | None = field(
         default=None, metadata={"help": "folder for tokenised text, may be shared by runs; null: in the run folder"}
     )

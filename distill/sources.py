@@ -16,7 +16,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -140,12 +140,7 @@ def read(
             yield number, row
             rows += 1
     except Exception as error:  # the readers raise anything; what they raise is about this item
-        remedy = (
-            "check the name and the network (a private dataset needs HF_TOKEN), or give a local file"
-            if item.kind == "hub"
-            else "it may be truncated or damaged; fetch or write it again"
-        )
-        raise DataError(f"{item}: reading failed after {rows:,} rows ({one_line(error)}): {remedy}") from error
+        raise _reading_error(item, rows, error) from error
 
 
 def place(item: Item, number: int) -> str:
@@ -155,6 +150,32 @@ def place(item: Item, number: int) -> str:
     if item.kind.startswith(".jsonl"):
         return f"{item.path.name} line {number + 1}"
     return f"{item.source if item.kind == 'hub' else item.path.name} row {number + 1}"
+
+
+def size(item: Item) -> int:
+    """Bytes of text in a local file or saved folder, roughly (compressed ones hold three times what they take); not 0.
+
+    Raises DataError if it cannot be read.
+    """
+    paths = item.path.glob("*.arrow") if item.kind == "saved" else [item.path]
+    try:
+        on_disk = sum(path.stat().st_size for path in paths)
+    except OSError as error:
+        raise DataError(f"{item.path} cannot be read ({error.strerror}): check its permissions") from error
+    return max(on_disk, 1) * (3 if item.kind == ".parquet" or item.kind.endswith((".zst", ".gz")) else 1)
+
+
+def shards(item: Item, hub: "HubDatasets") -> tuple[list[Item], int | None]:
+    """The files of a hub dataset, each an item of its own, and the bytes of all where the dataset says.
+
+    Raises DataError if it cannot be reached.
+    """
+    try:
+        rows = hub[item.hub]
+        split = (rows.info.splits or {}).get(item.hub[2])
+        return [replace(item, shard=shard) for shard in range(rows.num_shards)], split.num_bytes if split else None
+    except Exception as error:  # datasets raises anything
+        raise _reading_error(item, 0, error) from error
 
 
 class HubDatasets:
@@ -286,6 +307,15 @@ def _only(rows, fields: tuple[str, str]):
     """A dataset without other columns than `fields`: no decoding of images and the like."""
     present = [column for column in rows.column_names or [] if column in fields]
     return rows.select_columns(present) if present else rows
+
+
+def _reading_error(item: Item, rows: int, error: Exception) -> DataError:
+    remedy = (
+        "check the name and the network (a private dataset needs HF_TOKEN), or give a local file"
+        if item.kind == "hub"
+        else "it may be truncated or damaged; fetch or write it again"
+    )
+    return DataError(f"{item}: reading failed after {rows:,} rows ({one_line(error)}): {remedy}")
 
 
 def one_line(error: Exception) -> str:
