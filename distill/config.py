@@ -224,6 +224,13 @@ def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
         batch, micro = getattr(recipe, stage).batch_size, getattr(recipe, stage).micro_batch_size
         if micro is not None and batch % micro:
             raise ConfigError(f"{stage}.micro_batch_size is {micro}; expected a divisor of {stage}.batch_size, {batch}")
+    if recipe.data.streaming:
+        for key, value, reason in (
+            ("data.max_train_tokens", recipe.data.max_train_tokens, "how much is read is up to align and distill.steps"),
+            ("distill.teacher_cache", recipe.distill.teacher_cache, "a cache holds predictions on text of fixed size"),
+        ):
+            if value is not None:
+                raise ConfigError(f"{key} is {value}; expected null with data.streaming=true: {reason}")
     if recipe.student.mixer != "transmamba":
         for key, value in (
             ("distill.anneal.fraction", recipe.distill.anneal.fraction),
