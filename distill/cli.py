@@ -214,6 +214,24 @@ def figure(options) -> None:
     print(draw(config.mixers, points, options.out, options.tokens))
 
 
+def cache_teacher(options) -> None:
+    from .config import load_recipe
+    from .stages import Session
+    from .teacher_cache import cache_teacher as write
+    from .teacher_cache import describe
+
+    session = Session(load_recipe(options.config, options.overrides))
+    index = write(
+        session.recipe,
+        session.teacher,
+        session.train_data,
+        session.accelerator,
+        session.console,
+        session.precision,
+    )
+    session.say(f"{session.recipe.distill.teacher_cache}: {describe(index)}")
+
+
 def push(options) -> None:
     from .hub import push as upload
 
@@ -237,6 +255,7 @@ COMMANDS = {
     "eval": evaluate,
     "generate": generate,
     "figure": figure,
+    "cache-teacher": cache_teacher,
     "push": push,
     "keys": keys,
 }
@@ -310,6 +329,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("model", metavar="MODEL", help="a recipe, an exported folder, or a run folder")
     sub.add_argument("--out", required=True, metavar="FILE", help="its ending says the format")
     sub.add_argument("--tokens", type=_count, help="tokens along the axis (default: twice the last TransPoint)")
+
+    recipe(command("cache-teacher", "write the teacher's predictions on the training text, for distill to read"))
 
     sub = command("push", "upload the export of a run to the hub (log in with `hf auth login`, or set HF_TOKEN)")
     sub.add_argument("run", metavar="RUN", help="a run folder, or an exported folder")

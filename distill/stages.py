@@ -8,7 +8,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 
@@ -46,8 +46,8 @@ from .schedules import (
     trans_points_in_step,
 )
 from .sources import DataError, source_identity
-from .tracking import check_trackers
 from .teacher_cache import CachedDistillation, CachedTargets, cache_identity
+from .tracking import check_trackers
 from .trainer import train
 
 # Stages that leave a student in their folder, in order.
@@ -114,9 +114,8 @@ class Session:
     def cached_targets(self) -> CachedTargets:
         """The training data with the teacher's cached predictions, checked against the recipe."""
         # One process reads all of the cache to find out whether it is whole.
-        cached = CachedTargets(
-            self.train_data, self.recipe.distill.teacher_cache, verify=self.accelerator.is_main_process
-        )
+        folder, main = self.recipe.distill.teacher_cache, self.accelerator.is_main_process
+        cached = CachedTargets(self.train_data, folder, verify=main)
         cached.check(self.recipe)
         return cached
 
@@ -220,7 +219,12 @@ def run_distill(session: Session, folder: StageFolder) -> dict:
     """Trains the student end to end on the KL from the teacher's predictions."""
     settings = session.recipe.distill
     student = session.student("align").train()
-    objective = Distillation(session.teacher, student, settings.temperature)
+    if settings.teacher_cache:
+        cached = session.cached_targets
+        session.say(f"distill: the teacher is read from {settings.teacher_cache}: {cached.summary}")
+        objective = CachedDistillation(student, cached.index["vocab_size"], settings.temperature)
+    else:
+        objective = Distillation(session.teacher, student, settings.temperature)
     parameters = dict(student.named_parameters())
     groups = [
         {
@@ -371,6 +375,10 @@ def run_recipe(
             recipe.save(session.root / "recipe.yaml")
         except OSError as error:
             raise RunError(f"the run folder cannot be written: {error}; set run.dir to another place") from error
+    distill = STAGES.index("distill")
+    runs_distill = forced <= distill or session.folder("distill").why_not_reusable(needs["distill"]) is not None
+    if recipe.distill.teacher_cache and last >= distill and runs_distill:
+        _ = session.cached_targets  # one that does not fit is refused now, not after the stages before
     accelerator = session.accelerator
     count = f"{accelerator.num_processes} process" + ("es" if accelerator.num_processes > 1 else "")
     kind = accelerator.distributed_type
@@ -562,12 +570,14 @@ def _trained(
         if trans_points is not None:
             student.set_trans_points(trans_points(step), warn=False)
 
-    with at_trans_points(student):
+    cached = isinstance(objective, CachedDistillation)
+    dataset = session.cached_targets if cached else session.train_data
+    with at_trans_points(student), session.teacher_off_device() if cached else nullcontext():
         trained = train(
             objective,
             groups,
             settings,
-            session.train_data,
+            dataset,
             folder,
             session.accelerator,
             session.console,
@@ -585,7 +595,10 @@ def _trained(
         session.save(whole, folder)
         session.accelerator.wait_for_everyone()
         student = session.student(folder.stage)
-    return {"training": trained.figures, "quality": session.measure(student, folder.stage)}
+    record = {"training": trained.figures, "quality": session.measure(student, folder.stage)}
+    return record | (
+        {"teacher_cache": {name: dataset.index[name] for name in ("k", "kl", "rest_mass")}} if cached else {}
+    )
 
 
 def _has_trans_points(model: PreTrainedModel) -> bool:
