@@ -226,7 +226,7 @@ def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
             raise ConfigError(f"{stage}.micro_batch_size is {micro}; expected a divisor of {stage}.batch_size, {batch}")
     if recipe.data.streaming:
         for key, value, reason in (
-            ("data.max_train_tokens", recipe.data.max_train_tokens, "how much is read is up to align and distill.steps"),
+            ("data.max_train_tokens", recipe.data.max_train_tokens, "steps say how much is read"),
             ("distill.teacher_cache", recipe.distill.teacher_cache, "a cache holds predictions on text of fixed size"),
         ):
             if value is not None:

@@ -97,14 +97,14 @@ class StreamedDataset:
     def state_dict(self, slots: range) -> dict:
         """Where the lanes of `slots` are after the latest batch: whole numbers and text for JSON, no tokens.
 
-        The states of several processes make one by `merge_states`.
+        The keys are the slots, as text, and words for what is the same in all processes: their states, put together by
+        `dict.update`, are one state.
         """
-        lanes = {slot: self._lanes[slot].state() for slot in slots if slot in self._lanes}
-        return {
+        lanes = {str(slot): self._lanes[slot].state() for slot in slots if slot in self._lanes}
+        return lanes | {
             "made_for": list(self._made_for or ()),
             "text": self._identity,
             "commits": {items[0].source: items[0].hub[3] for items in self._items if items[0].kind == "hub"},
-            "lanes": {str(slot): state for slot, state in lanes.items()},
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -119,14 +119,15 @@ class StreamedDataset:
             if items[0].kind == "hub":
                 name, config, split, commit = items[0].hub
                 items[0] = replace(items[0], hub=(name, config, split, commits.get(items[0].source, commit)))
-        self.__dict__.pop("_sources", None)
+        for name in ("_sources", "_identity"):  # opened anew, at that commit
+            self.__dict__.pop(name, None)
         if state["text"] != self._identity:
             raise DataError(
                 "the saved position is in other text than data.train holds now: restore the files, or run the stage "
                 "anew with --from"
             )
         self._made_for = tuple(state["made_for"]) or None
-        self._lanes, self._saved = {}, {int(slot): lane for slot, lane in state["lanes"].items()}
+        self._lanes, self._saved = {}, {int(slot): lane for slot, lane in state.items() if slot.isdigit()}
 
     def summary(self) -> str:
         """One line for people: the sources, and what was skipped by this process so far."""
@@ -166,17 +167,12 @@ class StreamedDataset:
             source.weight = source.weight or (sum(known) / len(known) if known else 1)
         return sources
 
-    @property
+    @cached_property
     def _identity(self) -> str:
         text = [[[item.kind, item.hub] for item in s.items] + [s.sizes] for s in self._sources]
         fields = [self.documents.text_field, self.documents.messages_field]
         parts = [text, fields, self.tokens_per_item, self.shuffle_buffer]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-
-
-def merge_states(states: list[dict]) -> dict:
-    """One state of `StreamedDataset` from those of several processes, each with lanes of its own."""
-    return {**states[0], "lanes": {slot: lane for state in states for slot, lane in state["lanes"].items()}}
 
 
 # Which rows are a lane's
