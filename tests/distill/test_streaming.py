@@ -199,7 +199,7 @@ def test_every_document_comes_once_an_epoch_none_is_lost(lanes, buffer, texts):
         epochs = [found[i : i + size] for i in range(0, len(found) - size + 1, size)]
         assert len(epochs) >= 2 and all(len(set(epoch)) == size for epoch in epochs)
         assert all({*epoch} == {*epochs[0]} for epoch in epochs)
-        if size > 20:
+        if buffer > 1 and size > 20:
             assert epochs[0] != epochs[1]  # shuffled anew
         shares.append(epochs[0])
     everything = sorted(document for share in shares for document in share)
