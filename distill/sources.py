@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".parquet", ".txt", ".txt.zst")
 REMEMBERED_FROM = 64 * 2**20  # bytes of a file whose hash is remembered: what takes longer to read than to look up
+SAMPLES, SAMPLE = 1024, 2**16  # pieces of a large file, and bytes of each, that may stand for the whole
 
 
 class DataError(ValueError):
@@ -323,19 +324,40 @@ def one_line(error: Exception) -> str:
     return lines[0][:200] if lines else type(error).__name__
 
 
-def source_identity(source: str) -> list:
-    """Stands for a source in what a stage depends on: hashes of its files, or the hub dataset's name."""
+def source_identity(source: str, sampled: bool = False) -> list:
+    """Stands for a source in what a stage depends on: hashes of its files, or the hub dataset's name.
+
+    `sampled`: of files too large to be read before training, size and some pieces stand for the whole.
+    """
     if source.startswith("hub:"):
         return [source]
-    return [content_hash(item) for item in resolve(source)]
+    return [content_hash(item, sampled) for item in resolve(source)]
 
 
-def content_hash(item: Item) -> list:
+def content_hash(item: Item, sampled: bool = False) -> list:
+    """Hashes of an item's files. Raises DataError if one cannot be read."""
     if item.kind == "hub":
         return list(item.hub)
+    digest = _sampled_hash if sampled else file_hash
     if item.kind == "saved":
-        return [[p.name, file_hash(p)] for p in sorted(item.path.iterdir()) if p.is_file()]
-    return [file_hash(item.path)]
+        return [[p.name, digest(p)] for p in sorted(item.path.iterdir()) if p.is_file()]
+    return [digest(item.path)]
+
+
+def _sampled_hash(path: Path) -> str:
+    """`file_hash` of a small file; of one that is larger than its samples, SHA-256 of its size and these."""
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > SAMPLES * SAMPLE:
+                digest = hashlib.sha256(f"{size} bytes".encode())
+                for i in range(SAMPLES):
+                    file.seek(i * (size - SAMPLE) // (SAMPLES - 1))  # the first and the last piece are among them
+                    digest.update(file.read(SAMPLE))
+                return digest.hexdigest()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
+    return file_hash(path)
 
 
 def file_hash(path: Path) -> str:

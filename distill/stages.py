@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from ..students import HybridForCausalLM, build_student
 from ..students.configuration_transmamba import written
@@ -46,6 +47,7 @@ from .schedules import (
     trans_points_in_step,
 )
 from .sources import DataError, source_identity
+from .streaming import StreamedDataset
 from .teacher_cache import CachedDistillation, CachedTargets, cache_identity
 from .tracking import check_trackers
 from .trainer import train
@@ -107,8 +109,20 @@ class Session:
         return self._loaded[1]
 
     @cached_property
-    def train_data(self) -> PackedDataset:
-        return self._packed("train", self.recipe.data.train, self.recipe.data.max_train_tokens)
+    def train_data(self) -> PackedDataset | StreamedDataset:
+        data = self.recipe.data
+        if not data.streaming:
+            return self._packed("train", data.train, data.max_train_tokens)
+        dataset = StreamedDataset(
+            data.train,
+            self.tokenizer,
+            data.length,
+            text_field=data.text_field,
+            messages_field=data.messages_field,
+            shuffle_buffer=data.shuffle_buffer,
+        )
+        self.say(f"train text: {dataset.summary()}")
+        return dataset
 
     @cached_property
     def cached_targets(self) -> CachedTargets:
@@ -413,7 +427,10 @@ def stage_inputs(recipe: Recipe) -> dict[str, dict]:
     for name in ("train", "heldout"):
         if not settings["data"][name]:
             raise DataError(f"data.{name} is empty: list files, folders or hub:OWNER/NAME there")
-    text = {name: [source_identity(source) for source in getattr(recipe.data, name)] for name in ("train", "heldout")}
+    text = {
+        "train": [source_identity(source, sampled=recipe.data.streaming) for source in recipe.data.train],
+        "heldout": [source_identity(source) for source in recipe.data.heldout],
+    }
     needs: dict[str, dict] = {}
     before = None
     for stage in STAGES:
@@ -422,6 +439,8 @@ def stage_inputs(recipe: Recipe) -> dict[str, dict]:
             own["data"] |= text
             # What is trained does not depend on what it is measured on.
             unread = ["cache"] if stage == "evaluate" else ["cache", "heldout", "max_heldout_tokens"]
+            if stage == "evaluate" or not recipe.data.streaming:
+                unread += ["streaming", "shuffle_buffer"]
             for name in unread:
                 del own["data"][name]
         if stage == "distill" and recipe.distill.teacher_cache:
@@ -586,6 +605,8 @@ def _trained(
             before_step,
             session.precision,
         )
+    if isinstance(dataset, StreamedDataset) and dataset.documents.skipped:
+        session.say(f"train text: {dataset.summary()}")
     if trained.weights is None:
         session.save(student.eval(), folder)
     else:  # they are in pieces in the modules that were trained
@@ -628,6 +649,8 @@ def _accelerator(recipe: Recipe) -> Accelerator:
         handlers.append(InitProcessGroupKwargs(backend="gloo"))
     # Precision is the trainer's, so that parameters are in float32 under every engine.
     accelerator = Accelerator(cpu=not on_gpu and not deepspeed, mixed_precision="no", kwargs_handlers=handlers)
+    if deepspeed:  # or transformers would cut up each model as it loads it, the teacher too
+        unset_hf_deepspeed_config()
     if fsdp and accelerator.distributed_type == DistributedType.MULTI_CPU:  # accelerate has FSDP on GPUs only
         accelerator.state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
