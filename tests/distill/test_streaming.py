@@ -17,11 +17,16 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from run_files import metrics, student
 from transpoint.distill import data, sources
+from transpoint.distill.config import ConfigError, load_recipe
 from transpoint.distill.data import DataError
+from transpoint.distill.stages import stage_inputs
 from transpoint.distill.streaming import StreamedDataset
 
+TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 EOS = 0
+STREAMED = ("data.streaming=true", "data.max_train_tokens=null", "data.shuffle_buffer=5")
 
 
 def make_tokenizer():
@@ -472,3 +477,74 @@ def test_missing_sources(tmp_path):
     assert message(lambda: streamed([tmp_path / "a.jsonl"])).startswith("no such file or folder: ")
     path = write(tmp_path / "b.jsonl", [1])
     assert message(lambda: streamed([path], length=0)).startswith("data.length is 0, data.shuffle_buffer 4: give ")
+
+
+# In a run
+
+
+def test_an_interrupted_run_ends_with_the_same_weights(tmp_path, run_tiny, caplog):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    printed = run_tiny(whole, *STREAMED, until_stage="distill")
+    assert "train text: streamed from 1 file" in printed
+
+    def stop(step):
+        if step == 15:  # 5 after the checkpoint, and with batches made ahead
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_tiny(cut, *STREAMED, until_stage="align", on_step=stop)
+    with pytest.raises(KeyboardInterrupt):
+        run_tiny(cut, *STREAMED, until_stage="distill", on_step=lambda step: stop(step) if distilling(cut) else None)
+    printed = run_tiny(cut, *STREAMED, until_stage="distill")
+    assert "distill: going on from step 10" in printed and "no position" not in caplog.text
+    for stage in ("align", "distill"):
+        assert student(cut, stage) == student(whole, stage) and metrics(cut, stage) == metrics(whole, stage)
+
+
+def distilling(folder):
+    return (folder / "distill" / "metrics.jsonl").exists()
+
+
+def test_rows_that_were_skipped_are_told_of(tmp_path, run_tiny):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in ["A few words. " * 20, ""] * 40))
+    printed = run_tiny(tmp_path / "run", *STREAMED, f"data.train=[{path}]", "align.steps=5", until_stage="align")
+    assert "empty text (first: a.jsonl line " in printed.split("align")[-2]
+
+
+def identities(*overrides):
+    return stage_inputs(load_recipe(TINY, ["data.max_train_tokens=null", *overrides]))
+
+
+def test_a_stage_depends_on_what_changes_its_training_alone(tmp_path):
+    plain, other = identities(), identities("data.shuffle_buffer=7")
+    assert plain == other and "streaming" not in plain["align"]["data"]
+    streams = identities("data.streaming=true")
+    assert streams["align"]["data"] != plain["align"]["data"]
+    assert identities("data.streaming=true", "data.shuffle_buffer=7")["align"] != streams["align"]
+    assert identities("data.streaming=true", f"data.cache={tmp_path}")["align"] == streams["align"]
+    assert streams["evaluate"]["data"] == plain["evaluate"]["data"]
+
+
+def test_large_files_are_known_by_samples(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "SAMPLES", 4)
+    monkeypatch.setattr(sources, "SAMPLE", 10)
+    path = tmp_path / "a.txt"
+    path.write_bytes(bytes(range(200)))
+    whole, sampled = sources.source_identity(str(path)), sources.source_identity(str(path), sampled=True)
+    assert whole != sampled
+    for change in (0, 199, 190):
+        path.write_bytes(bytes(0xFF if i == change else i for i in range(200)))
+        assert sources.source_identity(str(path), sampled=True) != sampled
+    path.write_bytes(bytes(range(201)))
+    assert sources.source_identity(str(path), sampled=True) != sampled
+    path.write_bytes(bytes(range(40)))  # no larger than its samples: all of it is read
+    assert sources.source_identity(str(path)) == sources.source_identity(str(path), sampled=True)
+
+
+@pytest.mark.parametrize("override", ["data.max_train_tokens=5", "distill.teacher_cache=somewhere"])
+def test_what_streaming_does_not_go_with(override):
+    key, value = override.split("=")
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(TINY, ["data.max_train_tokens=null", "data.streaming=true", override])
+    assert str(caught.value).startswith(f"{key} is {value}; expected null with data.streaming=true: ")
