@@ -232,6 +232,12 @@ def cache_teacher(options) -> None:
     session.say(f"{session.recipe.distill.teacher_cache}: {describe(index)}")
 
 
+def report(options) -> None:
+    from .report import write_report
+
+    print(write_report(Path(options.run), Path(options.out) if options.out else None))
+
+
 def push(options) -> None:
     from .hub import push as upload
 
@@ -255,6 +261,7 @@ COMMANDS = {
     "eval": evaluate,
     "generate": generate,
     "figure": figure,
+    "report": report,
     "cache-teacher": cache_teacher,
     "push": push,
     "keys": keys,
@@ -331,6 +338,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--tokens", type=_count, help="tokens along the axis (default: twice the last TransPoint)")
 
     recipe(command("cache-teacher", "write the teacher's predictions on the training text, for distill to read"))
+
+    sub = command("report", "write one HTML page of a run: plan, curves, quality, answers, speed; finished or not")
+    sub.add_argument("run", metavar="RUN", help="a run folder")
+    sub.add_argument("--out", metavar="FILE", help="default: RUN/report.html")
 
     sub = command("push", "upload the export of a run to the hub (log in with `hf auth login`, or set HF_TOKEN)")
     sub.add_argument("run", metavar="RUN", help="a run folder, or an exported folder")

@@ -1,0 +1,440 @@
+"""The page of a run: what was trained, how it went and what came of it, in one HTML file that loads nothing.
+
+It reads the records in the run folder and no model, and shows what there is: of runs that are not finished, of runs
+made by earlier versions, of runs some of whose records are damaged.
+"""
+
+import json
+import logging
+import math
+import os
+import re
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from .charts import heat_map, line_chart, loss_chart
+from .run import STAGES, RunError, StageFolder, lineage, read_json
+
+logger = logging.getLogger(__name__)
+TRAINING = ("align", "distill")
+MIXERS = {"attention": "attention", "mamba2": "Mamba-2", "transmamba": "TransMamba"}
+EVENTS = 200  # shown in the table
+# Figures in a line of metrics.jsonl that are no part of the loss.
+_OTHER = re.compile(
+    r"(layer|attention)_\d+|attention|step|loss|lr.*|gradient_norm|tokens.*|mfu|memory.*|seconds|skipped"
+)
+
+
+def write_report(root: Path, out: Path | None = None) -> Path:
+    """Writes the page of the run folder `root` to `out` (RUN/report.html), and returns where it is.
+
+    Raises:
+        RunError: `root` is no run folder, matplotlib is missing, or `out` cannot be written.
+    """
+    if not (root / "recipe.yaml").is_file():
+        raise RunError(f"'{root}' is no run folder: it has no recipe.yaml")
+    out = out or root / "report.html"
+    environment = Environment(
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        loader=FileSystemLoader(Path(__file__).parent),
+    )
+    environment.filters |= {
+        "fixed": _fixed,
+        "percent": _percent,
+        "count": _count,
+        "short": _short,
+        "duration": _duration,
+    }
+    page = environment.get_template("report.html.jinja").render(_contents(root))
+    try:
+        handle, aside = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8", errors="replace") as file:
+                file.write(page)
+            os.chmod(aside, 0o644)
+            os.replace(aside, out)
+        except BaseException:
+            Path(aside).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise RunError(f"the report cannot be written to '{out}': {error}") from error
+    return out
+
+
+class _Stage:
+    """The records of a stage, each empty where it is missing or damaged."""
+
+    def __init__(self, root: Path, name: str, current: dict[str, dict], recipe: dict):
+        folder = StageFolder(root, name)
+        self.name, self.done = name, _dict(folder.done)
+        self.lines, self.damaged = _read_metrics(folder / "metrics.jsonl") if name in TRAINING else ([], 0)
+        self.steps = _get(recipe, name, "steps") if name in TRAINING else None
+        self.last = self.lines[-1]["step"] if self.lines else 0
+        if name in current:
+            self.state, self.words = "done", "done"
+        elif self.done:
+            self.state, self.words = "earlier", "of earlier settings"
+        elif folder.started is not None or self.lines:
+            self.state, self.words = "unfinished", f"at step {self.last:,}" if self.lines else "unfinished"
+            if self.lines and isinstance(self.steps, int):
+                self.words += f" of {self.steps:,}"
+        else:
+            self.state, self.words = "missing", "not run"
+
+    def series(self, key: str) -> tuple[list[int], list[float]]:
+        """Steps and values of a figure, where it is a finite number."""
+        pairs = [(line["step"], value) for line in self.lines if (value := _number(line.get(key))) is not None]
+        return [step for step, _ in pairs], [value for _, value in pairs]
+
+    def keys(self) -> list[str]:
+        """All names of figures, in the order in which they first come."""
+        return list(dict.fromkeys(key for line in self.lines for key in line))
+
+
+def _contents(root: Path) -> dict:
+    """What the template shows."""
+    text = (root / "recipe.yaml").read_text(encoding="utf-8", errors="replace")
+    try:
+        recipe = _dict(yaml.safe_load(text))
+    except yaml.YAMLError:
+        recipe = {}
+    try:
+        current = {stage: _dict(done) for stage, done in lineage(root).items()}
+    except (KeyError, TypeError, AttributeError):  # records that are JSON, but no records
+        current = {}
+    stages = {name: _Stage(root, name, current, recipe) for name in STAGES}
+    results = _dict(read_json(root / "evaluate" / "results.json")) if "evaluate" in current else {}
+    quality, damaged = _quality(root, current, results), [stage.name for stage in stages.values() if stage.damaged]
+    layers = _layers(root, stages, results)
+    for name in damaged:
+        logger.warning("%s/metrics.jsonl: %d damaged lines are left out", name, stages[name].damaged)
+    events = [event for stage in stages.values() for event in _events(stage)]
+    return {
+        "name": root.resolve().name,
+        "written": time.strftime("%Y-%m-%d %H:%M"),
+        "finished": max((str(s.done["finished"]) for s in stages.values() if s.done.get("finished")), default=None),
+        "teacher": _readable(_get(recipe, "teacher", "source") or "unknown teacher"),
+        "student": _student_in_words(layers),
+        "stages": list(stages.values()),
+        "settings": _settings(recipe),
+        "layers": layers,
+        "kinds": [(kind, words) for kind, words in MIXERS.items() if any(cell["kind"] == kind for cell in layers)],
+        "quality": quality,
+        "teacher_quality": next((row for row in quality if row["model"] == "teacher"), None),
+        "best": next((row for row in reversed(quality) if row["model"] != "teacher"), None),
+        "trained_tokens": sum(_number(_get(s.done, "training", "tokens")) or 0 for s in stages.values()) or None,
+        "schedules": _schedules(results),
+        "training": [part for stage in stages.values() if (part := _training(stage))],
+        "answers": _answers(results),
+        "speed": _speed([stage for stage in stages.values() if stage.lines or stage.done]),
+        "speed_charts": _speed_charts([stage for stage in stages.values() if stage.lines]),
+        "events": events[:EVENTS],
+        "more_events": len(events) - EVENTS,
+        "damaged": [(name, stages[name].damaged) for name in damaged],
+        "recipe": _readable(text),
+    }
+
+
+# Records
+
+
+def _read_metrics(path: Path) -> tuple[list[dict], int]:
+    """The lines of a log by step, the last one of each step; and how many are damaged."""
+    found: dict[int, dict] = {}
+    damaged = 0
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return [], 0
+    for line in text.splitlines():
+        try:
+            record = json.loads(line)
+            found[int(record["step"])] = {**record, "step": int(record["step"])}
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            damaged += bool(line.strip())
+    return [found[step] for step in sorted(found)], damaged
+
+
+def _quality(root: Path, current: dict[str, dict], results: dict) -> list[dict]:
+    """Rows of held-out quality: the teacher, each stage's student, the exported checkpoint."""
+    rows = {"teacher": read_json(root / "teacher_quality.json")}
+    rows |= {f"after {stage}": done.get("quality") for stage, done in current.items() if stage not in ("evaluate",)}
+    rows["exported checkpoint"] = results.get("quality") or _get(current, "evaluate", "quality")
+    names = ("kl", "perplexity", "bits_per_byte", "same_top", "tokens")
+    return [
+        {"model": model, **{name: _number(row.get(name)) for name in names}}
+        for model, row in rows.items()
+        if isinstance(row, dict)
+    ]
+
+
+def _layers(root: Path, stages: dict[str, _Stage], results: dict) -> list[dict]:
+    """For each layer {"kind", "words", "point", "share"}: its mixer, its TransPoint in words (None where it has none),
+    and how much of a cell that is, in percent."""
+    configs = [_dict(read_json(root / name / "student" / "config.json")) for name in reversed(STAGES)]
+    mixers = stages["transfer"].done.get("mixers") or next((c["mixers"] for c in configs if c.get("mixers")), None)
+    if not isinstance(mixers, list):
+        return []
+    schedules = results.get("schedules")
+    own = schedules[0] if isinstance(schedules, list) and schedules else {}
+    points = _get(own, "trans_points") or next((c["trans_points"] for c in configs if c.get("trans_points")), None)
+    points = points if isinstance(points, list) and len(points) == len(mixers) else [None] * len(mixers)
+    finite = [point for point in points if _number(point) is not None]
+    cells = []
+    for kind, point in zip((str(mixer) for mixer in mixers), points, strict=True):
+        share, words = {"attention": 100.0}.get(kind, 0.0), None
+        if kind == "transmamba" and point is not None:
+            number = _number(point)
+            words = "∞" if number is None else f"{number:,.0f}"
+            # Logarithmic, as TransPoints are.
+            share = 100.0 if number is None else 92 * math.log1p(max(number, 0)) / math.log1p(max(1, *finite, 1))
+        cells.append({"kind": kind, "words": MIXERS.get(kind, kind), "point": words, "share": round(share, 1)})
+    return cells
+
+
+def _student_in_words(layers: list[dict]) -> str | None:
+    """`10 of 30 layers are Mamba-2`."""
+    kinds = [cell["words"] for cell in layers if cell["kind"] != "attention"]
+    counts = [f"{kinds.count(words)} of {len(layers)} layers are {words}" for words in dict.fromkeys(kinds)]
+    return ", ".join(counts) or None
+
+
+def _settings(recipe: dict) -> list[tuple[str, str]]:
+    """What matters most, by name."""
+
+    def of(*keys: str) -> str | None:
+        value = _get(recipe, *keys)
+        return None if value is None else _readable(str(value))
+
+    found = [
+        ("sequence length", of("data", "length") and f"{of('data', 'length')} tokens"),
+        ("training text", ", ".join(_base_name(source) for source in _list(_get(recipe, "data", "train")))),
+        ("held-out text", ", ".join(_base_name(source) for source in _list(_get(recipe, "data", "heldout")))),
+    ]
+    for stage in TRAINING:
+        steps, batch, lr = (of(stage, key) for key in ("steps", "batch_size", "lr"))
+        if steps is not None:
+            found.append((stage, f"{steps} steps of {batch} sequences, learning rate {lr}"))
+    found += [
+        ("teacher's weights", of("teacher", "dtype")),
+        ("matrix products", of("run", "precision")),
+        ("seed", of("run", "seed")),
+        ("export", of("export", "format") and f"{of('export', 'format')}, {of('export', 'dtype')}"),
+    ]
+    return [(name, value) for name, value in found if value]
+
+
+def _schedules(results: dict) -> dict | None:
+    """The table of TransPoint schedules, as numbers, and on what its costs were measured."""
+    rows = []
+    for record in _list(results.get("schedules")):
+        quality, cost = _dict(_get(record, "quality")), _dict(_get(record, "cost"))
+        if not quality:
+            continue
+        rows.append(
+            {
+                "name": _readable(str(_get(record, "schedule"))),
+                "trained": bool(_get(record, "trained")),
+                **{name: _number(quality.get(name)) for name in ("kl", "late_kl", "perplexity", "same_top", "late")},
+                **{
+                    name: _number(cost.get(name))
+                    for name in ("attention", "cache_bytes", "prefill_seconds", "decode_seconds", "length")
+                },
+                "where": f"{cost.get('dtype')} on {cost.get('device')}",
+            }
+        )
+    return {"rows": rows, **{name: rows[0][name] for name in ("late", "length", "where")}} if rows else None
+
+
+def _answers(results: dict) -> list[dict]:
+    return [
+        {name: _readable(str(_get(entry, name) or "")) for name in ("prompt", "teacher", "student")}
+        for entry in _list(results.get("answers"))
+        if isinstance(entry, dict)
+    ]
+
+
+def _events(stage: _Stage) -> list[dict]:
+    """What lines of the log say besides figures."""
+    found = []
+    for line in stage.lines:
+        texts = []
+        if count := _number(line.get("skipped")):
+            texts.append(f"{count:.0f} step{'s' if count > 1 else ''} left out: the gradient was not finite")
+        if event := line.get("event"):
+            texts.append(_readable(str(event)))
+        loss = line.get("loss")
+        if isinstance(loss, float) and not math.isfinite(loss):
+            texts.append("the loss was not finite")
+        found += [{"stage": stage.name, "step": line["step"], "text": text, "loss": _number(loss)} for text in texts]
+    return found
+
+
+# Charts
+
+
+def _training(stage: _Stage) -> dict | None:
+    """The charts of a training stage."""
+    steps, losses = stage.series("loss")
+    if not steps:
+        return None
+    name, keys = stage.name, stage.keys()
+    below: dict[str, dict] = {}
+    for title, chosen in (
+        ("parts", [key for key in keys if not _OTHER.fullmatch(key)]),
+        ("gradient", ["gradient_norm"]),
+        ("attention", ["attention"]),
+        ("lr", [key for key in keys if key.startswith("lr")]),
+    ):
+        curves = {key.removeprefix("lr").strip("_/. "): stage.series(key) for key in chosen}
+        if curves := {key: series for key, series in curves.items() if series[1] and series[1] != losses}:
+            below[title] = curves
+    marks = {
+        "steps left out": [line["step"] for line in stage.lines if line.get("skipped")],
+        "event": [line["step"] for line in stage.lines if line.get("event")],
+    }
+    described = f"loss of {name} over {stage.last:,} steps, from {losses[0]:.4g} to {losses[-1]:.4g}"
+    marks = {what: places for what, places in marks.items() if places}
+    chart = loss_chart(f"loss-{name}", (steps, losses), below, marks, described)
+    maps = []
+    for prefix, form in (("layer", "state-space form"), ("attention", "attention form")):
+        rows = {int(key.split("_")[1]): key for key in keys if re.fullmatch(rf"{prefix}_\d+", key)}
+        if not rows:
+            continue
+        values = {
+            layer: [math.nan if (v := _number(line.get(key))) is None else v for line in stage.lines]
+            for layer, key in rows.items()
+        }
+        ends = {layer: [v for v in row if not math.isnan(v)][-1:] for layer, row in values.items()}
+        ends = {layer: row[0] for layer, row in ends.items() if row}
+        if not ends:
+            continue
+        worst = sorted(ends, key=ends.get, reverse=True)[:3]
+        title = "alignment of each layer" + (f", {form}" if any(key.startswith("attention_") for key in keys) else "")
+        described = f"{title}, over {stage.last:,} steps; largest at the end: " + ", ".join(
+            f"layer {layer} ({ends[layer]:.3g})" for layer in worst
+        )
+        picture = heat_map(f"heat-{name}-{prefix}", [line["step"] for line in stage.lines], values, described)
+        maps.append({"title": title, "svg": Markup(picture), "worst": [(layer, ends[layer]) for layer in worst]})
+    return {"name": name, "words": stage.words, "state": stage.state, "svg": Markup(chart), "maps": maps}
+
+
+def _speed(stages: list[_Stage]) -> list[dict]:
+    """Rows: tokens, seconds and speed of each stage."""
+    rows = []
+    for stage in stages:
+        # The first line is of the step that compiles.
+        speeds, used = (stage.series(key)[1] for key in ("tokens_per_second", "mfu"))
+        tokens = _number(_get(stage.done, "training", "tokens"))
+        rows.append(
+            {
+                "stage": stage.name,
+                "seconds": _number(stage.done.get("stage_seconds")),
+                "tokens": tokens if tokens is not None else (stage.series("tokens")[1] or [None])[-1],
+                "speed": statistics.median(speeds[1:] or speeds) if speeds else None,
+                "mfu": statistics.median(used[1:] or used) if used else None,
+                "memory": max(stage.series("memory")[1], default=None),
+            }
+        )
+    return rows
+
+
+def _speed_charts(stages: list[_Stage]) -> list[dict]:
+    found = []
+    for key, title, unit, scale in (
+        ("tokens_per_second", "tokens a second", "tokens/s", 1),
+        ("mfu", "model FLOP utilisation", "%", 100),
+        ("memory", "peak memory of a device", "GiB", 2**-30),
+    ):
+        lines = {stage.name: stage.series(key) for stage in stages}
+        lines = {name: (steps, [scale * v for v in values]) for name, (steps, values) in lines.items() if values}
+        if lines:
+            last = ", ".join(f"{name} {_number_text(values[-1])} {unit}" for name, (_, values) in lines.items())
+            svg = line_chart(f"speed-{key}", lines, unit, f"{title} over the steps; last: {last}")
+            found.append({"title": title, "svg": Markup(svg)})
+    return found
+
+
+# Values that may be anything
+
+
+def _get(record: Any, *keys: str) -> Any:
+    """What is under these keys; None where there is nothing."""
+    for key in keys:
+        record = record.get(key) if isinstance(record, dict) else None
+    return record
+
+
+def _dict(value: Any) -> dict:
+    return value if isinstance(value, dict) else {}
+
+
+def _list(value: Any) -> list:
+    return value if isinstance(value, list) else []
+
+
+def _number(value: Any) -> float | None:
+    """A finite number, or None."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if math.isfinite(value) else None
+
+
+def _base_name(source: Any) -> str:
+    text = str(source)
+    return _readable(text if text.startswith("hub:") else os.path.basename(text.rstrip("/")) or text)
+
+
+def _readable(text: str) -> str:
+    """Without control characters, which no page can hold."""
+    return re.sub(r"[^\t\n\x20-\x7e\xa0-\ud7ff\ue000-\uffff\U00010000-\U0010ffff]", "\N{REPLACEMENT CHARACTER}", text)
+
+
+# Filters: None becomes a dash
+
+
+def _fixed(value: float | None, digits: int = 2) -> str:
+    if value is None:
+        return "–"
+    return f"{value:,.{digits}f}" if abs(value) < 1e9 else f"{value:.2e}"
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f} %"
+
+
+def _count(value: float | None) -> str:
+    return "–" if value is None else f"{value:,.0f}"
+
+
+def _short(value: float) -> str:
+    """`1.31 B`, `917 M`, `640 k`."""
+    for size, suffix in ((1e9, " B"), (1e6, " M"), (1e3, " k")):
+        if value >= size:
+            return f"{value / size:.3g}{suffix}" if value < 999.5 * size else f"{value / size:,.0f}{suffix}"
+    return f"{value:.0f}"
+
+
+def _duration(seconds: float | None) -> str:
+    """`8 s`, `3 min 20 s`, `5 h 12 min`."""
+    if seconds is None:
+        return "–"
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
+
+
+def _number_text(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
