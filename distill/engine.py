@@ -170,21 +170,27 @@ class DeepSpeedEngine(Engine):
         config["gradient_clipping"] = self.clip
         config["train_batch_size"] = "auto"
         if plugin.zero_stage == 3:
-            self._gather_together(objective)
+            self._register_external(objective)
         engine, _ = self.accelerator.prepare(objective, optimizer)
         self._base = engine.optimizer.optimizer
-        for held in self._base.state.values():  # ZeRO takes a step of its own to allocate it
-            held["step"].zero_()
+        # Their first step would make the state, and ZeRO 1 and 2 link it to parameters before all groups have one.
+        parts = "fp32_partitioned_groups_flat" if plugin.zero_stage == 3 else "single_partition_of_fp32_groups"
+        for flat in getattr(engine.optimizer, parts):
+            step = torch.zeros((), device=flat.device)
+            self._base.state[flat] = {"step": step, **{key: torch.zeros_like(flat) for key in ADAM}}
+        if plugin.zero_stage < 3:
+            engine.optimizer._lazy_init_hp_params_optimizer_state()
         return engine, engine.optimizer
 
     @staticmethod
-    def _gather_together(objective: nn.Module) -> None:
-        """Parameters that are read elsewhere than in the forward pass of their own module."""
+    def _register_external(objective: nn.Module) -> None:
+        """Parameters that are read elsewhere than in the forward pass of the module that has them."""
         from deepspeed.runtime.zero.partition_parameters import register_external_parameter
-        from deepspeed.utils import set_z3_leaf_modules
 
-        mixers = {type(module) for module in objective.modules() if isinstance(module, StateSpace)}
-        set_z3_leaf_modules(objective, list(mixers))
+        for mixer in objective.modules():
+            for held in (mixer.conv1d, mixer.norm) if isinstance(mixer, StateSpace) else ():
+                for parameter in held.parameters() if held is not None else ():
+                    register_external_parameter(mixer, parameter)
         if hasattr(objective, "student"):
             register_external_parameter(objective, objective.student.get_output_embeddings().weight)
 
