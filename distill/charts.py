@@ -6,7 +6,8 @@ Drawn by matplotlib, an optional dependency: `pip install 'transpoint[figure]'`.
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from html import escape
 
 from .run import RunError
@@ -23,6 +24,35 @@ _WIDTH, _NARROW = 4.8, 3.5
 Series = tuple[Sequence[float], Sequence[float]]  # steps and values
 
 
+@contextmanager
+def _styled() -> Iterator[None]:
+    """The style of all charts, while one is drawn."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise RunError("a report needs matplotlib: pip install 'transpoint[figure]'") from error
+    style = {
+        "font.size": 9,
+        "axes.labelcolor": _INK,
+        "axes.edgecolor": _LINE,
+        "axes.grid": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.xmargin": 0.01,
+        "grid.color": _LINE,
+        "grid.linewidth": 0.6,
+        "text.color": _INK,
+        "xtick.color": _LINE,
+        "ytick.color": _LINE,
+        "xtick.labelcolor": _MUTED,
+        "ytick.labelcolor": _MUTED,
+        "legend.fontsize": 8,
+    }
+    with matplotlib.rc_context(style):
+        yield
+
+
+@_styled()
 def loss_chart(
     name: str, loss: Series, below: dict[str, dict[str, Series]], marks: dict[str, Sequence[int]], label: str
 ) -> str:
@@ -50,7 +80,10 @@ def loss_chart(
         for index, (curve, (steps, values)) in enumerate(curves.items()):
             colour = _SERIES[index % len(_SERIES)]
             panel.plot(*_thin(steps, values), color=colour, linewidth=1, label=curve, marker=_marker(values))
-        _log_scale(panel, [value for _, values in curves.values() for value in values] if title != "lr" else [])
+        if title in ("lr", "attention"):
+            panel.set_ylim(bottom=0)
+        else:
+            _log_scale(panel, [value for _, values in curves.values() for value in values], few=True)
         panel.set_ylabel(title)
         if panel.get_yscale() == "linear":
             panel.locator_params(axis="y", nbins=3)
@@ -60,6 +93,7 @@ def loss_chart(
     return _svg(figure, name, label)
 
 
+@_styled()
 def line_chart(name: str, lines: dict[str, Series], unit: str, label: str) -> str:
     """A few lines over steps, from zero."""
     figure, (axes,) = _figure(_NARROW, [1.9])
@@ -74,6 +108,7 @@ def line_chart(name: str, lines: dict[str, Series], unit: str, label: str) -> st
     return _svg(figure, name, label)
 
 
+@_styled()
 def heat_map(name: str, steps: Sequence[int], rows: dict[int, Sequence[float]], label: str) -> str:
     """Layers by steps, coloured by the logarithm of a figure.
 
@@ -103,7 +138,7 @@ def heat_map(name: str, steps: Sequence[int], rows: dict[int, Sequence[float]], 
     low, high = (float(np.percentile(seen, q)) for q in (1, 99)) if seen.size else (0.1, 1.0)
     if high <= low * 1.01:
         low, high = low / 1.5, high * 1.5
-    height = max(1.2, min(0.16 * len(layers), 5))
+    height = min(max(1.2, 0.5 + 0.1 * len(layers)), 4.6)
     figure, (axes,) = _figure(_WIDTH, [height])
     image = axes.imshow(
         picture,
@@ -113,12 +148,13 @@ def heat_map(name: str, steps: Sequence[int], rows: dict[int, Sequence[float]], 
         cmap="viridis",
         extent=(first, last, len(layers) - 0.5, -0.5),
     )
-    every = max(1, math.ceil(len(layers) / (height * 6)))
+    every = max(1, math.ceil(len(layers) / (height * 7)))
     axes.set_yticks(range(0, len(layers), every), [str(layer) for layer in layers[::every]])
     axes.set(ylabel="layer", xlabel="step")
     axes.grid(False)
     axes.xaxis.set_major_formatter(_number)
-    bar = figure.colorbar(image, ax=axes, pad=0.02, fraction=0.06, extend="both")
+    axes.xaxis.get_major_locator().set_params(integer=True, nbins=6)
+    bar = figure.colorbar(image, ax=axes, pad=0.02, fraction=0.05, aspect=40, extend="both")
     bar.outline.set_visible(False)
     _log_ticks(bar.ax.yaxis, low, high)
     return _svg(figure, name, label)
@@ -126,31 +162,10 @@ def heat_map(name: str, steps: Sequence[int], rows: dict[int, Sequence[float]], 
 
 def _figure(width: float, heights: list[float]):
     """A figure and its axes, one above the other, of these heights in inches."""
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise RunError("a report needs matplotlib: pip install 'transpoint[figure]'") from error
-    style = {
-        "font.size": 9,
-        "axes.labelcolor": _INK,
-        "axes.edgecolor": _LINE,
-        "axes.grid": True,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.xmargin": 0.01,
-        "grid.color": _LINE,
-        "grid.linewidth": 0.6,
-        "text.color": _INK,
-        "xtick.color": _LINE,
-        "ytick.color": _LINE,
-        "xtick.labelcolor": _MUTED,
-        "ytick.labelcolor": _MUTED,
-        "legend.fontsize": 8,
-    }
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=(width, sum(heights) + 0.45), layout="constrained")
-        axes = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, sum(heights) + 0.45), layout="constrained")
+    axes = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     return figure, list(axes)
 
 
@@ -172,18 +187,21 @@ def _steps_below(figure, axes: list, nbins: int = 6) -> None:
     figure.align_ylabels(axes)
 
 
-def _log_scale(axes, values: Sequence[float]) -> None:
+def _log_scale(axes, values: Sequence[float], few: bool = False) -> None:
     """A logarithmic axis where the values span more than a few times the least of them."""
     if values and min(values) > 0 and max(values) / min(values) > 4:
         axes.set_yscale("log")
-        _log_ticks(axes.yaxis, min(values), max(values))
+        _log_ticks(axes.yaxis, min(values), max(values), few)
 
 
-def _log_ticks(axis, low: float, high: float) -> None:
+def _log_ticks(axis, low: float, high: float, few: bool = False) -> None:
     from matplotlib.ticker import LogLocator, NullLocator
 
     decades = math.log10(high / low)
-    subs = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0) if decades < 0.7 else (1.0, 2.0, 5.0) if decades < 2 else (1.0,)
+    if few:
+        subs = (1.0, 3.0) if decades < 1.6 else (1.0,)
+    else:
+        subs = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0) if decades < 0.7 else (1.0, 2.0, 5.0) if decades < 3 else (1.0,)
     axis.set_major_locator(LogLocator(subs=subs, numticks=12))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(_number)
@@ -198,12 +216,17 @@ def _number(value: float, _=None) -> str:
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
-    """The mean over about a 40th of the values around each: as many before as after it, so that nothing lags."""
-    reach, sums = len(values) // 80, [0.0]
+    """The mean over about a 40th of the values around each, as many before as after it, so that nothing lags.
+
+    Of positive values the geometric mean, which a spike moves little.
+    """
+    positive = min(values) > 0
+    reach, sums = max(len(values) // 80, min(3, len(values) // 10)), [0.0]
     for value in values:
-        sums.append(sums[-1] + value)
+        sums.append(sums[-1] + (math.log(value) if positive else value))
     spans = ((i, min(reach, i, len(values) - 1 - i)) for i in range(len(values)))
-    return [(sums[i + near + 1] - sums[i - near]) / (2 * near + 1) for i, near in spans]
+    means = [(sums[i + near + 1] - sums[i - near]) / (2 * near + 1) for i, near in spans]
+    return [math.exp(mean) for mean in means] if positive else means
 
 
 def _thin(steps: Sequence[float], values: Sequence[float]) -> tuple[list[float], list[float]]:

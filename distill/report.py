@@ -50,6 +50,8 @@ def write_report(root: Path, out: Path | None = None) -> Path:
     )
     environment.filters |= {
         "fixed": _fixed,
+        "significant": _significant,
+        "perplexity": _perplexity,
         "percent": _percent,
         "count": _count,
         "short": _short,
@@ -359,7 +361,7 @@ def _speed_charts(stages: list[_Stage]) -> list[dict]:
         lines = {stage.name: stage.series(key) for stage in stages}
         lines = {name: (steps, [scale * v for v in values]) for name, (steps, values) in lines.items() if values}
         if lines:
-            last = ", ".join(f"{name} {_number_text(values[-1])} {unit}" for name, (_, values) in lines.items())
+            last = ", ".join(f"{name} {_significant(values[-1])} {unit}" for name, (_, values) in lines.items())
             svg = line_chart(f"speed-{key}", lines, unit, f"{title} over the steps; last: {last}")
             found.append({"title": title, "svg": Markup(svg)})
     return found
@@ -409,6 +411,15 @@ def _fixed(value: float | None, digits: int = 2) -> str:
     return f"{value:,.{digits}f}" if abs(value) < 1e9 else f"{value:.2e}"
 
 
+def _perplexity(value: float | None) -> str:
+    return _fixed(value, 2 if value is not None and value < 1000 else 0)
+
+
+def _significant(value: float) -> str:
+    """Three digits."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
 def _percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f} %"
 
@@ -434,7 +445,3 @@ def _duration(seconds: float | None) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
-
-
-def _number_text(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
