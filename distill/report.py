@@ -5,7 +5,6 @@ made by earlier versions, of runs some of whose records are damaged.
 """
 
 import json
-import logging
 import math
 import os
 import re
@@ -22,7 +21,6 @@ from markupsafe import Markup
 from .charts import heat_map, line_chart, loss_chart
 from .run import STAGES, RunError, StageFolder, lineage, read_json
 
-logger = logging.getLogger(__name__)
 TRAINING = ("align", "distill")
 MIXERS = {"attention": "attention", "mamba2": "Mamba-2", "transmamba": "TransMamba"}
 EVENTS = 200  # shown in the table
@@ -118,8 +116,6 @@ def _contents(root: Path) -> dict:
     results = _dict(read_json(root / "evaluate" / "results.json")) if "evaluate" in current else {}
     quality, damaged = _quality(root, current, results), [stage.name for stage in stages.values() if stage.damaged]
     layers = _layers(root, stages, results)
-    for name in damaged:
-        logger.warning("%s/metrics.jsonl: %d damaged lines are left out", name, stages[name].damaged)
     events = [event for stage in stages.values() for event in _events(stage)]
     return {
         "name": root.resolve().name,

@@ -44,7 +44,8 @@ REFUSED = {
     "distill.teacher={lr: 1}": "unknown key 'distill.teacher' (value {'lr': 1}); did you mean 'distill.teacher_lr'?",
     "align={stepz: 4}": "unknown key 'align.stepz' (value 4); did you mean 'align.steps'?",
     "zzz=1": f"unknown key 'zzz' (value 1); expected one of {', '.join(SECTIONS)}",
-    "run.qqqqqqqqqqqq=1": "unknown key 'run.qqqqqqqqqqqq' (value 1); expected one of dir, seed, device, precision",
+    "run.qqqqqqqqqqqq=1": "unknown key 'run.qqqqqqqqqqqq' (value 1); "
+    "expected one of dir, seed, device, precision, trackers",
     "align.steps.x=3": "align.steps is {'x': 3}; expected a whole number",
     # the form of an override
     "align.steps": "'align.steps' is no override; expected key=value, as in align.steps=100",
