@@ -3,7 +3,8 @@
 Place b of every batch is fed by *lane* b alone. A lane is a fixed share of the documents, whatever the number of
 processes, and a process reads the lanes of its own places: when the number of processes changes, lanes move, and no
 document is lost or seen twice. A lane goes through its share again and again; in each epoch the files come in another
-order, sources side by side in proportion to their size, and documents are shuffled in blocks.
+order, sources side by side in proportion to their size, and documents are shuffled in blocks. Lanes of one process that
+share a file read it together.
 
 The order is a function of seed, lane, epoch and text alone. So a position is small (where the block at hand began, how
 many of its documents are used up, and how many tokens of the next one), and going on from it gives the same batches.
@@ -13,10 +14,12 @@ import hashlib
 import json
 import logging
 import random
+from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -28,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 AHEAD = 4  # windows of text tokenised at once for a lane that has run out: tokenizers are quicker on many documents
 CHARACTERS = 4  # of a token, roughly
+PATIENCE = 4  # blocks of documents that are kept for a lane that is behind the others in a file
 
 
 class StreamedDataset:
@@ -64,6 +68,7 @@ class StreamedDataset:
         self._items = [resolve(source) for source in sources]
         self._sources  # noqa: B018 - opens hub datasets: better an error now than after the teacher's first forward pass
         self._lanes: dict[int, _Lane] = {}
+        self._scans: WeakValueDictionary[tuple, _Scan] = WeakValueDictionary()  # each lives while a lane reads it
         self._saved: dict[int, dict] = {}
         self._made_for: tuple[int, int] | None = None  # batch size and seed
 
@@ -71,11 +76,14 @@ class StreamedDataset:
         """The items of batch `step` (from 0) at some of its `batch_size` places: those of one process, say."""
         if self._made_for != (batch_size, seed):
             self._lanes, self._saved, self._made_for = {}, {}, (batch_size, seed)
+            self._scans.clear()
         for slot in slots:
             if slot not in self._lanes or self._lanes[slot].windows > step:
+                if slot in self._lanes:
+                    self._scans.clear()  # it begins anew, and they are further
                 saved = self._saved.get(slot)
                 usable = saved is not None and saved["windows"] <= step
-                self._lanes[slot] = self._lane(slot, batch_size, seed, self.documents, saved if usable else None)
+                self._lanes[slot] = self._lane(slot, batch_size, seed, saved if usable else None)
         lanes = [self._lanes[slot] for slot in slots]
         if any(lane.windows < step for lane in lanes):
             logger.warning("no position in the text was saved for step %d: reading up to it", step)
@@ -85,8 +93,7 @@ class StreamedDataset:
 
     def spread(self, count: int) -> list[dict[str, torch.Tensor]]:
         """`count` items of one shuffled block (fewer if all the text has less), whatever `batch` does."""
-        quiet = Documents(self.documents.tokenizer, self.documents.text_field, self.documents.messages_field)
-        lane = self._lane(0, 1, 0, quiet, None)
+        lane = self._lane(0, 1, 0, None, alone=True)
         items = self._take([lane])
         while len(items) < count:
             items += self._take([lane])
@@ -127,6 +134,7 @@ class StreamedDataset:
                 "anew with --from"
             )
         self._made_for = tuple(state["made_for"]) or None
+        self._scans.clear()
         self._lanes, self._saved = {}, {int(slot): lane for slot, lane in state.items() if slot.isdigit()}
 
     def summary(self) -> str:
@@ -146,9 +154,35 @@ class StreamedDataset:
                 lane.put(at, ids)
         return [lane.take(length) for lane in lanes]
 
-    def _lane(self, slot: int, batch_size: int, seed: int, documents: Documents, state: dict | None) -> "_Lane":
+    def _lane(self, slot: int, batch_size: int, seed: int, state: dict | None, alone: bool = False) -> "_Lane":
+        """`alone`: it shares no reading with the lanes of the batch, and its skips are not counted."""
+        documents = self.documents
+        if alone:
+            documents = Documents(documents.tokenizer, documents.text_field, documents.messages_field)
         shares = [source.share(slot, batch_size) for source in self._sources]
-        return _Lane(f"{slot} of {batch_size}", seed, shares, documents, self.shuffle_buffer, self._hub, state)
+        rows = self._read if alone else partial(self._read_together, slot)
+        return _Lane(f"{slot} of {batch_size}", seed, shares, documents, self.shuffle_buffer, rows, state)
+
+    def _read(self, source: int, piece: "_Piece", epoch: int, first: int) -> Iterator[tuple[int, dict | Skip]]:
+        fields = self.documents.text_field, self.documents.messages_field
+        return read(piece.item, *fields, first, piece.holds, self._hub)
+
+    def _read_together(
+        self, slot: int, source: int, piece: "_Piece", epoch: int, first: int
+    ) -> Iterator[tuple[int, dict | Skip]]:
+        """As `_read`, by a scan that other lanes in the same file and epoch take part in, if it has not begun later."""
+        key = source, piece.item, epoch
+        alone = partial(self._read, source, piece, epoch)
+        scan = self._scans.get(key)
+        if scan is None:
+            pieces = {other: lane.piece(source, piece.item) for other, lane in self._lanes.items()}
+            pieces = {other: found for other, found in pieces.items() if found}
+            # After going on from a position, lanes are at different rows: it begins at the first that is wanted.
+            begin = min(first, *(self._lanes[other].row(source, piece.item, epoch, first) for other in pieces))
+            whole = _Piece(piece.item, min(p.low for p in pieces.values()), max(p.high for p in pieces.values()))
+            rows = self._read(source, whole, epoch, begin)
+            self._scans[key] = scan = _Scan(rows, begin, pieces, PATIENCE * self.shuffle_buffer)
+        return scan.rows(slot, first, alone) if scan.has(slot, first) else alone(first)
 
     @cached_property
     def _sources(self) -> list["_Source"]:
@@ -220,6 +254,52 @@ class _Source:
         return self, pieces
 
 
+class _Scan:
+    """Rows of one file, read once for several lanes: what is another lane's is kept for it, up to `limit` rows.
+
+    A lane that falls further behind is left to read the file alone.
+    """
+
+    def __init__(self, rows: Iterator[tuple[int, dict | Skip]], first: int, pieces: dict[int, _Piece], limit: int):
+        self._rows, self._limit = rows, limit
+        self._pieces = sorted(pieces.items(), key=lambda entry: entry[1].low)
+        self._highs = [piece.high for _, piece in self._pieces]
+        self._kept: dict[int, deque | None] = {slot: deque() for slot in pieces}
+        self._next = dict.fromkeys(pieces, first)  # the number from which on each lane's rows are still to be had
+
+    def has(self, slot: int, first: int) -> bool:
+        """Whether a lane's rows from number `first` on can be had."""
+        return self._kept.get(slot) is not None and self._next[slot] <= first
+
+    def rows(
+        self, slot: int, first: int, alone: Callable[[int], Iterator[tuple[int, dict | Skip]]]
+    ) -> Iterator[tuple[int, dict | Skip]]:
+        """The rows of one lane from number `first` on; `alone(first)` reads them without the others."""
+        while (kept := self._kept[slot]) is not None:
+            if not kept and not self._advance(slot):
+                return
+            number, row = kept.popleft()
+            self._next[slot] = number + 1
+            if number >= first:
+                first = number + 1
+                yield number, row
+        yield from alone(first)
+
+    def _advance(self, slot: int) -> bool:
+        """Reads until there is a row for a lane; False at the end of the file."""
+        for number, row in self._rows:
+            at = number * _GOLDEN % _SPAN
+            owner, piece = self._pieces[bisect_right(self._highs, at)]
+            kept = self._kept[owner]
+            if kept is not None and piece.low <= at:
+                kept.append((number, row))
+                if owner == slot:
+                    return True
+                if len(kept) > self._limit:
+                    self._kept[owner] = None
+        return False
+
+
 # A lane
 
 
@@ -245,11 +325,12 @@ class _Lane:
         shares: list[tuple[_Source, list[_Piece]]],
         documents: Documents,
         shuffle_buffer: int,
-        hub: HubDatasets,
+        read: Callable[[int, _Piece, int, int], Iterator[tuple[int, dict | Skip]]],
         state: dict | None,
     ):
+        """`read(source, piece, epoch, first)`: rows of a piece of a source from number `first` on."""
         self.name, self.seed, self.shares = name, seed, shares
-        self.documents, self.shuffle_buffer, self.hub = documents, shuffle_buffer, hub
+        self.documents, self.shuffle_buffer, self._read = documents, shuffle_buffer, read
         self.begin = ((0, 0, 0),) * len(shares)
         self.windows = 0  # taken so far
         self.at = _Position(0, self.begin, 0)  # of the next token's document
@@ -271,6 +352,16 @@ class _Lane:
             "index": at.index,
             "offset": self.offset,
         }
+
+    def piece(self, source: int, item: Item) -> _Piece | None:
+        """The lane's piece of a file, if it has any."""
+        return next((piece for piece in self.shares[source][1] if piece.item == item), None)
+
+    def row(self, source: int, item: Item, epoch: int, default: int) -> int:
+        """Where the block at hand began in a file, if it began there; else `default`."""
+        file, row, _ = self.at.cursors[source]
+        order = self._shuffled(self.shares[source][1], epoch, source)
+        return row if self.at.epoch == epoch and file < len(order) and order[file].item == item else default
 
     def draw(self, characters: int) -> Iterator[tuple[_Position, str]]:
         """The next documents, of at least so many characters together."""
@@ -351,11 +442,10 @@ class _Lane:
         of_source, pieces = self.shares[source]
         pieces = self._shuffled(pieces, epoch, source)
         first_file, first_row, _ = cursor
-        fields = self.documents.text_field, self.documents.messages_field
         check = FieldCheck(of_source.name, self.documents) if epoch == 0 and cursor == (0, 0, 0) else None
         for file, piece in enumerate(pieces[first_file:], first_file):
             first = first_row if file == first_file else 0
-            for number, row in read(piece.item, *fields, first, piece.holds, self.hub):
+            for number, row in self._read(source, piece, epoch, first):
                 if check:
                     check.see(row)
                 yield file, number, self.documents.text(row, place(piece.item, number))

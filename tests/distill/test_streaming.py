@@ -237,6 +237,42 @@ def test_a_lane_opens_few_of_many_files(tmp_path):
     assert max(opened) <= 10 and sum(opened) <= 64 + 8
 
 
+@pytest.fixture
+def read(monkeypatch):
+    """The files that were begun to be read."""
+    begun, real = [], sources._rows
+    monkeypatch.setattr(sources, "_rows", lambda item, *more: begun.append(item) or real(item, *more))
+    return begun
+
+
+def test_lanes_of_a_process_read_a_file_together(tmp_path, read):
+    path = write(tmp_path / "a.jsonl", range(1, 1900), lambda number: number % 30 + 1)
+    dataset = streamed([path], length=8, shuffle_buffer=20)
+    whole = batches(dataset, range(400), 8)
+    assert len(read) == 1
+    state = dataset.state_dict(range(8))
+    whole += batches(dataset, range(400, 1200), 8)  # more than an epoch of 3900 * 8 tokens
+    assert len(read) == 3 and dataset._lanes[0].at.epoch == 2
+    resumed = streamed([path], length=8, shuffle_buffer=20)
+    resumed.load_state_dict(state)
+    assert batches(resumed, range(400, 800), 8) == whole[400:800] and len(read) <= 5
+
+
+@pytest.mark.parametrize("patience", [0, 1])
+def test_a_lane_too_far_behind_reads_alone(patience, texts, read, monkeypatch):
+    whole = batches(streamed(texts), range(100), 4)
+    together = len(read)
+    monkeypatch.setattr("transpoint.distill.streaming.PATIENCE", patience)
+    assert batches(streamed(texts), range(100), 4) == whole
+    assert patience > 0 or len(read) - together > together
+
+
+def test_slots_that_are_not_next_to_each_other(texts):
+    whole, dataset = batches(streamed(texts), range(20), 5), streamed(texts)
+    for step in range(20):
+        assert rows_of(dataset.batch(step, 5, 0, range(0, 5, 3))) == [whole[step][0], whole[step][3]]
+
+
 def test_sources_come_side_by_side_in_proportion_to_their_size(tmp_path):
     large, small = (
         write(tmp_path / "large.jsonl", range(1, 901), lambda number: 4),
