@@ -398,6 +398,31 @@ def test_hub_datasets_go_on_at_the_commit_they_began_with(hub):
     assert calls[-1][1]["revision"] == "abc"
 
 
+@pytest.mark.parametrize("form", ["parquet", "json"])
+def test_hub_datasets_as_the_library_streams_them(form, hub, tmp_path, monkeypatch):
+    files = []
+    for i in range(3):
+        name = f"{i}.{'parquet' if form == 'parquet' else 'jsonl'}"
+        files.append(write(tmp_path / name, range(i * 20 + 1, i * 20 + 21)))
+
+    def open_files(name, config, split, revision, streaming):
+        builder = load_builder(form, data_files={"train": files}, cache_dir=str(tmp_path / "cache"))
+        return builder.as_streaming_dataset(split=split)
+
+    load_builder = datasets.load_dataset_builder
+    monkeypatch.setattr(datasets, "load_dataset", open_files)
+    dataset = streamed(["hub:o/n"])
+    whole = batches(dataset, range(60), 4)
+    shares = [documents([batch[lane] for batch in whole]) for lane in range(4)]
+    assert {document for share in shares for document in share} == {(n,) * (n % 5 + 1) for n in range(1, 61)}
+    assert len(dataset._sources[0].items) == 3
+    begun = streamed(["hub:o/n"])
+    batches(begun, range(7), 4)
+    resumed = streamed(["hub:o/n"])
+    resumed.load_state_dict(begun.state_dict(range(4)))
+    assert batches(resumed, range(7, 60), 4) == whole[7:]
+
+
 def test_hub_that_cannot_be_reached(monkeypatch):
     def fail(*args, **kwargs):
         raise ConnectionError("Couldn't reach 'o/n' on the Hub (timeout)\nand more")
