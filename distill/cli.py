@@ -59,6 +59,9 @@ def plan(options) -> None:
     from ..students import plan_student
     from ..teachers import load_teacher
     from .config import load_recipe
+    from .groups import distill_groups, mixer_parameters
+    from .lora import attach
+    from .preflight import what_will_run
     from .schedules import check_schedules, never_distilled
 
     console = Console()
@@ -75,7 +78,15 @@ def plan(options) -> None:
         name = mixer if mixer == "attention" else f"[bold]{mixer}[/bold]"
         table.add_row(str(layer), name, *([str(points[layer])] if points else []))
     console.print(table, transfers.table())
+    settings = recipe.distill
+    mixer_group = {"name": "mixers", "parameters": mixer_parameters(student), "lr": recipe.align.lr}
+    console.print(what_will_run("align", [mixer_group], student, teacher, recipe), highlight=False)
     before, after = (sum(p.numel() for p in model.parameters()) for model in (teacher, student))
+    if settings.lora.rank:
+        attach(student, settings.lora)
+    reads = None if settings.teacher_cache else teacher
+    groups = distill_groups(student, settings)
+    console.print(what_will_run("distill", groups, student, reads, recipe), highlight=False)
     console.print(f"parameters: {before:,} in the teacher, {after:,} in the student", highlight=False)
     per_layer = {mixer.layer_idx: mixer for mixer in student.mixer_layers() if mixer is not None}
     one = next(iter(per_layer.values()))
@@ -238,6 +249,18 @@ def report(options) -> None:
     print(write_report(Path(options.run), Path(options.out) if options.out else None))
 
 
+def synthesize(options) -> None:
+    from .config import load_recipe
+    from .stages import Session
+    from .synthesize import describe
+    from .synthesize import synthesize as sample
+
+    session = Session(load_recipe(options.config, options.overrides))
+    recipe = session.recipe
+    record = sample(recipe, session.teacher, session.tokenizer, session.accelerator, session.console)
+    session.say(describe(recipe.synthesize.out or Path(recipe.run.dir) / "synthetic", record))
+
+
 def push(options) -> None:
     from .hub import push as upload
 
@@ -263,6 +286,7 @@ COMMANDS = {
     "figure": figure,
     "report": report,
     "cache-teacher": cache_teacher,
+    "synthesize": synthesize,
     "push": push,
     "keys": keys,
 }
@@ -342,6 +366,10 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("report", "write one HTML page of a run: plan, curves, quality, answers, speed; finished or not")
     sub.add_argument("run", metavar="RUN", help="a run folder")
     sub.add_argument("--out", metavar="FILE", help="default: RUN/report.html")
+
+    recipe(
+        command("synthesize", "sample text from the teacher itself, with seed and settings recorded, for data.train")
+    )
 
     sub = command("push", "upload the export of a run to the hub (log in with `hf auth login`, or set HF_TOKEN)")
     sub.add_argument("run", metavar="RUN", help="a run folder, or an exported folder")

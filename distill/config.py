@@ -27,7 +27,8 @@ class ConfigError(ValueError):
 
 
 def setting(default: Any, help: str, **metadata) -> Any:
-    """A dataclass field with its documentation; `metadata` may hold `choices`, `minimum`, `maximum`, `above`."""
+    """A dataclass field with its documentation; `metadata` may hold `choices`, `minimum`, `maximum`, `above`,
+    `below`."""
     return field(default=default, metadata={"help": help, **metadata})
 
 
@@ -111,12 +112,62 @@ class AnnealConfig:
 
 
 @dataclass
+class GroupConfig:
+    lr: float | None = setting(
+        None, "its highest learning rate; 0 leaves it frozen; null: lr for mixers, teacher_lr for the others", minimum=0
+    )
+    weight_decay: float | None = setting(None, "on its matrices; null: as the stage's", minimum=0)
+
+
+@dataclass
+class GroupsConfig:
+    mixers: GroupConfig = field(default_factory=GroupConfig)
+    attention: GroupConfig = field(default_factory=GroupConfig)
+    mlp: GroupConfig = field(default_factory=GroupConfig)
+    norms: GroupConfig = field(default_factory=GroupConfig)
+    embeddings: GroupConfig = field(default_factory=GroupConfig)
+    head: GroupConfig = field(default_factory=GroupConfig)
+    other: GroupConfig = field(default_factory=GroupConfig)
+
+
+@dataclass
+class LoraSettings(GroupConfig):
+    rank: int = setting(
+        0, "of adapters (LoRA) on projections, which are merged when the stage ends; 0: none", minimum=0
+    )
+    alpha: float = setting(16.0, "what the adapters add is multiplied by alpha / rank", above=0)
+    dropout: float = setting(0.0, "of the adapters' input", minimum=0, maximum=1)
+    targets: list[str] = field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        metadata={"help": "projections that get adapters, by the last part of their names"},
+    )
+    lr: float | None = setting(1e-3, "highest learning rate of the adapters", above=0)
+
+
+@dataclass
 class DistillConfig(TrainConfig):
     lr: float = setting(5e-4, "learning rate of the mixers, at its highest", above=0)
     teacher_lr: float = setting(
         0.0, "learning rate of the parameters that were the teacher's; 0 leaves them frozen", minimum=0
     )
-    temperature: float = setting(1.0, "of both softmaxes in the KL", above=0)
+    groups: GroupsConfig = field(default_factory=GroupsConfig)
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    gradient_checkpointing: bool = setting(
+        False, "whether layers are computed again in the backward pass: a third more time for far less memory"
+    )
+    divergence: str = setting(
+        "forward",
+        "between the distributions of the next token: forward KL(teacher || student), reverse, or jsd",
+        choices=("forward", "reverse", "jsd"),
+    )
+    beta: float = setting(0.5, "the teacher's share of the mixture, for jsd", above=0, below=1)
+    temperature: float = setting(1.0, "of both softmaxes in the divergence", above=0)
+    ce_weight: float = setting(
+        0.0, "of the cross-entropy on the text itself that is added, in nats per token of text", minimum=0
+    )
+    hidden_weight: float = setting(
+        0.0, "of the hidden states' relative squared error that is added, a mean over layers", minimum=0
+    )
     teacher_cache: str | None = setting(
         None, "folder of the teacher's cached predictions, read in its place; `transpoint cache-teacher` writes it"
     )
@@ -133,7 +184,10 @@ class DistillConfig(TrainConfig):
 @dataclass
 class CacheTeacherConfig:
     k: int = setting(64, "most likely tokens kept of each prediction; of the others, the mass", minimum=1)
-    hidden: bool = setting(False, "whether the teacher's last hidden states are kept too")
+    hidden: bool = setting(
+        False,
+        "whether the teacher's last hidden states are kept too: with its output matrix they give its whole predictions",
+    )
     dtype: str = setting(
         "float16",
         "of log-probabilities and hidden states in the cache",
@@ -141,6 +195,26 @@ class CacheTeacherConfig:
     )
     batch_size: int = setting(8, "sequences in one forward pass of the teacher", minimum=1)
     shard_mb: int = setting(256, "megabytes in a shard, at most: an interrupted cache loses one at most", minimum=1)
+
+
+@dataclass
+class SynthesizeConfig:
+    out: str | None = setting(None, "folder for the sampled text; null: synthetic, in the run folder")
+    prompts: list[str] = field(
+        default_factory=list,
+        metadata={"help": "sources of prompts, as in data.train; none: samples start from the beginning of text"},
+    )
+    chat: bool = setting(
+        False,
+        "whether texts are asked as questions; without prompts, whether the teacher writes questions and answers them",
+    )
+    samples: int = setting(1000, "how many; with fewer prompts, these come again in turn", minimum=1)
+    max_prompt_tokens: int = setting(256, "of a text, which is cut, and of a chat, which is left out", minimum=1)
+    max_new_tokens: int = setting(512, "of a sample", minimum=1)
+    temperature: float = setting(1.0, "of sampling; 0 takes the most likely token", minimum=0)
+    top_k: int = setting(0, "most likely tokens that are sampled from; 0: all", minimum=0)
+    top_p: float = setting(1.0, "mass of the most likely tokens that are sampled from", above=0, maximum=1)
+    batch_size: int = setting(16, "samples at a time", minimum=1)
 
 
 @dataclass
@@ -185,6 +259,7 @@ class Recipe:
     export: ExportConfig = field(default_factory=ExportConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     cache_teacher: CacheTeacherConfig = field(default_factory=CacheTeacherConfig)
+    synthesize: SynthesizeConfig = field(default_factory=SynthesizeConfig)
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)
@@ -311,10 +386,10 @@ def _anchor(values: dict, folder: Path) -> None:
             return str((folder / source).resolve())
         return source
 
-    data, teacher = values.get("data") or {}, values.get("teacher") or {}
-    for key in ("train", "heldout"):
-        if isinstance(data.get(key), list):
-            data[key] = [found(source) for source in data[key]]
+    data, teacher, synthesize = (values.get(name) or {} for name in ("data", "teacher", "synthesize"))
+    for section, key in ((data, "train"), (data, "heldout"), (synthesize, "prompts")):
+        if isinstance(section.get(key), list):
+            section[key] = [found(source) for source in section[key]]
     if "source" in teacher:
         teacher["source"] = found(teacher["source"])
 
@@ -374,6 +449,8 @@ def _check_values(section: Any, prefix: str) -> None:
                 raise ConfigError(f"{key} is {number}; expected at most {limits['maximum']}")
             if "above" in limits and not number > limits["above"]:
                 raise ConfigError(f"{key} is {number}; expected more than {limits['above']}")
+            if "below" in limits and not number < limits["below"]:
+                raise ConfigError(f"{key} is {number}; expected less than {limits['below']}")
 
 
 def _one_line(error: Exception) -> str:
