@@ -32,6 +32,15 @@ def make_engine(
     return kind(objective, groups, betas, clip, micros, accelerator)
 
 
+def cut_up(accelerator: Accelerator) -> tuple[str, ...]:
+    """Of "parameters", "gradients" and "optimizer", what each process has only a share of."""
+    if accelerator.distributed_type == DistributedType.FSDP:
+        return "parameters", "gradients", "optimizer"
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return ("optimizer", "gradients", "parameters")[: accelerator.state.deepspeed_plugin.zero_stage]
+    return ()
+
+
 class Engine:
     """One process, or several with a whole copy of everything each (DDP)."""
 

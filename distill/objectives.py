@@ -16,6 +16,7 @@ from ..students import HybridForCausalLM
 from ..students.cache import document_index
 from ..students.modeling_transmamba import Documents
 from ..teachers import attention_view
+from .config import DistillConfig
 
 
 class Alignment(nn.Module):
@@ -48,9 +49,7 @@ class Alignment(nn.Module):
             for name, trans_point in _forms(mixer):
                 with _at(mixer, trans_point):
                     found = mixer(inputs, position_embeddings, seq_idx=seq_idx, documents=documents)[0]
-                error, size = (t.float().pow(2).sum((1, 2)) for t in (found - output, output))
-                # Per sequence, so that the loss does not depend on how a step is cut into micro-batches and processes.
-                figures[f"{name}_{view.layer}"] = (error / size).mean()
+                figures[f"{name}_{view.layer}"] = relative_error(found, output)
         return sum(figures.values()) / len(views), figures
 
 
@@ -72,34 +71,80 @@ def _at(mixer: nn.Module, trans_point: int | float | None) -> Iterator[None]:
 
 
 class Distillation(nn.Module):
-    """End to end: KL(teacher || student) of the next-token distributions, mean per token.
+    """End to end: a divergence of the student's next-token distributions from the teacher's, mean per token, and what
+    the settings add to it.
 
-    Figures: `kl`, and of a TransMamba student `attention`, the fraction of tokens and layers that took it.
+        divergence (see `kernels.kl.linear_kl`)
+        + ce_weight * cross-entropy on the next token of the text, where there is one in the document, per token of text
+        + hidden_weight * mean over layers and sequences of ||student's hidden states - teacher's||^2 / ||teacher's||^2
+
+    All are sums over the tokens of a batch divided by their number, so that gradients of micro-batches add up to that
+    of the batch. Figures: `kl` (the divergence, whichever it is), `ce`, `hidden`, where they are asked for, and of a
+    TransMamba student `attention`, the fraction of tokens and layers that took it.
     """
 
-    def __init__(self, teacher: PreTrainedModel, student: HybridForCausalLM, temperature: float = 1.0):
+    def __init__(self, teacher: PreTrainedModel, student: HybridForCausalLM, settings: DistillConfig):
         super().__init__()
         self.student = student
         self.beside = (teacher,)
-        self.temperature = temperature
+        self.settings = settings
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        (teacher,) = self.beside
+        (teacher,), settings = self.beside, self.settings
+        inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
+        inputs["output_hidden_states"] = settings.hidden_weight > 0
         with torch.no_grad():
-            target = teacher.get_decoder()(**batch, use_cache=False).last_hidden_state
-        hidden = self.student.get_decoder()(**batch, use_cache=False).last_hidden_state
-        kl = linear_kl(
-            hidden,
+            target = teacher.get_decoder()(**inputs)
+        found = self.student.get_decoder()(**inputs)
+        labels, labelled = next_tokens(batch) if settings.ce_weight > 0 else (None, 0.0)
+        loss, kl, ce = linear_kl(
+            found.last_hidden_state,
             self.student.get_output_embeddings().weight,
-            target,
+            target.last_hidden_state,
             teacher.get_output_embeddings().weight,
-            temperature=self.temperature,
+            divergence=settings.divergence,
+            beta=settings.beta,
+            temperature=settings.temperature,
+            labels=labels,
+            ce_weight=settings.ce_weight * labelled,
+            return_parts=True,
         )
         figures = {"kl": kl}
-        if "transmamba" in self.student.config.mixers:
-            points = torch.tensor(self.student.trans_points, device=kl.device)
-            figures["attention"] = (batch["position_ids"][..., None] < points).float().mean()
-        return kl, figures
+        if labels is not None:
+            figures["ce"] = ce * labelled
+        if settings.hidden_weight > 0:
+            pairs = zip(found.hidden_states[1:], target.hidden_states[1:], strict=True)
+            figures["hidden"] = torch.stack([relative_error(own, wanted) for own, wanted in pairs]).mean()
+            loss = loss + settings.hidden_weight * figures["hidden"]
+        return loss, figures | attention_share(self.student, batch)
+
+
+def next_tokens(batch: dict[str, Tensor]) -> tuple[Tensor, float]:
+    """Labels (B, L): the next token of the same document, or -100; and the fraction of tokens that have one.
+
+    The fraction is read off `batch["labelled"]` if it is there (see `loader`), as the device would have to be waited
+    for.
+    """
+    ids, positions = batch["input_ids"], batch["position_ids"]
+    labels = torch.full_like(ids, -100)
+    labels[:, :-1] = ids[:, 1:].masked_fill(positions[:, 1:] == 0, -100)
+    labelled = batch.get("labelled")
+    return labels, (labels >= 0).float().mean().item() if labelled is None else labelled
+
+
+def relative_error(found: Tensor, wanted: Tensor) -> Tensor:
+    """||found - wanted||^2 / ||wanted||^2 of each sequence of (B, L, hidden), mean over them."""
+    # Per sequence, so that the loss does not depend on how a step is cut into micro-batches and processes.
+    error, size = (t.float().pow(2).sum((1, 2)) for t in (found - wanted, wanted))
+    return (error / size).mean()
+
+
+def attention_share(student: HybridForCausalLM, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The figure `attention` of a TransMamba student: the fraction of tokens and layers that took it."""
+    if "transmamba" not in student.config.mixers:
+        return {}
+    points = torch.tensor(student.trans_points, device=batch["position_ids"].device)
+    return {"attention": (batch["position_ids"][..., None] < points).float().mean()}
 
 
 @torch.no_grad()
@@ -120,7 +165,7 @@ def attention_pairs(teacher: PreTrainedModel, views: list, batch: dict[str, Tens
 
     handles = [view.module.register_forward_hook(take(view.layer), with_kwargs=True) for view in views]
     try:
-        teacher.get_decoder()(**batch, use_cache=False)
+        teacher.get_decoder()(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

@@ -8,7 +8,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 
@@ -34,8 +34,13 @@ from .calibrate import calibrate
 from .card import CardFacts, load_snippet, plan_in_letters, plan_in_words, quality_row, schedule_rows, write_card
 from .config import Recipe
 from .data import Corpus, PackedDataset, collate, tokenize_corpus
+from .engine import cut_up
 from .export import export, why_no_student, why_not
+from .flops import peak_flops
+from .groups import distill_groups, mixer_parameters, only_these_train
+from .lora import attach, merge
 from .objectives import Alignment, Distillation
+from .preflight import check_disk, flops_per_token, gpu_name, what_will_run
 from .quality import HeldOut, answer
 from .run import STAGES, RunError, StageFolder, file_identity, identity, lineage, read_json, write_json
 from .schedules import (
@@ -49,7 +54,7 @@ from .schedules import (
 from .sources import DataError, source_identity
 from .streaming import StreamedDataset
 from .teacher_cache import CachedDistillation, CachedTargets, cache_identity
-from .tracking import check_trackers
+from .tracking import Tracking, check_trackers
 from .trainer import train
 
 # Stages that leave a student in their folder, in order.
@@ -224,8 +229,7 @@ def run_align(session: Session, folder: StageFolder) -> dict:
     """Trains each mixer alone to give the teacher's attention output from the teacher's own input."""
     student = session.student("calibrate").train()
     objective = Alignment(session.teacher, student)
-    mixers = {n: p for n, p in student.named_parameters() if _is_mixer(n, student)}
-    groups = [{"name": "mixers", "parameters": mixers, "lr": session.recipe.align.lr}]
+    groups = [{"name": "mixers", "parameters": mixer_parameters(student), "lr": session.recipe.align.lr}]
     return _trained(session, folder, student, objective, groups)
 
 
@@ -233,23 +237,23 @@ def run_distill(session: Session, folder: StageFolder) -> dict:
     """Trains the student end to end on the KL from the teacher's predictions."""
     settings = session.recipe.distill
     student = session.student("align").train()
+    if settings.gradient_checkpointing:
+        # Before 5.23, transformers calls it so.
+        enable = getattr(student, "activation_checkpointing_enable", student.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
+    if settings.lora.rank:
+        attach(student, settings.lora)
     if settings.teacher_cache:
         cached = session.cached_targets
         session.say(f"distill: the teacher is read from {settings.teacher_cache}: {cached.summary}")
-        objective = CachedDistillation(student, cached.index["vocab_size"], settings.temperature)
+        # A copy, which stays when the teacher leaves the device.
+        head = session.teacher.get_output_embeddings().weight.clone() if cached.index["hidden"] else None
+        objective = CachedDistillation(student, settings, cached.index["vocab_size"], head)
     else:
-        objective = Distillation(session.teacher, student, settings.temperature)
-    parameters = dict(student.named_parameters())
-    groups = [
-        {
-            "name": "mixers",
-            "parameters": {n: p for n, p in parameters.items() if _is_mixer(n, student)},
-            "lr": settings.lr,
-        }
-    ]
-    if settings.teacher_lr > 0:
-        rest = {n: p for n, p in parameters.items() if not _is_mixer(n, student)}
-        groups.append({"name": "teacher's", "parameters": rest, "lr": settings.teacher_lr})
+        objective = Distillation(session.teacher, student, settings)
+    groups = distill_groups(student, settings)
+    if not groups:
+        raise RunError("distill trains nothing: every group's learning rate is 0; set distill.groups or distill.lora")
     if not _has_trans_points(student):
         return _trained(session, folder, student, objective, groups)
     schedules = resolve(student, [session.recipe.student.trans_points, *settings.sample_schedules])
@@ -590,8 +594,29 @@ def _trained(
             student.set_trans_points(trans_points(step), warn=False)
 
     cached = isinstance(objective, CachedDistillation)
+    teacher = None if cached else session.teacher
     dataset = session.cached_targets if cached else session.train_data
-    with at_trans_points(student), session.teacher_off_device() if cached else nullcontext():
+    accelerator, gpu = session.accelerator, gpu_name(session.accelerator.device)
+    only_these_train(student, groups)
+    check_disk(session.root, groups, student, settings)
+    processes = accelerator.num_processes, cut_up(accelerator)
+    session.console.print(what_will_run(folder.stage, groups, student, teacher, session.recipe, *processes, gpu))
+    tracking = Tracking(accelerator, session.recipe, folder.stage, folder)
+    cost = flops_per_token(folder.stage, teacher, student, session.recipe.data.length)
+    peak = peak_flops(gpu, torch.bfloat16 if session.precision == "bf16" else torch.float32) if gpu else None
+
+    def log(figures: dict) -> None:
+        if peak is not None:
+            figures["mfu"] = cost * figures["tokens_per_second"] / (peak * accelerator.num_processes)
+        if gpu is not None:
+            figures["memory"] = torch.cuda.max_memory_allocated()
+        tracking.log(figures)
+
+    with (
+        at_trans_points(student),
+        session.teacher_off_device() if cached else nullcontext(),
+        closing(tracking),
+    ):
         trained = train(
             objective,
             groups,
@@ -604,15 +629,21 @@ def _trained(
             session.on_step,
             before_step,
             session.precision,
+            log,
         )
     if isinstance(dataset, StreamedDataset) and dataset.documents.skipped:
         session.say(f"train text: {dataset.summary()}")
+    lora = settings.lora if folder.stage == "distill" and settings.lora.rank else None
     if trained.weights is None:
+        merge(student)
         session.save(student.eval(), folder)
     else:  # they are in pieces in the modules that were trained
         whole = session.student(STUDENT_STAGES[STUDENT_STAGES.index(folder.stage) - 1])
         whole.config.measured_trans_points = student.config.measured_trans_points
+        if lora is not None:
+            attach(whole, lora)
         whole.load_state_dict(trained.weights, strict=False)
+        merge(whole)
         session.save(whole, folder)
         session.accelerator.wait_for_everyone()
         student = session.student(folder.stage)
@@ -626,14 +657,6 @@ def _has_trans_points(model: PreTrainedModel) -> bool:
     return "transmamba" in (getattr(model.config, "mixers", None) or ())
 
 
-def _is_mixer(name: str, student: HybridForCausalLM) -> bool:
-    parts = name.split(".")
-    if "self_attn" not in parts:
-        return False
-    layer = int(parts[parts.index("self_attn") - 1])
-    return student.config.mixers[layer] != "attention"
-
-
 def _accelerator(recipe: Recipe) -> Accelerator:
     device = recipe.run.device
     on_gpu = torch.cuda.is_available() and device != "cpu"
@@ -643,6 +666,12 @@ def _accelerator(recipe: Recipe) -> Accelerator:
     deepspeed, fsdp = (_asked_for(f"ACCELERATE_USE_{kind}") for kind in ("DEEPSPEED", "FSDP"))
     if deepspeed and device == "cpu" and torch.cuda.is_available():
         raise RunError("DeepSpeed takes the GPU where there is one: leave out run.device=cpu, or hide the GPU")
+    alone = (
+        f"{wanted} processes were launched, but they do not see each other (world size 1): each would train alone; "
+        "check the launch configuration"
+    )
+    if wanted > 1 and "MASTER_ADDR" not in os.environ:
+        raise RunError(alone)
     # Documents that end before a TransPoint leave what only the state-space form has without a gradient.
     handlers = [DistributedDataParallelKwargs(find_unused_parameters=recipe.student.mixer == "transmamba")]
     if not on_gpu and wanted > 1:  # unasked, DeepSpeed on CPUs leaves each process alone
@@ -662,10 +691,7 @@ def _accelerator(recipe: Recipe) -> Accelerator:
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise RunError("FSDP version 1 is not supported: set fsdp_version: 2 in accelerate's configuration")
     if accelerator.num_processes != wanted:
-        raise RunError(
-            f"{wanted} processes were launched, but they do not see each other (world size "
-            f"{accelerator.num_processes}): each would train alone; check the launch configuration"
-        )
+        raise RunError(alone)
     return accelerator
 
 

@@ -26,6 +26,7 @@ from .checkpoint import find_checkpoint, load_generators, load_parameters, save_
 from .config import TrainConfig
 from .data import PackedDataset
 from .engine import Engine, make_engine
+from .groups import only_these_train
 from .loader import batches_ahead
 from .nonfinite import first_nonfinite
 from .progress import Progress
@@ -95,10 +96,7 @@ def train(
         )
     places = range(accelerator.process_index * share, (accelerator.process_index + 1) * share)
     parameters = {name: p for group in groups for name, p in group["parameters"].items()}
-    for parameter in objective.parameters():
-        parameter.requires_grad_(False)
-    for parameter in parameters.values():
-        parameter.requires_grad_(True)
+    only_these_train(objective, groups)
     # The same for all processes, whatever each of them sees of the disk.
     step, state = find_checkpoint(folder / "checkpoints", set(parameters), accelerator)
     load_parameters(state, parameters)

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from transpoint.distill.config import DistillConfig
 from transpoint.distill.objectives import Alignment, Distillation, attention_pairs
 from transpoint.students import StudentConfig, build_student
 from transpoint.students.cache import document_index
@@ -128,7 +129,7 @@ def test_attention_pairs_leaves_no_hooks(batch):
     teacher, _ = make()
     views = attention_view(teacher)
     attention_pairs(teacher, views, batch)
-    with pytest.raises(ValueError, match="input_ids"):
+    with pytest.raises(KeyError, match="input_ids"):
         attention_pairs(teacher, views, {"position_ids": batch["position_ids"]})
     assert not any(view.module._forward_hooks for view in views)
 
@@ -150,7 +151,7 @@ def naive_kl(teacher, student, batch, temperature=1.0):
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 def test_distillation_is_the_kl_from_the_teachers_logits(family, temperature, batch):
     teacher, student = make(family)
-    loss, figures = Distillation(teacher, student, temperature)(batch)
+    loss, figures = Distillation(teacher, student, DistillConfig(temperature=temperature))(batch)
     expected = naive_kl(teacher, student, batch, temperature)
     torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=0)
     assert figures["kl"] == loss and loss > 0.05
@@ -161,7 +162,7 @@ def test_distillation_has_the_gradients_of_the_kl(batch):
     naive_kl(teacher, student, batch).backward()
     expected = {name: p.grad.clone() for name, p in student.named_parameters()}
     student.zero_grad()
-    objective = Distillation(teacher, student)
+    objective = Distillation(teacher, student, DistillConfig())
     objective(batch)[0].backward()
     for name, parameter in student.named_parameters():
         error = (parameter.grad - expected[name]).norm() / expected[name].norm()
@@ -171,7 +172,7 @@ def test_distillation_has_the_gradients_of_the_kl(batch):
     assert {id(p) for p in objective.parameters()} == {id(p) for p in student.parameters()}
 
 
-@pytest.mark.parametrize("of", [Alignment, Distillation])
+@pytest.mark.parametrize("of", [Alignment, lambda *models: Distillation(*models, DistillConfig())])
 def test_the_teacher_is_not_part_of_the_objective(of):
     """It is not moved, saved, counted or put in training mode with it."""
     teacher, student = make()
@@ -180,3 +181,67 @@ def test_the_teacher_is_not_part_of_the_objective(of):
     assert not inside & {id(module) for module in teacher.modules()}
     objective.train()
     assert not teacher.training
+
+
+# What the settings add
+
+
+def parts(batch, student, teacher):
+    """Cross-entropy per token of text and relative error of hidden states, written out, a document at a time."""
+    ce = tokens = 0
+    for _, document in documents(batch):
+        logits = student(**document, use_cache=False).logits.double()
+        ids = document["input_ids"]
+        ce += torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="sum") if ids.numel() > 1 else 0
+        tokens += ids.numel()
+    found, wanted = (
+        model.get_decoder()(**batch, use_cache=False, output_hidden_states=True).hidden_states[1:]
+        for model in (student, teacher)
+    )
+    errors = [((a - b).pow(2).sum((1, 2)) / b.pow(2).sum((1, 2))).mean() for a, b in zip(found, wanted, strict=True)]
+    return ce / tokens, torch.stack(errors).mean()
+
+
+def test_cross_entropy_and_hidden_states_are_added(batch):
+    teacher, student = make()
+    ce, hidden = parts(batch, student, teacher)
+    kl = naive_kl(teacher, student, batch)
+    loss, figures = Distillation(teacher, student, DistillConfig(ce_weight=0.3, hidden_weight=0.7))(batch)
+    torch.testing.assert_close(loss.double(), kl + 0.3 * ce + 0.7 * hidden.double(), rtol=1e-4, atol=0)
+    for name, value in (("kl", kl), ("ce", ce), ("hidden", hidden)):
+        torch.testing.assert_close(figures[name].double(), value.double(), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("options", [{"divergence": "reverse"}, {"divergence": "jsd", "beta": 0.2}])
+def test_other_divergences(options, batch):
+    teacher, student = make()
+    loss, _ = Distillation(teacher, student, DistillConfig(**options))(batch)
+    p, q = (
+        torch.cat([m(**d, use_cache=False).logits[0].double().log_softmax(-1) for _, d in documents(batch)])
+        for m in (teacher, student)
+    )
+
+    def kl(a, b):
+        return (a.exp() * (a - b)).sum(-1).mean()
+
+    mixture = (0.2 * p.exp() + 0.8 * q.exp()).log()
+    expected = kl(q, p) if options["divergence"] == "reverse" else 0.2 * kl(p, mixture) + 0.8 * kl(q, mixture)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=0)
+
+
+def test_gradients_of_micro_batches_add_up_however_many_documents_they_hold():
+    """Sequences with 1 and 8 documents: the tokens that have a label count, not the micro-batches."""
+    teacher, student = make()
+    ids = torch.randint(3, 250, (2, 16), generator=torch.Generator().manual_seed(0))
+    positions = torch.stack([torch.arange(16), torch.arange(16) % 2])
+    objective = Distillation(teacher, student, DistillConfig(ce_weight=1.0, hidden_weight=1.0))
+
+    def gradient(*rows):
+        student.zero_grad()
+        for row in rows:
+            loss, _ = objective({"input_ids": ids[row], "position_ids": positions[row]})
+            (loss / len(rows)).backward()
+        return torch.cat([p.grad.flatten() for p in student.parameters()])
+
+    whole, pieces = gradient(slice(0, 2)), gradient(slice(0, 1), slice(1, 2))
+    assert (whole - pieces).norm() / whole.norm() < 1e-4

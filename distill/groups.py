@@ -1,0 +1,60 @@
+"""Which parameters of a student a stage trains, in groups with their own learning rate and weight decay."""
+
+from torch import nn
+
+from ..students import HybridForCausalLM
+from .config import DistillConfig, GroupsConfig
+
+GROUPS = tuple(GroupsConfig.__dataclass_fields__)
+
+
+def distill_groups(student: HybridForCausalLM, settings: DistillConfig) -> list[dict]:
+    """The groups that `distill` trains: [{"name", "parameters": {name: parameter}, "lr", "weight_decay"}].
+
+    A group without a learning rate of its own takes that of the mixers (`lr`) or of what was the teacher's
+    (`teacher_lr`). Those at 0 are left out: they stay as they are. Adapters (see `lora`) are a group, and the matrices
+    they adapt stay as they are.
+    """
+    members: dict[str, dict[str, nn.Parameter]] = {name: {} for name in (*GROUPS, "lora")}
+    for name, parameter in student.named_parameters():
+        if ".lora_" in name:
+            members["lora"][name] = parameter
+        elif ".base_layer." not in name:
+            members[group_of(name, student)][name] = parameter
+    found = []
+    for name, parameters in members.items():
+        own = settings.lora if name == "lora" else getattr(settings.groups, name)
+        lr = own.lr if own.lr is not None else settings.lr if name == "mixers" else settings.teacher_lr
+        decay = settings.weight_decay if own.weight_decay is None else own.weight_decay
+        if parameters and lr > 0:
+            found.append({"name": name, "parameters": parameters, "lr": lr, "weight_decay": decay})
+    return found
+
+
+def only_these_train(module: nn.Module, groups: list[dict]) -> None:
+    """Sets `requires_grad` of a module's parameters: whether they are in these groups."""
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    for group in groups:
+        for parameter in group["parameters"].values():
+            parameter.requires_grad_(True)
+
+
+def mixer_parameters(student: HybridForCausalLM) -> dict[str, nn.Parameter]:
+    """The parameters of the layers that replaced attention, by name."""
+    return {name: p for name, p in student.named_parameters() if group_of(name, student) == "mixers"}
+
+
+def group_of(name: str, student: HybridForCausalLM) -> str:
+    """The group of a student's parameter. A head that is tied to the embeddings is theirs."""
+    parts = name.split(".")
+    if "self_attn" in parts:
+        layer = int(parts[parts.index("self_attn") - 1])
+        return "attention" if student.config.mixers[layer] == "attention" else "mixers"
+    if "mlp" in parts:
+        return "mlp"
+    if "lm_head" in parts:
+        return "head"
+    if any(part.startswith(("embed", "wte")) for part in parts):
+        return "embeddings"
+    return "norms" if "norm" in parts[-2] else "other"

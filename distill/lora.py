@@ -1,0 +1,37 @@
+"""Low-rank adapters (LoRA, Hu et al. 2021, arXiv 2106.09685) on a student's projections, by peft."""
+
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from ..students import HybridForCausalLM
+from .config import LoraSettings
+from .run import RunError
+
+
+def attach(student: HybridForCausalLM, settings: LoraSettings) -> None:
+    """Puts adapters on the projections that `settings.targets` names, as whole parts of their names.
+
+    Raises:
+        RunError: a target that the student has not, or the output matrix, which is not called as a module.
+    """
+    projections = {name.split(".")[-1] for name, module in student.named_modules() if isinstance(module, nn.Linear)}
+    projections.discard("lm_head")
+    unknown = [target for target in settings.targets if target not in projections]
+    if unknown:
+        raise RunError(
+            f"distill.lora.targets names {', '.join(unknown)}; this student's projections are "
+            f"{', '.join(sorted(projections))}"
+        )
+    config = LoraConfig(
+        r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=settings.targets
+    )
+    inject_adapter_in_model(config, student)
+
+
+def merge(student: HybridForCausalLM) -> None:
+    """Adds what adapters learned to the matrices they adapt, and takes them off."""
+    adapted = {name: module for name, module in student.named_modules() if isinstance(module, BaseTunerLayer)}
+    for name, module in adapted.items():
+        module.merge(safe_merge=True)
+        student.set_submodule(name, module.get_base_layer())

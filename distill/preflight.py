@@ -1,0 +1,100 @@
+"""What a training stage is about to do, before it does it: who trains, how much, what it needs; and whether it fits."""
+
+import shutil
+from pathlib import Path
+
+import torch
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+from transformers import PreTrainedModel
+
+from ..students import HybridForCausalLM
+from .config import Recipe, TrainConfig
+from .flops import align_flops, distill_flops, peak_flops
+from .run import RunError
+
+UTILISATION = 0.3  # of a GPU's peak, for a first guess at the time
+ADAM_BYTES = 8  # of two float32 moments, beside 4 of the weight and 4 of its gradient
+
+
+def check_disk(folder: Path, groups: list[dict], student: HybridForCausalLM, config: TrainConfig) -> None:
+    """Raises RunError where the checkpoints of a stage and the student that it leaves would not fit on the disk."""
+    kept = min(config.keep_checkpoints, config.steps // config.checkpoint_every) + 1  # one more while it is written
+    needed = kept * checkpoint_bytes(groups) + 4 * sum(p.numel() for p in student.parameters())
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise RunError(
+            f"{kept} checkpoints and the student need {_size(needed)} of disk, {_size(free)} are free at {folder}: "
+            "free some space, set run.dir to another disk, or lower keep_checkpoints"
+        )
+
+
+def checkpoint_bytes(groups: list[dict]) -> int:
+    """Of the trained weights and AdamW's two moments of each, in float32."""
+    return (4 + ADAM_BYTES) * _count(groups)
+
+
+def flops_per_token(stage: str, teacher: PreTrainedModel | None, student: HybridForCausalLM, length: int) -> float:
+    """Operations that a token costs in a training stage; see `flops`. `requires_grad` must be set."""
+    return align_flops(teacher, student, length) if stage == "align" else distill_flops(teacher, student, length)
+
+
+def what_will_run(
+    stage: str,
+    groups: list[dict],
+    student: HybridForCausalLM,
+    teacher: PreTrainedModel | None,
+    recipe: Recipe,
+    processes: int = 1,
+    cut_up: tuple[str, ...] = (),
+    device: str | None = None,
+) -> Group:
+    """What a stage will do, to be printed: parameters of each group, tokens and steps, and what that needs.
+
+    Args:
+        groups: as the trainer takes them.
+        teacher: None where its predictions are read from a cache.
+        cut_up: of "parameters", "gradients" and "optimizer", what the processes have a share of each.
+        device: the GPU's name, for a guess at the time.
+    """
+    config: TrainConfig = getattr(recipe, stage)
+    tokens = config.batch_size * recipe.data.length
+    share = config.batch_size // processes or 1
+    micro = config.micro_batch_size or share
+    table = Table("trains", "parameters", "learning rate", "weight decay", title=f"{stage}: what will run")
+    for group in groups:
+        decay = group.get("weight_decay", config.weight_decay)
+        table.add_row(group["name"], f"{_count([group]):,}", f"{group['lr']:g}", f"{decay:g}")
+    total, trained = sum(p.numel() for p in student.parameters()), _count(groups)
+    table.add_row("frozen", f"{total - trained:,}", "", "")
+    shares = {part: processes if part in cut_up else 1 for part in ("parameters", "gradients", "optimizer")}
+    memory = 4 * total / shares["parameters"] + 4 * trained / shares["gradients"]
+    memory += ADAM_BYTES * trained / shares["optimizer"]
+    if teacher is not None:
+        memory += sum(p.numel() * p.element_size() for p in teacher.parameters())
+    lines = [
+        f"{config.steps:,} steps of {config.batch_size} x {recipe.data.length:,} tokens: {config.steps * tokens:,} "
+        f"({processes} process{'es' if processes > 1 else ''}, {share // micro} x {micro} sequences a step in each)",
+        f"memory of a process, without activations: {_size(memory)}; "
+        f"disk: {_size(checkpoint_bytes(groups))} a checkpoint, the last {config.keep_checkpoints} kept",
+    ]
+    peak = peak_flops(device) if device else None
+    if peak is not None:
+        flops = flops_per_token(stage, teacher, student, recipe.data.length) * config.steps * tokens
+        minutes = flops / (UTILISATION * peak * processes) / 60
+        lines.append(f"time: about {minutes:.0f} minutes, at {UTILISATION:.0%} of the peak of a {device}")
+    return Group(table, *(Text(line) for line in lines))
+
+
+def _count(groups: list[dict]) -> int:
+    return sum(p.numel() for group in groups for p in group["parameters"].values())
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def gpu_name(device: torch.device) -> str | None:
+    """The name of a GPU; None for another device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else None

@@ -1,0 +1,80 @@
+"""What a stage says before it trains, and what it refuses for want of space."""
+
+import shutil
+from collections import namedtuple
+
+import pytest
+from rich.console import Console
+
+from transpoint.distill.config import Recipe
+from transpoint.distill.groups import distill_groups
+from transpoint.distill.preflight import check_disk, checkpoint_bytes, what_will_run
+from transpoint.distill.run import RunError
+from transpoint.students import StudentConfig, build_student
+from transpoint.teachers.random import random_teacher
+
+
+@pytest.fixture(scope="module")
+def models():
+    teacher, _ = random_teacher("random-llama")
+    return teacher, build_student(teacher, StudentConfig(keep_attention="every:2"))
+
+
+def said(models, recipe, processes=1, cut_up=(), device=None):
+    teacher, student = models
+    groups = distill_groups(student, recipe.distill)
+    console = Console(record=True, width=200, quiet=False, file=open("/dev/null", "w"))
+    console.print(what_will_run("distill", groups, student, teacher, recipe, processes, cut_up, device))
+    return console.export_text()
+
+
+def test_parameters_tokens_and_rates(models):
+    recipe = Recipe()
+    recipe.data.length, recipe.distill.steps, recipe.distill.batch_size = 128, 30, 8
+    recipe.distill.micro_batch_size = 2
+    text = said(models, recipe, processes=2)
+    _, student = models
+    trained = sum(
+        p.numel() for name, p in student.named_parameters() if ".0.self_attn" in name or ".2.self_attn" in name
+    )
+    total = sum(p.numel() for p in student.parameters())
+    for figure in (f"{trained:,}", f"{total - trained:,}", "0.0005", "30 steps of 8 x 128 tokens: 30,720"):
+        assert figure in text
+    assert "(2 processes, 2 x 2 sequences a step in each)" in text
+
+
+def test_what_is_cut_up_takes_less_memory_in_each_process(models):
+    def memory(cut_up):
+        recipe = Recipe()
+        recipe.distill.teacher_lr = 1e-4
+        (line,) = [line for line in said(models, recipe, 4, cut_up).splitlines() if line.startswith("memory")]
+        return float(line.split(": ")[1].split(" MB")[0])
+
+    whole = memory(())
+    assert whole > memory(("optimizer",)) > memory(("optimizer", "gradients"))
+    teacher, student = models
+    count = sum(p.numel() for p in student.parameters())
+    assert whole == pytest.approx((16 * count + 4 * sum(p.numel() for p in teacher.parameters())) / 1e6, abs=0.06)
+    assert memory(("optimizer", "gradients", "parameters")) == pytest.approx(
+        (4 * count + 4 * sum(p.numel() for p in teacher.parameters())) / 1e6, abs=0.06
+    )
+
+
+def test_a_time_is_told_for_gpus_whose_peak_is_known(models):
+    assert "time: about" in said(models, Recipe(), device="NVIDIA H200")
+    assert "time" not in said(models, Recipe(), device="GPU of the year")
+
+
+def test_a_disk_too_small_is_told_before_training(models, tmp_path, monkeypatch):
+    _, student = models
+    config = Recipe().distill
+    groups = distill_groups(student, config)
+    needed = 2 * checkpoint_bytes(groups) + 4 * sum(p.numel() for p in student.parameters())  # 100 steps: one, and one
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 0, needed))
+    check_disk(tmp_path, groups, student, config)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 0, needed - 1))
+    with pytest.raises(RunError) as caught:
+        check_disk(tmp_path, groups, student, config)
+    told = str(caught.value)
+    assert told.startswith("2 checkpoints and the student need ") and f"are free at {tmp_path}: free some space" in told
