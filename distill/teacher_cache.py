@@ -6,7 +6,8 @@
         ids       (n, L, k) uint16       the teacher's k most likely next tokens (int32 where the vocabulary is larger)
         logprobs  (n, L, k)              their log-probabilities, at the temperature of distill
         rest      (n, L)                 log of the mass of all other tokens
-        hidden    (n, L, D)              the decoder's last hidden states, if wanted
+        hidden    (n, L, D)              the decoder's last hidden states, if wanted: with the teacher's output matrix
+                                         they are its whole predictions
 
 A shard is written aside and renamed, then entered in the index: an interrupted cache goes on with the next shard, and
 one that lacks sequences is added to.
@@ -30,11 +31,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..kernels.kl import linear_kl
 from ..kernels.kl_cached import cached_kl
 from ..kernels.kl_reference import CHUNK_BYTES, _matmul
 from ..students import HybridForCausalLM
-from .config import CacheTeacherConfig, Recipe
+from .config import CacheTeacherConfig, DistillConfig, Recipe
 from .data import PackedDataset, batch_indices, collate
+from .objectives import attention_share, next_tokens
 from .progress import Progress
 from .run import RunError, file_identity, read_json, write_json
 
@@ -62,9 +65,8 @@ class CachedTargets(torch.utils.data.Dataset):
         self._places = torch.full((len(dataset), 2), -1, dtype=torch.int32)  # shard and row of each sequence
         for number, shard in enumerate(self._shards):
             items = shard.get_tensor("items")
-            if items.max() >= len(dataset):
-                raise RunError(f"{folder} has more sequences than the {len(dataset):,} of the text: {_OTHER}")
-            self._places[items, 0], self._places[items, 1] = number, torch.arange(len(items), dtype=torch.int32)
+            rows = (items < len(dataset)).nonzero().flatten()  # of another text there may be more: see `check`
+            self._places[items[rows], 0], self._places[items[rows], 1] = number, rows.int()
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -93,6 +95,11 @@ class CachedTargets(torch.utils.data.Dataset):
 
     def check(self, recipe: Recipe) -> None:
         """Raises RunError where this is not the cache of the recipe's teacher on the sequences that distill takes."""
+        if recipe.distill.hidden_weight > 0:
+            raise RunError(
+                "distill.hidden_weight needs the hidden states of all layers, which no cache has: set it to 0, or "
+                "distill.teacher_cache=null"
+            )
         _refuse_another(self.folder, self.index["targets"], targets_of(recipe, self.dataset))
         needed = torch.tensor(items_of_distill(recipe, len(self)), dtype=torch.long)
         if missing := int((self._places[needed, 0] < 0).sum()):
@@ -105,34 +112,46 @@ class CachedTargets(torch.utils.data.Dataset):
 
 
 class CachedDistillation(nn.Module):
-    """End to end, without the teacher: `cached_kl` from what `CachedTargets` adds to a batch, mean per token.
+    """What `Distillation` is, from what `CachedTargets` adds to a batch in place of the teacher.
 
-    `vocab_size`: of the teacher; rows of the student's output matrix past it are left out. Figures: `kl`, and of a
-    TransMamba student `attention`, as of `Distillation`.
+    With the teacher's k most likely tokens its divergence is `cached_kl`, a lower bound. With its last hidden states,
+    where they are cached, and `head`, its (V, D) output matrix, it is `linear_kl`, the divergence itself. Hidden states
+    of all layers are not cached: `hidden_weight` is left out (and refused by `CachedTargets.check`).
+
+    Args:
+        vocab_size: of the teacher; rows of the student's output matrix past it are left out.
     """
 
-    def __init__(self, student: HybridForCausalLM, vocab_size: int, temperature: float = 1.0):
+    def __init__(
+        self, student: HybridForCausalLM, settings: DistillConfig, vocab_size: int, head: Tensor | None = None
+    ):
         super().__init__()
         self.student = student
+        self.settings = settings
         self.vocab_size = vocab_size
-        self.temperature = temperature
+        self.beside = (head,)
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        inputs = {key: value for key, value in batch.items() if not key.startswith("teacher_")}
-        hidden = self.student.get_decoder()(**inputs, use_cache=False).last_hidden_state
-        kl = cached_kl(
-            hidden,
-            self.student.get_output_embeddings().weight[: self.vocab_size],
-            batch["teacher_ids"],
-            batch["teacher_logprobs"],
-            batch["teacher_rest"],
-            temperature=self.temperature,
-        )
-        figures = {"kl": kl}
-        if "transmamba" in self.student.config.mixers:
-            points = torch.tensor(self.student.trans_points, device=kl.device)
-            figures["attention"] = (batch["position_ids"][..., None] < points).float().mean()
-        return kl, figures
+        (head,), settings = self.beside, self.settings
+        inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
+        hidden = self.student.get_decoder()(**inputs).last_hidden_state
+        weight = self.student.get_output_embeddings().weight
+        labels, labelled = next_tokens(batch) if settings.ce_weight > 0 else (None, 0.0)
+        options = {
+            "divergence": settings.divergence,
+            "beta": settings.beta,
+            "temperature": settings.temperature,
+            "labels": labels,
+            "ce_weight": settings.ce_weight * labelled,
+            "return_parts": True,
+        }
+        if head is not None:
+            loss, kl, ce = linear_kl(hidden, weight, batch["teacher_hidden"], head, **options)
+        else:
+            targets = (batch[f"teacher_{name}"] for name in ("ids", "logprobs", "rest"))
+            loss, kl, ce = cached_kl(hidden, weight[: self.vocab_size], *targets, **options)
+        figures = {"kl": kl} | ({"ce": ce * labelled} if labels is not None else {})
+        return loss, figures | attention_share(self.student, batch)
 
 
 def cache_teacher(
@@ -244,6 +263,8 @@ def read_index(folder: Path) -> dict:
 
 def describe(index: dict) -> str:
     """One line for people: what a cache holds, and what its truncation costs."""
+    if index["hidden"]:
+        return f"{index['sequences']:,} sequences, the teacher's last hidden states on them: its whole predictions"
     return (
         f"{index['sequences']:,} sequences, the {index['k']} most likely of {index['vocab_size']:,} tokens each; "
         f"the rest has {index['rest_mass']:.2%} of the mass, and KL(teacher || cached, rest spread evenly) is "
