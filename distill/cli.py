@@ -16,7 +16,8 @@ from .run import STAGES
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit code: 0, 1 (an error, in one line), 2 (bad usage), 130 (interrupted)."""
+    """Runs the command line; returns the exit code: 0, 1 (an error, in one line), 2 (bad usage), 130 (interrupted), 143
+    (stopped by SIGTERM, with everything saved)."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     # argparse takes no overrides after an option; a person writes them anywhere.
@@ -41,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
         message = " ".join(str(error).split())
         _complain(message if known else f"{type(error).__name__}: {message} (run with --debug for a traceback)")
-        return 1
+        return getattr(error, "exit_code", 1)
     return 0
 
 

@@ -43,6 +43,8 @@ class TrainingError(RuntimeError):
 class Stopped(TrainingError):
     """Training that was asked to stop (SIGTERM), and has saved where it is."""
 
+    exit_code = 128 + signal.SIGTERM
+
 
 @dataclass(frozen=True)
 class Trained:

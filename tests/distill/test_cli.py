@@ -21,7 +21,7 @@ pytestmark = pytest.mark.xdist_group("tiny_run")
 @pytest.fixture(autouse=True)
 def wide(monkeypatch):
     """Lines are not wrapped, and what the command line sets for its process stays in this test."""
-    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setenv("COLUMNS", "400")
     monkeypatch.setattr(os, "environ", os.environ.copy())
 
 

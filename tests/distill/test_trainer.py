@@ -1,5 +1,6 @@
 """The trainer: interrupted anywhere and resumed it gives the same, bit for bit, and nothing that was saved is lost."""
 
+import ast
 import errno
 import json
 import logging
@@ -491,3 +492,26 @@ def test_a_killed_run_goes_on_to_the_same_result(tiny_copy, tmp_path, run_tiny):
     assert paths[0].read_bytes() == paths[1].read_bytes()
     logged = [metrics(StageFolder(run, stage)) for run in (tiny_copy, killed) for stage in ("align", "distill")]
     assert logged[:2] == logged[2:] and [line["step"] for line in logged[0]] == list(range(5, 81, 5))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0])
+def test_twenty_kills_at_random_moments_change_no_bit(seed, tmp_path):
+    """Of any file that the run leaves for others, through all stages."""
+    more = ["align.steps=250", "distill.steps=250", "align.checkpoint_every=7", "distill.checkpoint_every=7"]
+    command = [sys.executable, Path(__file__).with_name("kill_often.py")]
+    runs = {"whole": 0, "killed": 20}
+    for name, kills in runs.items():
+        arguments = [str(kills), str(seed), "run", "configs/tiny.yaml", f"run.dir={tmp_path / name}", *more]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-4000:]
+        if kills:
+            found = ast.literal_eval(done.stdout.rpartition("killed ")[2])
+            assert sum(found.values()) == kills and {"after calibrate", "after align"} <= found.keys(), found
+    paths = ["align/student", "distill/student", "export/native"]
+    files = [path / "model.safetensors" for path in map(Path, paths)]
+    for path in files:
+        assert (tmp_path / "whole" / path).read_bytes() == (tmp_path / "killed" / path).read_bytes(), path
+    for stage in ("align", "distill"):
+        assert metrics(StageFolder(tmp_path / "whole", stage)) == metrics(StageFolder(tmp_path / "killed", stage))
