@@ -88,7 +88,7 @@ def synthesize(
                 for name, count in counts.items():
                     record[name] += count
             if main:
-                _append(folder, record, [row for rows, _ in found for row in rows])
+                _append(folder, record, [rows for rows, _ in found])
             progress.show(record["sampled"])
     if main:
         _finish(folder, record)
@@ -323,13 +323,14 @@ def _cut_back(folder: Path, record: dict) -> None:
     os.truncate(partial, record["bytes"])
 
 
-def _append(folder: Path, record: dict, rows: list[dict]) -> None:
-    """Adds rows, and says in the record that they are there."""
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+def _append(folder: Path, record: dict, batches: list[list[dict]]) -> None:
+    """Adds the rows of batches, and says in the record that they are there."""
+    lines = ("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode() for rows in batches)
+    frames = b"".join(zstandard.ZstdCompressor().compress(rows) for rows in lines if rows)
     partial = folder / ".data.jsonl.zst"
     try:
         with partial.open("ab") as file:
-            file.write(zstandard.ZstdCompressor().compress(lines.encode()) if rows else b"")
+            file.write(frames)
             file.flush()
             os.fsync(file.fileno())
             record["bytes"] = file.tell()
