@@ -111,15 +111,18 @@ def plan(options) -> None:
 def status(options) -> None:
     from .config import load_recipe
     from .run import StageFolder
-    from .stages import stage_inputs
+    from .stages import finished_elsewhere, stage_inputs
 
     root = _run_folder(options.run)
-    needs = stage_inputs(load_recipe(root / "recipe.yaml"))
+    recipe = load_recipe(root / "recipe.yaml")
+    needs = stage_inputs(recipe)
     table = Table("stage", "state", "held-out KL", "tokens", "finished", title=escape(str(root)))
     for stage in STAGES:
         folder = StageFolder(root, stage)
         reason, done = folder.why_not_reusable(needs[stage]), folder.done or {}
         quality, training = done.get("quality") or {}, done.get("training") or {}
+        if reason is not None and (other := finished_elsewhere(recipe, stage, needs[stage])) is not None:
+            reason = f"taken over from {other.path.parent}"
         table.add_row(
             stage,
             "done" if reason is None else f"would run: {escape(reason)}",

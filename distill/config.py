@@ -42,6 +42,12 @@ class RunConfig:
         "of the matrix products in training: fp32, bf16, or auto (bf16 where the hardware multiplies it)",
         choices=("auto", "fp32", "bf16"),
     )
+    reuse: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "folders of other runs: a stage they have finished that depends on just the same is taken over"
+        },
+    )
     trackers: list[str] = field(
         default_factory=list,
         metadata={

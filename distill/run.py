@@ -66,6 +66,18 @@ class StageFolder:
         write_json(self / "done.json", {**record, "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
         shutil.rmtree(self / "checkpoints", ignore_errors=True)
 
+    def take_over(self, other: "StageFolder") -> None:
+        """Makes a copy of another run's finished stage this one's."""
+        partial = self.path.with_name(f".{self.stage}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            shutil.copytree(other.path, partial)
+            shutil.rmtree(self.path, ignore_errors=True)
+            partial.rename(self.path)
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise RunError(f"'{other.path}' cannot be taken over: {error}; free some space, or leave it out") from error
+
     def log(self, record: dict) -> None:
         """Appends a line to metrics.jsonl."""
         with (self / "metrics.jsonl").open("a", encoding="utf-8") as file:

@@ -68,7 +68,8 @@ _SETTINGS = {
     "export": ("export",),
     "evaluate": ("evaluate", "data"),
 }
-
+# Of what each stage does. Raise one where the same settings and inputs would give another result.
+_CODE = {"transfer": 1, "calibrate": 1, "align": 1, "distill": 1, "export": 1, "evaluate": 1}
 
 _DISTRIBUTED = (
     DistributedType.NO,
@@ -410,6 +411,12 @@ def run_recipe(
         if reason is None:
             session.say(f"{stage}: done before, reused")
             continue
+        if position < forced and (other := finished_elsewhere(recipe, stage, needs[stage])) is not None:
+            session.say(f"{stage}: taken over from {other.path.parent}")
+            if main:
+                folder.take_over(other)
+            session.accelerator.wait_for_everyone()
+            continue
         session.say(Text.assemble((stage, "bold"), f": {reason}"))
         session.accelerator.wait_for_everyone()
         if main:
@@ -425,8 +432,14 @@ def run_recipe(
     return session
 
 
+def finished_elsewhere(recipe: Recipe, stage: str, depends_on: dict) -> StageFolder | None:
+    """The folder of a run in `run.reuse` that has finished a stage which depends on just this."""
+    folders = (StageFolder(Path(root).expanduser(), stage) for root in recipe.run.reuse)
+    return next((folder for folder in folders if folder.why_not_reusable(depends_on) is None), None)
+
+
 def stage_inputs(recipe: Recipe) -> dict[str, dict]:
-    """For each stage, everything its result depends on: settings, seed and files, and the stage before it."""
+    """For each stage, all that its result depends on: settings, seed, files, what it does, and the stage before it."""
     settings = recipe.to_dict()
     for name in ("train", "heldout"):
         if not settings["data"][name]:
@@ -438,7 +451,7 @@ def stage_inputs(recipe: Recipe) -> dict[str, dict]:
     needs: dict[str, dict] = {}
     before = None
     for stage in STAGES:
-        own = {name: dict(settings[name]) for name in _SETTINGS[stage]}
+        own = {name: dict(settings[name]) for name in _SETTINGS[stage]} | {"code": _CODE[stage]}
         if "data" in own:
             own["data"] |= text
             # What is trained does not depend on what it is measured on.
@@ -453,7 +466,7 @@ def stage_inputs(recipe: Recipe) -> dict[str, dict]:
             own["teacher"]["files"] = file_identity(recipe.teacher.source)
         if stage in ("align", "distill"):
             # How often something is written down changes nothing in what is trained.
-            for name in ("log_every", "checkpoint_every", "keep_checkpoints"):
+            for name in ("log_every", "checkpoint_every", "keep_checkpoints", "max_skipped"):
                 del own[stage][name]
             own["run"] = {"seed": recipe.run.seed, "precision": recipe.run.precision}
         if before is not None:

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from run_files import done, metrics, student
 from transpoint.distill import stages
+from transpoint.distill.cli import main
 from transpoint.distill.config import load_recipe
 from transpoint.distill.data import DataError
 from transpoint.distill.run import STAGES, RunError, StageFolder, identity, lineage
@@ -312,6 +313,33 @@ def test_interrupted_between_steps_the_stage_runs_again(stage, when, tiny_run, t
     assert student(tiny_copy, stage) == student(tiny_run, stage)
     if stage == "align":
         assert metrics(tiny_copy, stage) == metrics(tiny_run, stage)
+
+
+# From one run to another
+
+
+def test_another_run_takes_over_what_is_the_same_and_goes_on(tiny_run, run_tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    folder = tmp_path / "run"
+    reuse = (f"run.reuse=[{tmp_path / 'gone'}, {tiny_run}]", "distill.lr=2e-3")
+    before = files(tiny_run)
+    output = run_tiny(folder, *reuse)
+    for stage in ("transfer", "calibrate", "align"):
+        assert f"{stage}: taken over from {tiny_run}" in output
+        assert (folder / stage / "done.json").read_bytes() == (tiny_run / stage / "done.json").read_bytes()
+    assert student(folder, "align") == student(tiny_run, "align")
+    assert "distill: not run yet" in output and student(folder, "distill") != student(tiny_run, "distill")
+    assert files(tiny_run) == before
+    assert "taken over" not in run_tiny(folder, *reuse)
+    shutil.rmtree(folder / "align")
+    main(["status", str(folder)])
+    assert f"taken over from {tiny_run}" in capsys.readouterr().out
+
+
+def test_what_a_stage_does_is_part_of_what_its_result_depends_on(tiny_copy, run_tiny, monkeypatch):
+    monkeypatch.setitem(stages._CODE, "export", 99)
+    output = ran(run_tiny(tiny_copy))
+    assert output.keys() == {"export", "evaluate"} and output["export"] == "changed: code (1 -> 99)"
 
 
 # What is refused
