@@ -185,7 +185,7 @@ def cache_teacher(
     free = shutil.disk_usage(folder).free
     if len(missing) * size > free:
         raise RunError(
-            f"{folder} has {free / 1e9:.1f} GB free, and the cache takes {len(missing) * size / 1e9:.1f} GB more: "
+            f"{folder} has {free / 1e6:,.0f} MB free, and the cache takes {len(missing) * size / 1e6:,.0f} MB more: "
             "lower cache_teacher.k, or free some space"
         )
     per_shard = max(1, settings.shard_mb * 10**6 // size)
