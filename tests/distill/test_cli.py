@@ -15,7 +15,6 @@ from transpoint.distill.run import STAGES, read_json
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 HELDOUT = TINY.parent / "sample" / "heldout.jsonl.zst"
-pytestmark = pytest.mark.xdist_group("tiny_run")
 
 
 @pytest.fixture(autouse=True)

@@ -21,7 +21,6 @@ from transpoint.teachers.random import random_teacher
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 SAMPLE = TINY.parent / "sample"
-pytestmark = pytest.mark.xdist_group("tiny_run")
 
 
 def files(folder):

@@ -15,6 +15,7 @@ import torch
 import zstandard
 from rich.console import Console
 
+from forked import run_all
 from transpoint.distill import synthesize as module
 from transpoint.distill.cli import main
 from transpoint.distill.config import load_recipe
@@ -191,31 +192,18 @@ def test_sampled_before_is_reused(folder, monkeypatch):
 
 @pytest.mark.slow
 def test_two_processes_sample_and_cache_what_one_does(folder):
-    """Byte for byte, under accelerate."""
-    root = TINY.parents[1]
-    caching = [
-        "cache_teacher.shard_mb=1",
-        "cache_teacher.k=259",
-        "cache_teacher.dtype=float32",
-        "cache_teacher.hidden=true",
-    ]
-    for processes in (1, 2):
+    """Byte for byte."""
+    caching = [f"cache_teacher.{key}" for key in ("shard_mb=1", "k=259", "dtype=float32", "hidden=true")]
+    jobs = []
+    for processes, engine in ((1, "single"), (2, "ddp")):
         own = [f"synthesize.out={folder}{processes}", f"distill.teacher_cache={folder}-cache{processes}"]
-        start = [sys.executable, "-m", "transpoint.distill"]
-        if processes == 2:
-            start = [
-                Path(sys.executable).with_name("accelerate"),
-                "launch",
-                "--config_file",
-                "configs/accelerate/ddp.yaml",
-            ]
-            start += ["--num_processes", "2", "--main_process_port", "0", "-m", "transpoint.distill"]
         for command in ("synthesize", "cache-teacher"):
-            arguments = [command, "configs/tiny.yaml", *SMALL, *caching, f"run.dir={folder.parent / 'run'}", *own]
-            environment = os.environ | {"OMP_NUM_THREADS": "1"}
-            done = subprocess.run([*start, *arguments], cwd=root, env=environment, check=True, capture_output=True)
-            if command == "synthesize":
-                assert f"synthesize: step {4 * processes}/10 " in done.stdout.decode()
+            arguments = [command, TINY, *SMALL, *caching, f"run.dir={folder.parent / 'run'}", *own]
+            log = folder.parent / f"{command}{processes}.log"
+            jobs.append({"engine": engine, "arguments": arguments, "log": log, "processes": processes})
+    outputs = run_all(jobs)
+    for processes, output in zip((1, 2), outputs[::2], strict=True):
+        assert f"synthesize: step {4 * processes}/10 " in output
     for name in ("out", "out-cache"):
         assert contents(folder.parent / f"{name}1") == contents(folder.parent / f"{name}2")
     assert len(contents(folder.parent / "out-cache2")) == 11

@@ -28,7 +28,6 @@ from transpoint.students import StudentConfig, build_student
 TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 VOCAB = 259  # of the tiny teacher
 SMALL = ["data.max_train_tokens=1400", "data.length=32", "cache_teacher.batch_size=4"]  # 43 sequences
-pytestmark = pytest.mark.xdist_group("tiny_run")
 
 
 @pytest.fixture

@@ -4,13 +4,12 @@ import io
 import json
 import math
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from forked import run_all
 from run_files import done, metrics, student
 from transpoint.distill.cli import main
 from transpoint.distill.config import ConfigError, load_recipe
@@ -19,7 +18,6 @@ from transpoint.students import StudentError
 
 CONFIG = Path(__file__).parents[2] / "configs" / "tiny-transmamba.yaml"
 OWN = [0, 8, 16, 32]
-pytestmark = pytest.mark.xdist_group("tiny_transmamba")
 
 
 @pytest.fixture(scope="module")
@@ -179,16 +177,9 @@ def test_two_processes_train_as_one(tmp_path, run_tiny):
     overrides += ["distill.anneal.fraction=null", "distill.sample_schedules=[teacher]", "calibrate.sequences=1"]
     overrides += ["evaluate.sequences=1", "run.device=cpu", "run.precision=fp32"]
     run_tiny(tmp_path / "one", *overrides, config=CONFIG, until_stage="distill")
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-    ]  # `accelerate launch --cpu` starts one
-    command = [*launch, "-m", "transpoint.distill", str(CONFIG), f"run.dir={tmp_path / 'two'}", *overrides]
-    done = subprocess.run([*command, "--until", "distill"], capture_output=True, text=True)
-    assert done.returncode == 0 and "2 processes on cpu" in done.stdout, done.stderr
+    arguments = ["run", CONFIG, f"run.dir={tmp_path / 'two'}", *overrides, "--until", "distill"]
+    (output,) = run_all([{"engine": "ddp", "arguments": arguments, "log": tmp_path / "log"}])
+    assert "2 processes (MULTI_CPU) on cpu" in output
     one, two = (metrics(tmp_path / name, "distill") for name in ("one", "two"))
     assert {line["attention"] for line in one} > {1.0}
     for a, b in zip(one, two, strict=True):

@@ -1,0 +1,72 @@
+"""Several processes of the command line without importing everything in each: forked from one that has.
+
+`run_all(jobs)` for tests, in a process of its own: python forked.py < jobs.json. Each job is {"engine": a file of
+configs/accelerate, "arguments": [...], "log": file, "processes": 2}; the environment is what `accelerate launch` sets.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def run_all(jobs: list[dict]) -> list[str]:
+    """What the processes of each job printed; fails the test where one did not end well."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    text = json.dumps([{**job, "log": str(job["log"]), "arguments": list(map(str, job["arguments"]))} for job in jobs])
+    done = subprocess.run(
+        [sys.executable, __file__], input=text, text=True, cwd=ROOT, env=environment, capture_output=True
+    )
+    outputs = [Path(job["log"]).read_text() for job in jobs]
+    assert done.returncode == 0, "\n".join([done.stderr[-2000:], *(output[-2000:] for output in outputs)])
+    return outputs
+
+
+def environment_of(engine: str, processes: int) -> dict[str, str]:
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+
+    file = f"configs/accelerate/{engine}.yaml"
+    words = ["--config_file", file, "--num_processes", str(processes), "train.py"]
+    arguments, defaults, _ = _validate_launch_command(launch_command_parser().parse_args(words))
+    if not arguments.use_deepspeed:
+        return prepare_multi_gpu_env(arguments)
+    arguments.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+    return prepare_deepspeed_cmd_env(arguments)[1]
+
+
+def _fork(job: dict) -> bool:
+    from transpoint.distill.cli import main
+
+    processes = job.get("processes", 2)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = environment_of(job["engine"], processes)
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    environment |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    children = []
+    for rank in range(processes):
+        child = os.fork()
+        if child == 0:
+            log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(log, 1), os.dup2(log, 2)
+            os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
+            code = main(job["arguments"])
+            sys.stdout.flush()
+            os._exit(code)
+        children.append(child)
+    return all(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0 for child in children)
+
+
+if __name__ == "__main__":
+    import deepspeed  # noqa: F401 - here, and not in every child
+
+    import transpoint.distill.stages  # noqa: F401
+    import transpoint.distill.synthesize  # noqa: F401
+
+    sys.exit(0 if all([_fork(job) for job in json.load(sys.stdin)]) else 1)
