@@ -496,18 +496,17 @@ def test_a_killed_run_goes_on_to_the_same_result(tiny_copy, tmp_path, run_tiny):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0])
 def test_twenty_kills_at_random_moments_change_no_bit(seed, tmp_path):
-    more = ["align.steps=120", "distill.steps=120", "align.checkpoint_every=5", "distill.checkpoint_every=5"]
+    more = ["align.steps=60", "distill.steps=90", "align.checkpoint_every=5", "distill.checkpoint_every=4"]
     command = [sys.executable, Path(__file__).with_name("kill_often.py")]
-    seconds = 0.0
     for name, kills in {"whole": 0, "killed": 20}.items():
-        numbers = (str(kills), str(seconds), str(seed))
-        arguments = [*numbers, "run", "configs/tiny.yaml", f"run.dir={tmp_path / name}", *more, "--until", "distill"]
+        arguments = [str(kills), str(seed), "run", "configs/tiny.yaml", f"run.dir={tmp_path / name}", *more]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run([*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+        arguments = [*command, *arguments, "--until", "distill"]
+        done = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-4000:]
-        killed, seconds = ast.literal_eval(done.stdout.rpartition("killed ")[2])
+        killed = ast.literal_eval(done.stdout.rpartition("killed ")[2])
         assert sum(killed.values()) == kills
-    assert "after align" in killed, killed
+    assert {"after calibrate", "after align"} <= killed.keys(), killed
     for stage in ("align", "distill"):
         weights = [tmp_path / name / stage / "student" / "model.safetensors" for name in ("whole", "killed")]
         assert weights[0].read_bytes() == weights[1].read_bytes()
