@@ -249,7 +249,7 @@ def _say(console: Console, stage: str, figures: dict) -> None:
 
 
 def _why_not_finite(engine: Engine, batches: list, stage: str, step: int, in_a_row: int, means: dict) -> str:
-    where = first_nonfinite(engine.module, batches)
+    where = first_nonfinite(engine.module, batches, engine.accelerator.num_processes == 1)
     return (
         f"{stage}: the gradient was not finite in {in_a_row} steps in a row, the last of them step {step} (loss "
         f"{means['loss']:.4g}): first of all {where}. Lower {stage}.lr or set run.precision=fp32: "

@@ -287,6 +287,18 @@ def test_what_is_not_finite_first_is_named(folder, dataset):
         go(folder, settings_of(max_skipped=1), dataset, Overflowing, names=("scale",))
 
 
+def test_a_gradient_that_is_not_finite_is_named(folder, dataset):
+    class Rooted(Toy):
+        """The root's derivative is infinite at 0, where its own value is fine."""
+
+        def forward(self, batch):
+            loss, figures = super().forward(batch)
+            return loss + (self.scale - self.scale.detach()).abs().sum().sqrt(), figures
+
+    with pytest.raises(TrainingError, match="first of all the gradient of scale. Lower align.lr"):
+        go(folder, settings_of(max_skipped=1), dataset, Rooted)
+
+
 def test_a_loss_spike_is_told(folder, dataset, capsys):
     class Spiking(Broken):
         def forward(self, batch):
