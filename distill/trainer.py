@@ -103,7 +103,7 @@ def train(
     step, state = find_checkpoint(folder / "checkpoints", set(parameters), accelerator)
     load_parameters(state, parameters)
     groups = [{"weight_decay": config.weight_decay, **group} for group in groups]
-    module = _InPrecision(objective, precision, accelerator.device.type)
+    module = InPrecision(objective, precision, accelerator.device.type)
     engine = make_engine(module, groups, config.betas, config.clip, share // micro, accelerator)
     if step:
         engine.load_optimizer(state)
@@ -201,7 +201,7 @@ def learning_rate_factor(step: int, config: TrainConfig) -> float:
     return config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-class _InPrecision(nn.Module):
+class InPrecision(nn.Module):
     """An objective whose matrix products are in another precision than its parameters."""
 
     def __init__(self, objective: nn.Module, precision: str, device_type: str):

@@ -1,0 +1,187 @@
+"""How fast the training stages run, on the processes that started this: tokens a second, memory, share of the peak.
+
+    python scripts/bench_training.py --json docs/results/training.json                   # one GPU
+    accelerate launch --config_file configs/accelerate/ddp.yaml scripts/bench_training.py  # several
+    python scripts/bench_training.py --quick                                             # a tiny model on a CPU
+
+Models have the shape of a teacher and random weights, text is random tokens in documents of random lengths: neither
+changes how long a step takes. What is timed is the trainer's own step: objective, engine, clipping, AdamW, without
+reading text. A row is the median of several stretches of steps after warm-up. Prints a Markdown table.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from accelerate import Accelerator
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from transpoint.distill.config import Recipe
+from transpoint.distill.engine import make_engine
+from transpoint.distill.flops import align_flops, distill_flops, peak_flops
+from transpoint.distill.groups import distill_groups, mixer_parameters, only_these_train
+from transpoint.distill.objectives import Alignment, Distillation
+from transpoint.distill.preflight import gpu_name
+from transpoint.distill.trainer import InPrecision
+from transpoint.students import StudentConfig, build_student
+
+WINDOWS = 5  # stretches of steps that the median is of
+SHAPES = {
+    "smollm2-135m": dict(
+        hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
+        vocab_size=49152, tie_word_embeddings=True,
+    ),
+    "tinyllama-1.1b": dict(
+        hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32, num_key_value_heads=4,
+        vocab_size=32000,
+    ),
+    "tiny": dict(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=256,
+    ),
+}  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _options(arguments)
+    accelerator = Accelerator(mixed_precision="no")
+    records = []
+    for batch in options.batch:
+        for stage in options.stage:
+            record = measure(options, stage, batch, accelerator)
+            records.append(record)
+            if accelerator.is_main_process:
+                print(json.dumps(record), file=sys.stderr, flush=True)
+    if accelerator.is_main_process:
+        print("\n".join(table(records, options, accelerator)))
+        if options.json:
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            options.json.write_text(json.dumps({**facts(options, accelerator), "records": records}, indent=1) + "\n")
+    return 0
+
+
+def measure(options: argparse.Namespace, stage: str, batch: int, accelerator: Accelerator) -> dict:
+    """Tokens a second over all processes, milliseconds of a step, bytes at the peak of one, share of the peak FLOPs."""
+    device, length = accelerator.device, options.length
+    on_gpu = device.type == "cuda"
+    torch.manual_seed(0)
+    config = LlamaConfig(**SHAPES[options.shape], max_position_embeddings=length)
+    teacher = AutoModelForCausalLM.from_config(config).to(device, torch.bfloat16 if on_gpu else None)
+    teacher = teacher.eval().requires_grad_(False)
+    keep = "every:2" if options.mixer == "mamba2" else []
+    points = {"trans_points": options.trans_points} if options.mixer == "transmamba" else {}
+    student = build_student(teacher, StudentConfig(mixer=options.mixer, keep_attention=keep, **points))
+    student = student.float().to(device).train()
+    settings = Recipe().distill
+    settings.teacher_lr = 1e-4
+    if stage == "align":
+        objective = Alignment(teacher, student)
+        groups = [{"name": "mixers", "parameters": mixer_parameters(student), "lr": 1e-4, "weight_decay": 0.0}]
+    else:
+        objective, groups = Distillation(teacher, student, settings), distill_groups(student, settings)
+    only_these_train(objective, groups)
+    flops = (align_flops if stage == "align" else distill_flops)(teacher, student, length)
+    module = InPrecision(objective, "bf16" if on_gpu else "fp32", device.type)
+    engine = make_engine(module, groups, [0.9, 0.95], 1.0, 1, accelerator)
+    batches = [_batch(batch, length, config.vocab_size, seed, device) for seed in range(4)]
+    step = 0
+
+    def run(count: int) -> float:
+        """Seconds of a step, among so many that the host does not wait in between, as in training."""
+        nonlocal step
+        begun = _now(device)
+        for step in range(step + 1, step + 1 + count):
+            engine.forward_backward(batches[step % len(batches)], last=True)
+            engine.step(1.0)
+        return (_now(device) - begun) / count
+
+    first = run(1)
+    run(options.warmup)
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    median = statistics.median(run(options.steps) for _ in range(WINDOWS))
+    speed = batch * length * accelerator.num_processes / median
+    peak = peak_flops(gpu_name(device), torch.bfloat16) if on_gpu else None
+    record = {
+        "stage": stage,
+        "batch": batch,
+        "tokens_per_second": speed,
+        "step_ms": 1e3 * median,
+        "first_step_s": first,
+        "memory": torch.cuda.max_memory_allocated() if on_gpu else None,
+        "mfu": flops * speed / (peak * accelerator.num_processes) if peak else None,
+    }
+    engine.close()
+    return record
+
+
+def table(records: list[dict], options: argparse.Namespace, accelerator: Accelerator) -> list[str]:
+    """Markdown: one row for each stage and batch."""
+    known = facts(options, accelerator)
+    lines = [
+        f"{known['shape']}, {known['mixer']}, sequences of {known['length']:,}, "
+        f"{known['processes']} x {known['device']}, torch {known['torch']}, transformers {known['transformers']}",
+        "",
+        "| stage | sequences a process | tokens/s | step, ms | peak, GB | of the bf16 peak | first step, s |",
+        "|" + "---|" * 7,
+    ]
+    for r in records:
+        memory, mfu = r["memory"], r["mfu"]
+        cells = [r["stage"], str(r["batch"]), f"{r['tokens_per_second']:,.0f}", f"{r['step_ms']:.1f}"]
+        cells += ["-" if memory is None else f"{memory / 1e9:.1f}", "-" if mfu is None else f"{mfu:.1%}"]
+        lines.append(f"| {' | '.join([*cells, format(r['first_step_s'], '.1f')])} |")
+    return lines
+
+
+def facts(options: argparse.Namespace, accelerator: Accelerator) -> dict:
+    """What the figures depend on."""
+    chosen = {name: getattr(options, name) for name in ("shape", "mixer", "length", "steps")}
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    device = gpu_name(accelerator.device) or "CPU"
+    return chosen | {"device": device, "processes": accelerator.num_processes} | versions
+
+
+def _batch(sequences: int, length: int, vocabulary: int, seed: int, device: torch.device) -> dict:
+    """Random tokens in documents of 600 on average."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(vocabulary, (sequences, length), generator=generator)
+    starts = torch.rand(sequences, length, generator=generator) < 1 / 600
+    starts[:, 0] = True
+    column = torch.arange(length)
+    positions = column - torch.where(starts, column, 0).cummax(1).values
+    return {"input_ids": ids.to(device), "position_ids": positions.to(device)}
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _options(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m", help="whose shape the teacher has")
+    parser.add_argument("--mixer", choices=("mamba2", "transmamba"), default="mamba2")
+    parser.add_argument("--trans-points", default="log:1024", help="schedule of a transmamba student")
+    parser.add_argument("--stage", nargs="+", choices=("align", "distill"), default=["align", "distill"])
+    parser.add_argument("--batch", type=int, nargs="+", default=[4, 16], help="sequences in a step of a process")
+    parser.add_argument("--length", type=int, default=2048, help="tokens of a sequence")
+    parser.add_argument("--steps", type=int, default=5, help="in each of the stretches that are timed")
+    parser.add_argument("--warmup", type=int, default=5)
+    parser.add_argument("--json", type=Path, help="where to write the figures")
+    parser.add_argument("--quick", action="store_true", help="a tiny model, short sequences")
+    options = parser.parse_args(arguments)
+    if options.quick:
+        options.shape, options.batch, options.length, options.steps, options.warmup = "tiny", [1, 2], 64, 3, 1
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())
