@@ -10,6 +10,7 @@ reading text. A row is the median of several stretches of steps after warm-up. P
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -89,14 +90,13 @@ def measure(options: argparse.Namespace, stage: str, batch: int, accelerator: Ac
     module = InPrecision(objective, "bf16" if on_gpu else "fp32", device.type)
     engine = make_engine(module, groups, [0.9, 0.95], 1.0, 1, accelerator)
     batches = [_batch(batch, length, config.vocab_size, seed, device) for seed in range(4)]
-    step = 0
+    turn = itertools.cycle(batches)
 
     def run(count: int) -> float:
         """Seconds of a step, among so many that the host does not wait in between, as in training."""
-        nonlocal step
         begun = _now(device)
-        for step in range(step + 1, step + 1 + count):
-            engine.forward_backward(batches[step % len(batches)], last=True)
+        for _ in range(count):
+            engine.forward_backward(next(turn), last=True)
             engine.step(1.0)
         return (_now(device) - begun) / count
 
