@@ -48,7 +48,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(options) -> None:
     from .config import load_recipe
-    from .stages import run_recipe, summary
+    from .stages import run_recipe
+    from .summary import summary
 
     session = run_recipe(load_recipe(options.config, options.overrides), options.from_stage, options.until)
     for part in summary(session) if session.accelerator.is_main_process else ():
@@ -137,7 +138,8 @@ def export(options) -> None:
     import torch
 
     from .export import export as write
-    from .stages import card_facts, load_model, load_tokenizer
+    from .models import load_model, load_tokenizer
+    from .summary import card_facts
 
     root = _run_folder(options.run)
     student = _latest_student(root)
@@ -155,9 +157,9 @@ def evaluate(options) -> None:
     from ..teachers import load_teacher
     from .config import Recipe, load_recipe
     from .data import PackedDataset, tokenize_corpus
+    from .models import load_model, load_tokenizer
     from .quality import HeldOut
     from .run import RunError
-    from .stages import load_model, load_tokenizer
 
     path, device = _model_folder(options.model), _device()
     recipe = Recipe()
@@ -196,8 +198,8 @@ def evaluate(options) -> None:
 
 
 def generate(options) -> None:
+    from .models import load_model, load_tokenizer
     from .quality import answer
-    from .stages import load_model, load_tokenizer
 
     path = _model_folder(options.model)
     with _saying_warnings():
@@ -231,7 +233,7 @@ def figure(options) -> None:
 
 def cache_teacher(options) -> None:
     from .config import load_recipe
-    from .stages import Session
+    from .session import Session
     from .teacher_cache import cache_teacher as write
     from .teacher_cache import describe
 
@@ -255,7 +257,7 @@ def report(options) -> None:
 
 def synthesize(options) -> None:
     from .config import load_recipe
-    from .stages import Session
+    from .session import Session
     from .synthesize import describe
     from .synthesize import synthesize as sample
 
@@ -393,8 +395,7 @@ def _run_folder(path: str) -> Path:
 
 
 def _latest_student(root: Path) -> Path:
-    from .run import RunError, lineage
-    from .stages import STUDENT_STAGES
+    from .run import STUDENT_STAGES, RunError, lineage
 
     done = lineage(root)
     for stage in reversed(STUDENT_STAGES):

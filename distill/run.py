@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 STAGES = ("transfer", "calibrate", "align", "distill", "export", "evaluate")
+# Those that leave a student in their folder.
+STUDENT_STAGES = STAGES[:4]
 
 
 class RunError(ValueError):

@@ -5,44 +5,35 @@ Each stage is a function of the `Session` (recipe, accelerate handle, teacher an
 
 import dataclasses
 import math
-import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, nullcontext
-from functools import cached_property
+from collections.abc import Callable
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import (
-    DistributedDataParallelKwargs,
     DistributedType,
-    FullyShardedDataParallelPlugin,
-    InitProcessGroupKwargs,
     set_seed,
 )
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from ..students import HybridForCausalLM, build_student
 from ..students.configuration_transmamba import written
-from ..teachers import load_teacher, teacher_info
 from .calibrate import calibrate
-from .card import CardFacts, load_snippet, plan_in_letters, plan_in_words, quality_row, schedule_rows, write_card
+from .card import write_card
 from .config import Recipe
-from .data import Corpus, PackedDataset, collate, tokenize_corpus
+from .data import collate
 from .engine import cut_up
 from .export import export, why_no_student, why_not
 from .flops import peak_flops
 from .groups import distill_groups, mixer_parameters, only_these_train
 from .lora import attach, merge
+from .models import has_trans_points, load_model
 from .objectives import Alignment, Distillation
 from .preflight import check_disk, flops_per_token, gpu_name, what_will_run
-from .quality import HeldOut, answer
-from .run import STAGES, RunError, StageFolder, file_identity, identity, lineage, read_json, write_json
+from .quality import answer
+from .run import STAGES, STUDENT_STAGES, RunError, StageFolder, file_identity, identity, read_json, write_json
 from .schedules import (
     at_trans_points,
     check_schedules,
@@ -51,14 +42,14 @@ from .schedules import (
     resolve,
     trans_points_in_step,
 )
+from .session import Session
 from .sources import DataError, source_identity
 from .streaming import StreamedDataset
-from .teacher_cache import CachedDistillation, CachedTargets, cache_identity
+from .summary import card_facts
+from .teacher_cache import CachedDistillation, cache_identity
 from .tracking import Tracking, check_trackers
 from .trainer import train
 
-# Stages that leave a student in their folder, in order.
-STUDENT_STAGES = ("transfer", "calibrate", "align", "distill")
 # What each stage reads of the recipe, besides what the stages before it read.
 _SETTINGS = {
     "transfer": ("teacher", "student"),
@@ -70,132 +61,6 @@ _SETTINGS = {
 }
 # Of what each stage does. Raise one where the same settings and inputs would give another result.
 _CODE = {"transfer": 1, "calibrate": 1, "align": 1, "distill": 1, "export": 1, "evaluate": 1}
-
-_DISTRIBUTED = (
-    DistributedType.NO,
-    DistributedType.MULTI_GPU,
-    DistributedType.MULTI_CPU,
-    DistributedType.DEEPSPEED,
-    DistributedType.FSDP,
-)
-
-
-class Session:
-    """What the stages of one process share. Teacher, tokenizer and text are loaded when first asked for."""
-
-    def __init__(self, recipe: Recipe, console: Console | None = None):
-        self.recipe = recipe
-        self.root = Path(recipe.run.dir)
-        self.accelerator = _accelerator(recipe)
-        self.precision = _precision(recipe, self.accelerator)
-        self.console = console or Console(quiet=not self.accelerator.is_main_process)
-        self.on_step: Callable[[int], None] | None = None
-        self.exports = False  # whether this run goes on to the export
-
-    def folder(self, stage: str) -> StageFolder:
-        return StageFolder(self.root, stage)
-
-    def say(self, message: str | Text) -> None:
-        self.console.print(message, highlight=False, markup=False, soft_wrap=True)
-
-    @cached_property
-    def _loaded(self):
-        settings = self.recipe.teacher
-        model, tokenizer = load_teacher(
-            settings.source, settings.dtype, self.accelerator.device, settings.trust_remote_code
-        )
-        return model.requires_grad_(False), tokenizer
-
-    @property
-    def teacher(self) -> PreTrainedModel:
-        return self._loaded[0]
-
-    @property
-    def tokenizer(self):
-        return self._loaded[1]
-
-    @cached_property
-    def train_data(self) -> PackedDataset | StreamedDataset:
-        data = self.recipe.data
-        if not data.streaming:
-            return self._packed("train", data.train, data.max_train_tokens)
-        dataset = StreamedDataset(
-            data.train,
-            self.tokenizer,
-            data.length,
-            text_field=data.text_field,
-            messages_field=data.messages_field,
-            shuffle_buffer=data.shuffle_buffer,
-        )
-        self.say(f"train text: {dataset.summary()}")
-        return dataset
-
-    @cached_property
-    def cached_targets(self) -> CachedTargets:
-        """The training data with the teacher's cached predictions, checked against the recipe."""
-        # One process reads all of the cache to find out whether it is whole.
-        folder, main = self.recipe.distill.teacher_cache, self.accelerator.is_main_process
-        cached = CachedTargets(self.train_data, folder, verify=main)
-        cached.check(self.recipe)
-        return cached
-
-    @contextmanager
-    def teacher_off_device(self) -> Iterator[None]:
-        """Leaves the device's memory to the student meanwhile."""
-        self.teacher.to("cpu")
-        if self.accelerator.device.type == "cuda":
-            torch.cuda.empty_cache()
-        try:
-            yield
-        finally:
-            self.teacher.to(self.accelerator.device)
-
-    @cached_property
-    def held_out(self) -> HeldOut:
-        dataset = self._packed("heldout", self.recipe.data.heldout, self.recipe.data.max_heldout_tokens)
-        return HeldOut(dataset, self.recipe.evaluate.sequences, self.tokenizer, self.teacher)
-
-    def _packed(self, name: str, sources: list[str], max_tokens: int | None) -> PackedDataset:
-        data = self.recipe.data
-        with self.accelerator.main_process_first():
-            corpus: Corpus = tokenize_corpus(
-                sources,
-                self.tokenizer,
-                text_field=data.text_field,
-                messages_field=data.messages_field,
-                max_tokens=max_tokens,
-                cache=data.cache or self.root / "data",
-            )
-        self.say(f"{name} text: {corpus.summary()}")
-        return PackedDataset(corpus, data.length)
-
-    def student(self, stage: str) -> HybridForCausalLM:
-        """The student that a stage left."""
-        # In float32 whatever the teacher is in: training keeps full-precision weights, and rounds in the products.
-        model = HybridForCausalLM.from_pretrained(self.folder(stage) / "student", dtype=torch.float32)
-        return model.to(self.accelerator.device).eval()
-
-    def save(self, student: HybridForCausalLM, folder: StageFolder) -> None:
-        if self.accelerator.is_main_process:
-            student.save_pretrained(folder / "student")
-            self.tokenizer.save_pretrained(folder / "student")
-
-    @cached_property
-    def measured_on(self) -> str:
-        """Stands for the held-out sequences in records of quality, so that only like is compared with like."""
-        data = self.recipe.data
-        sources = [source_identity(source) for source in data.heldout]
-        fields = [data.text_field, data.messages_field, data.length, data.max_heldout_tokens]
-        return identity({"text": sources, "fields": fields, "sequences": self.recipe.evaluate.sequences})
-
-    def measure(self, student: PreTrainedModel, stage: str, late: int | None = None) -> dict:
-        """The student's held-out quality, said and for the record; `late`: see `HeldOut.measure`."""
-        quality = dataclasses.asdict(self.held_out.measure(student, late)) | {"measured_on": self.measured_on}
-        self.say(
-            f"{stage}: held-out KL {quality['kl']:.4f}, perplexity {quality['perplexity']:.2f}, "
-            f"same top token {quality['same_top']:.1%}"
-        )
-        return quality
 
 
 def run_transfer(session: Session, folder: StageFolder) -> dict:
@@ -255,7 +120,7 @@ def run_distill(session: Session, folder: StageFolder) -> dict:
     groups = distill_groups(student, settings)
     if not groups:
         raise RunError("distill trains nothing: every group's learning rate is 0; set distill.groups or distill.lora")
-    if not _has_trans_points(student):
+    if not has_trans_points(student):
         return _trained(session, folder, student, objective, groups)
     schedules = resolve(student, [session.recipe.student.trans_points, *settings.sample_schedules])
     trained = {name: written(points) for name, points in schedules.items()} if settings.steps else {}
@@ -300,10 +165,10 @@ def run_evaluate(session: Session, folder: StageFolder) -> dict:
     path = session.folder("export") / exported["folder"]
     model = load_model(path).to(session.accelerator.device)
     late = None
-    if _has_trans_points(model):  # where no layer takes attention any more, or at least the layers that documents reach
+    if has_trans_points(model):  # where no layer takes attention any more, or at least the layers that documents reach
         late = max((point for point in model.trans_points if point < session.held_out.longest), default=None)
     results = {"quality": session.measure(model, "evaluate", late)}
-    if _has_trans_points(model):
+    if has_trans_points(model):
         results["schedules"] = _measure_schedules(session, model, results["quality"])
     results["answers"] = [
         {
@@ -476,105 +341,6 @@ def stage_inputs(recipe: Recipe) -> dict[str, dict]:
     return needs
 
 
-def card_facts(root: Path) -> CardFacts:
-    """What the records of a run say for the model card of its latest student."""
-    done = {stage: record for stage, record in lineage(root).items() if stage in STUDENT_STAGES}
-    recipe = list(done.values())[-1]["recipe"]
-    tokens = {stage: record["training"]["tokens"] for stage, record in done.items() if "training" in record}
-    return CardFacts(teacher_info(recipe["teacher"]["source"]), recipe, tokens, quality_rows(root))
-
-
-def quality_rows(root: Path) -> list[dict]:
-    """Held-out quality of the teacher and of each stage's student, as recorded."""
-    teacher = read_json(root / "teacher_quality.json")
-    rows = [quality_row("teacher", teacher)] if teacher else []
-    done = lineage(root)
-    return rows + [quality_row(f"after {stage}", done[stage]["quality"]) for stage in STUDENT_STAGES if stage in done]
-
-
-def load_model(
-    path: str | Path, dtype: str | torch.dtype = "auto", trust_remote_code: bool = False, trans_points=None
-) -> PreTrainedModel:
-    """Any causal language model: a student's folder, an export, a hub id; a TransMamba student at another schedule.
-
-    Raises:
-        RunError: it cannot be loaded, or has no TransPoints to set.
-        StudentError: `trans_points` is no schedule.
-    """
-    with _naming(path):
-        if os.path.isdir(path) and _model_type(Path(path)) == "transpoint_hybrid":
-            model = HybridForCausalLM.from_pretrained(path, dtype=dtype)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code)
-    if trans_points is not None:
-        if not _has_trans_points(model):
-            raise RunError(f"model '{path}' has no TransPoints to set: it has no transmamba layer")
-        model.set_trans_points(trans_points)
-    return model.eval()
-
-
-def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a model. Raises RunError if it cannot be loaded."""
-    with _naming(path):
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-
-
-@contextmanager
-def _naming(path: str | Path) -> Iterator[None]:
-    """Turns whatever loading raises into one line that names the model."""
-    if not os.path.isdir(path) and (str(path).count("/") != 1 or str(path).startswith((".", "/", "~"))):
-        raise RunError(f"no model '{path}': neither a folder nor a hub id (OWNER/NAME)")
-    try:
-        yield
-    except Exception as error:
-        line = (str(error).strip().splitlines() or [""])[0]
-        raise RunError(f"model '{path}' cannot be loaded: {type(error).__name__}: {line}") from error
-
-
-def summary(session: Session) -> list:
-    """What a finished run shows: layer plan, quality by stage, answers, and how to load the checkpoint."""
-    done = lineage(session.root)
-    mixers = done["transfer"]["mixers"]
-    table = Table("model", "KL from teacher", "perplexity", "bits per byte", "same top token", title="held-out quality")
-    rows = quality_rows(session.root)
-    if "evaluate" in done:
-        rows.append(quality_row("exported checkpoint", done["evaluate"]["quality"]))
-    for row in rows:
-        table.add_row(
-            row["model"],
-            f"{row['kl']:.4f}",
-            f"{row['perplexity']:.2f}",
-            f"{row['bits_per_byte']:.4f}",
-            f"{row['same_top']:.1%}",
-        )
-    parts = [f"layer plan: {plan_in_letters(mixers)}  ({plan_in_words(mixers)})", table]
-    if schedules := done.get("evaluate", {}).get("schedules"):
-        parts.append(schedule_table(schedules))
-    for entry in done["evaluate"]["answers"] if "evaluate" in done else ():
-        parts.append(f"question: {entry['prompt']}\n teacher: {entry['teacher']}\n student: {entry['student']}")
-    if "export" in done:
-        folder = (session.folder("export") / done["export"]["folder"]).resolve()
-        parts.append(f"checkpoint: {folder}\n\n{load_snippet(str(folder), done['export']['folder'])}")
-    return parts
-
-
-def schedule_table(records: list[dict]) -> Table:
-    """Quality and cost by schedule, for a console of 80 columns: the model card has it all in words."""
-    cost, late = records[0]["cost"], records[0]["quality"].get("late")
-    title = f"schedules (cost: one sequence of {cost['length']:,} tokens, {cost['dtype']} on {cost['device']})"
-    table = Table("schedule", title=title, padding=(0, 0, 0, 1))
-    for name in ("trained", "KL", f"KL>{late}", "ppl", "top", "attn", "cache", "token"):
-        table.add_column(name, no_wrap=True)
-    lists = []
-    for name, *row, _, token in schedule_rows(records):  # without the time of a prefill
-        if len(name) > 14:  # a list too long for its column
-            lists.append(f"({len(lists) + 1}) {name}")
-            name = f"({len(lists)})"
-        table.add_row(name, *row, token)
-    table.caption = Text("\n".join(lists)) if lists else None  # not a string, in which brackets are markup
-    return table
-
-
 def _refresh_quality(session: Session) -> None:
     """Measures again what earlier runs measured on other held-out sequences, the teacher included."""
     main, teacher = session.accelerator.is_main_process, session.root / "teacher_quality.json"
@@ -664,66 +430,3 @@ def _trained(
     return record | (
         {"teacher_cache": {name: dataset.index[name] for name in ("k", "kl", "rest_mass")}} if cached else {}
     )
-
-
-def _has_trans_points(model: PreTrainedModel) -> bool:
-    return "transmamba" in (getattr(model.config, "mixers", None) or ())
-
-
-def _accelerator(recipe: Recipe) -> Accelerator:
-    device = recipe.run.device
-    on_gpu = torch.cuda.is_available() and device != "cpu"
-    if device == "cuda" and not on_gpu:
-        raise RunError("run.device is cuda, but no GPU is to be seen; set run.device=cpu")
-    wanted = int(os.environ.get("WORLD_SIZE", "1"))
-    deepspeed, fsdp = (_asked_for(f"ACCELERATE_USE_{kind}") for kind in ("DEEPSPEED", "FSDP"))
-    if deepspeed and device == "cpu" and torch.cuda.is_available():
-        raise RunError("DeepSpeed takes the GPU where there is one: leave out run.device=cpu, or hide the GPU")
-    alone = (
-        f"{wanted} processes were launched, but they do not see each other (world size 1): each would train alone; "
-        "check the launch configuration"
-    )
-    if wanted > 1 and "MASTER_ADDR" not in os.environ:
-        raise RunError(alone)
-    # Documents that end before a TransPoint leave what only the state-space form has without a gradient.
-    handlers = [DistributedDataParallelKwargs(find_unused_parameters=recipe.student.mixer == "transmamba")]
-    if not on_gpu and wanted > 1:  # unasked, DeepSpeed on CPUs leaves each process alone
-        handlers.append(InitProcessGroupKwargs(backend="gloo"))
-    # Precision is the trainer's, so that parameters are in float32 under every engine.
-    accelerator = Accelerator(cpu=not on_gpu and not deepspeed, mixed_precision="no", kwargs_handlers=handlers)
-    if deepspeed:  # or transformers would cut up each model as it loads it, the teacher too
-        unset_hf_deepspeed_config()
-    if fsdp and accelerator.distributed_type == DistributedType.MULTI_CPU:  # accelerate has FSDP on GPUs only
-        accelerator.state.distributed_type = DistributedType.FSDP
-        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
-    if accelerator.distributed_type not in _DISTRIBUTED:
-        raise RunError(
-            f"{accelerator.distributed_type.value} is not supported: choose one process, DDP, DeepSpeed or FSDP2 with "
-            "`accelerate config`, or a file of configs/accelerate"
-        )
-    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
-        raise RunError("FSDP version 1 is not supported: set fsdp_version: 2 in accelerate's configuration")
-    if accelerator.num_processes != wanted:
-        raise RunError(alone)
-    return accelerator
-
-
-def _asked_for(variable: str) -> bool:
-    """Whether accelerate's launcher set this."""
-    return os.environ.get(variable, "false").lower() == "true"
-
-
-def _precision(recipe: Recipe, accelerator: Accelerator) -> str:
-    if recipe.run.precision != "auto":
-        return recipe.run.precision
-    return "bf16" if accelerator.device.type == "cuda" or _multiplies_bf16() else "fp32"
-
-
-def _multiplies_bf16() -> bool:
-    """Whether this CPU has bfloat16 matrix instructions; without them bfloat16 is slower than float32."""
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-
-
-def _model_type(folder: Path) -> str | None:
-    return (read_json(folder / "config.json") or {}).get("model_type")

@@ -21,8 +21,8 @@ import torch
 import transformers
 from transformers import DynamicCache, PreTrainedModel
 
+from transpoint.distill.models import load_model
 from transpoint.distill.schedules import cache_bytes
-from transpoint.distill.stages import load_model
 from transpoint.students import StudentConfig, build_student
 from transpoint.teachers import load_teacher
 

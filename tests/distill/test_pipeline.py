@@ -10,12 +10,16 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from run_files import done, metrics, student
+from transpoint.distill import session as session_module
 from transpoint.distill import stages
 from transpoint.distill.cli import main
 from transpoint.distill.config import load_recipe
 from transpoint.distill.data import DataError
+from transpoint.distill.models import load_model
 from transpoint.distill.run import STAGES, RunError, StageFolder, identity, lineage
-from transpoint.distill.stages import Session, load_model, run_recipe, stage_inputs, summary
+from transpoint.distill.session import Session
+from transpoint.distill.stages import run_recipe, stage_inputs
+from transpoint.distill.summary import card_facts, summary
 from transpoint.teachers import TeacherError
 from transpoint.teachers.random import random_teacher
 
@@ -134,7 +138,7 @@ def test_what_a_run_prints(tiny_output):
 
 
 def test_a_second_run_does_nothing(tiny_copy, run_tiny, monkeypatch):
-    monkeypatch.setattr(stages, "load_teacher", lambda *args: pytest.fail("the teacher was loaded"))
+    monkeypatch.setattr(session_module, "load_teacher", lambda *args: pytest.fail("the teacher was loaded"))
     before, recipe = files(tiny_copy), (tiny_copy / "recipe.yaml").read_text()
     recipe = recipe.replace(recipe.split("dir: ")[1].split("\n")[0], str(tiny_copy))
     assert run_tiny(tiny_copy).endswith("".join(f"{stage}: done before, reused\n" for stage in STAGES))
@@ -377,7 +381,7 @@ def test_errors_of_data_and_teacher_come_in_one_line(tmp_path, monkeypatch):
     assert refused(TeacherError, run, "teacher.source=random-lama").startswith(
         "no random teacher 'random-lama'; expected one of random-llama, "
     )
-    monkeypatch.setattr(stages, "load_teacher", lambda *args: pytest.fail("the teacher was loaded"))
+    monkeypatch.setattr(session_module, "load_teacher", lambda *args: pytest.fail("the teacher was loaded"))
     gone = SAMPLE / "tarin.jsonl.zst"
     assert refused(DataError, run, f"data.train=[{gone}]") == (
         f"no such file or folder: {gone}; did you mean {SAMPLE / 'train.jsonl.zst'}?"
@@ -425,8 +429,8 @@ def test_stages_of_other_settings_do_not_count(tiny_copy, run_tiny):
     assert list(lineage(tiny_copy)) == ["transfer"] and (tiny_copy / "distill" / "done.json").exists()
     plan, _ = summary(Session(load_recipe(tiny_copy / "recipe.yaml")))  # and no answers, no checkpoint
     assert plan.startswith("layer plan: AMMM")
-    assert [row["model"] for row in stages.card_facts(tiny_copy).quality][1:] == ["after transfer"]
-    assert stages.card_facts(tiny_copy).recipe["student"]["keep_attention"] == [0]
+    assert [row["model"] for row in card_facts(tiny_copy).quality][1:] == ["after transfer"]
+    assert card_facts(tiny_copy).recipe["student"]["keep_attention"] == [0]
 
 
 def test_what_is_not_a_stage_is_not_deleted(tmp_path, run_tiny):

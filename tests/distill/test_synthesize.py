@@ -21,8 +21,8 @@ from transpoint.distill.cli import main
 from transpoint.distill.config import load_recipe
 from transpoint.distill.data import tokenize_corpus
 from transpoint.distill.run import RunError
+from transpoint.distill.session import Session
 from transpoint.distill.sources import DataError
-from transpoint.distill.stages import Session
 from transpoint.distill.synthesize import synthesize
 from transpoint.teachers.random import byte_tokenizer, random_teacher
 

@@ -21,7 +21,8 @@ from transpoint.distill.config import load_recipe
 from transpoint.distill.data import batch_indices, collate
 from transpoint.distill.objectives import Distillation
 from transpoint.distill.run import RunError
-from transpoint.distill.stages import Session, run_recipe
+from transpoint.distill.session import Session
+from transpoint.distill.stages import run_recipe
 from transpoint.distill.teacher_cache import CachedDistillation, CachedTargets, cache_teacher, items_of_distill
 from transpoint.students import StudentConfig, build_student
 

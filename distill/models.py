@@ -1,0 +1,59 @@
+"""Models and tokenizers from anywhere, with one line where they cannot be loaded."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..students import HybridForCausalLM
+from .run import RunError, read_json
+
+
+def load_model(
+    path: str | Path, dtype: str | torch.dtype = "auto", trust_remote_code: bool = False, trans_points=None
+) -> PreTrainedModel:
+    """Any causal language model: a student's folder, an export, a hub id; a TransMamba student at another schedule.
+
+    Raises:
+        RunError: it cannot be loaded, or has no TransPoints to set.
+        StudentError: `trans_points` is no schedule.
+    """
+    with _naming(path):
+        if os.path.isdir(path) and _model_type(Path(path)) == "transpoint_hybrid":
+            model = HybridForCausalLM.from_pretrained(path, dtype=dtype)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code)
+    if trans_points is not None:
+        if not has_trans_points(model):
+            raise RunError(f"model '{path}' has no TransPoints to set: it has no transmamba layer")
+        model.set_trans_points(trans_points)
+    return model.eval()
+
+
+def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model. Raises RunError if it cannot be loaded."""
+    with _naming(path):
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+
+
+@contextmanager
+def _naming(path: str | Path) -> Iterator[None]:
+    """Turns whatever loading raises into one line that names the model."""
+    if not os.path.isdir(path) and (str(path).count("/") != 1 or str(path).startswith((".", "/", "~"))):
+        raise RunError(f"no model '{path}': neither a folder nor a hub id (OWNER/NAME)")
+    try:
+        yield
+    except Exception as error:
+        line = (str(error).strip().splitlines() or [""])[0]
+        raise RunError(f"model '{path}' cannot be loaded: {type(error).__name__}: {line}") from error
+
+
+def has_trans_points(model: PreTrainedModel) -> bool:
+    return "transmamba" in (getattr(model.config, "mixers", None) or ())
+
+
+def _model_type(folder: Path) -> str | None:
+    return (read_json(folder / "config.json") or {}).get("model_type")

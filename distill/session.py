@@ -1,0 +1,212 @@
+"""What the stages of one process share: recipe, accelerate's handle, teacher, tokenizer, text."""
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    InitProcessGroupKwargs,
+)
+from rich.console import Console
+from rich.text import Text
+from transformers import PreTrainedModel
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from ..students import HybridForCausalLM
+from ..teachers import load_teacher
+from .config import Recipe
+from .data import Corpus, PackedDataset, tokenize_corpus
+from .quality import HeldOut
+from .run import RunError, StageFolder, identity
+from .sources import source_identity
+from .streaming import StreamedDataset
+from .teacher_cache import CachedTargets
+
+_DISTRIBUTED = (
+    DistributedType.NO,
+    DistributedType.MULTI_GPU,
+    DistributedType.MULTI_CPU,
+    DistributedType.DEEPSPEED,
+    DistributedType.FSDP,
+)
+
+
+class Session:
+    """What the stages of one process share. Teacher, tokenizer and text are loaded when first asked for."""
+
+    def __init__(self, recipe: Recipe, console: Console | None = None):
+        self.recipe = recipe
+        self.root = Path(recipe.run.dir)
+        self.accelerator = _accelerator(recipe)
+        self.precision = _precision(recipe, self.accelerator)
+        self.console = console or Console(quiet=not self.accelerator.is_main_process)
+        self.on_step: Callable[[int], None] | None = None
+        self.exports = False  # whether this run goes on to the export
+
+    def folder(self, stage: str) -> StageFolder:
+        return StageFolder(self.root, stage)
+
+    def say(self, message: str | Text) -> None:
+        self.console.print(message, highlight=False, markup=False, soft_wrap=True)
+
+    @cached_property
+    def _loaded(self):
+        settings = self.recipe.teacher
+        model, tokenizer = load_teacher(
+            settings.source, settings.dtype, self.accelerator.device, settings.trust_remote_code
+        )
+        return model.requires_grad_(False), tokenizer
+
+    @property
+    def teacher(self) -> PreTrainedModel:
+        return self._loaded[0]
+
+    @property
+    def tokenizer(self):
+        return self._loaded[1]
+
+    @cached_property
+    def train_data(self) -> PackedDataset | StreamedDataset:
+        data = self.recipe.data
+        if not data.streaming:
+            return self._packed("train", data.train, data.max_train_tokens)
+        dataset = StreamedDataset(
+            data.train,
+            self.tokenizer,
+            data.length,
+            text_field=data.text_field,
+            messages_field=data.messages_field,
+            shuffle_buffer=data.shuffle_buffer,
+        )
+        self.say(f"train text: {dataset.summary()}")
+        return dataset
+
+    @cached_property
+    def cached_targets(self) -> CachedTargets:
+        """The training data with the teacher's cached predictions, checked against the recipe."""
+        # One process reads all of the cache to find out whether it is whole.
+        folder, main = self.recipe.distill.teacher_cache, self.accelerator.is_main_process
+        cached = CachedTargets(self.train_data, folder, verify=main)
+        cached.check(self.recipe)
+        return cached
+
+    @contextmanager
+    def teacher_off_device(self) -> Iterator[None]:
+        """Leaves the device's memory to the student meanwhile."""
+        self.teacher.to("cpu")
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.empty_cache()
+        try:
+            yield
+        finally:
+            self.teacher.to(self.accelerator.device)
+
+    @cached_property
+    def held_out(self) -> HeldOut:
+        dataset = self._packed("heldout", self.recipe.data.heldout, self.recipe.data.max_heldout_tokens)
+        return HeldOut(dataset, self.recipe.evaluate.sequences, self.tokenizer, self.teacher)
+
+    def _packed(self, name: str, sources: list[str], max_tokens: int | None) -> PackedDataset:
+        data = self.recipe.data
+        with self.accelerator.main_process_first():
+            corpus: Corpus = tokenize_corpus(
+                sources,
+                self.tokenizer,
+                text_field=data.text_field,
+                messages_field=data.messages_field,
+                max_tokens=max_tokens,
+                cache=data.cache or self.root / "data",
+            )
+        self.say(f"{name} text: {corpus.summary()}")
+        return PackedDataset(corpus, data.length)
+
+    def student(self, stage: str) -> HybridForCausalLM:
+        """The student that a stage left."""
+        # In float32 whatever the teacher is in: training keeps full-precision weights, and rounds in the products.
+        model = HybridForCausalLM.from_pretrained(self.folder(stage) / "student", dtype=torch.float32)
+        return model.to(self.accelerator.device).eval()
+
+    def save(self, student: HybridForCausalLM, folder: StageFolder) -> None:
+        if self.accelerator.is_main_process:
+            student.save_pretrained(folder / "student")
+            self.tokenizer.save_pretrained(folder / "student")
+
+    @cached_property
+    def measured_on(self) -> str:
+        """Stands for the held-out sequences in records of quality, so that only like is compared with like."""
+        data = self.recipe.data
+        sources = [source_identity(source) for source in data.heldout]
+        fields = [data.text_field, data.messages_field, data.length, data.max_heldout_tokens]
+        return identity({"text": sources, "fields": fields, "sequences": self.recipe.evaluate.sequences})
+
+    def measure(self, student: PreTrainedModel, stage: str, late: int | None = None) -> dict:
+        """The student's held-out quality, said and for the record; `late`: see `HeldOut.measure`."""
+        quality = dataclasses.asdict(self.held_out.measure(student, late)) | {"measured_on": self.measured_on}
+        self.say(
+            f"{stage}: held-out KL {quality['kl']:.4f}, perplexity {quality['perplexity']:.2f}, "
+            f"same top token {quality['same_top']:.1%}"
+        )
+        return quality
+
+
+def _accelerator(recipe: Recipe) -> Accelerator:
+    device = recipe.run.device
+    on_gpu = torch.cuda.is_available() and device != "cpu"
+    if device == "cuda" and not on_gpu:
+        raise RunError("run.device is cuda, but no GPU is to be seen; set run.device=cpu")
+    wanted = int(os.environ.get("WORLD_SIZE", "1"))
+    deepspeed, fsdp = (_asked_for(f"ACCELERATE_USE_{kind}") for kind in ("DEEPSPEED", "FSDP"))
+    if deepspeed and device == "cpu" and torch.cuda.is_available():
+        raise RunError("DeepSpeed takes the GPU where there is one: leave out run.device=cpu, or hide the GPU")
+    alone = (
+        f"{wanted} processes were launched, but they do not see each other (world size 1): each would train alone; "
+        "check the launch configuration"
+    )
+    if wanted > 1 and "MASTER_ADDR" not in os.environ:
+        raise RunError(alone)
+    # Documents that end before a TransPoint leave what only the state-space form has without a gradient.
+    handlers = [DistributedDataParallelKwargs(find_unused_parameters=recipe.student.mixer == "transmamba")]
+    if not on_gpu and wanted > 1:  # unasked, DeepSpeed on CPUs leaves each process alone
+        handlers.append(InitProcessGroupKwargs(backend="gloo"))
+    # Precision is the trainer's, so that parameters are in float32 under every engine.
+    accelerator = Accelerator(cpu=not on_gpu and not deepspeed, mixed_precision="no", kwargs_handlers=handlers)
+    if deepspeed:  # or transformers would cut up each model as it loads it, the teacher too
+        unset_hf_deepspeed_config()
+    if fsdp and accelerator.distributed_type == DistributedType.MULTI_CPU:  # accelerate has FSDP on GPUs only
+        accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+    if accelerator.distributed_type not in _DISTRIBUTED:
+        raise RunError(
+            f"{accelerator.distributed_type.value} is not supported: choose one process, DDP, DeepSpeed or FSDP2 with "
+            "`accelerate config`, or a file of configs/accelerate"
+        )
+    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise RunError("FSDP version 1 is not supported: set fsdp_version: 2 in accelerate's configuration")
+    if accelerator.num_processes != wanted:
+        raise RunError(alone)
+    return accelerator
+
+
+def _asked_for(variable: str) -> bool:
+    """Whether accelerate's launcher set this."""
+    return os.environ.get(variable, "false").lower() == "true"
+
+
+def _precision(recipe: Recipe, accelerator: Accelerator) -> str:
+    if recipe.run.precision != "auto":
+        return recipe.run.precision
+    return "bf16" if accelerator.device.type == "cuda" or _multiplies_bf16() else "fp32"
+
+
+def _multiplies_bf16() -> bool:
+    """Whether this CPU has bfloat16 matrix instructions; without them bfloat16 is slower than float32."""
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))

@@ -1,0 +1,71 @@
+"""What a run came to, from its records: for the console and the model card."""
+
+from pathlib import Path
+
+from rich.table import Table
+from rich.text import Text
+
+from ..teachers import teacher_info
+from .card import CardFacts, load_snippet, plan_in_letters, plan_in_words, quality_row, schedule_rows
+from .run import STUDENT_STAGES, lineage, read_json
+from .session import Session
+
+
+def card_facts(root: Path) -> CardFacts:
+    """What the records of a run say for the model card of its latest student."""
+    done = {stage: record for stage, record in lineage(root).items() if stage in STUDENT_STAGES}
+    recipe = list(done.values())[-1]["recipe"]
+    tokens = {stage: record["training"]["tokens"] for stage, record in done.items() if "training" in record}
+    return CardFacts(teacher_info(recipe["teacher"]["source"]), recipe, tokens, quality_rows(root))
+
+
+def quality_rows(root: Path) -> list[dict]:
+    """Held-out quality of the teacher and of each stage's student, as recorded."""
+    teacher = read_json(root / "teacher_quality.json")
+    rows = [quality_row("teacher", teacher)] if teacher else []
+    done = lineage(root)
+    return rows + [quality_row(f"after {stage}", done[stage]["quality"]) for stage in STUDENT_STAGES if stage in done]
+
+
+def summary(session: Session) -> list:
+    """What a finished run shows: layer plan, quality by stage, answers, and how to load the checkpoint."""
+    done = lineage(session.root)
+    mixers = done["transfer"]["mixers"]
+    table = Table("model", "KL from teacher", "perplexity", "bits per byte", "same top token", title="held-out quality")
+    rows = quality_rows(session.root)
+    if "evaluate" in done:
+        rows.append(quality_row("exported checkpoint", done["evaluate"]["quality"]))
+    for row in rows:
+        table.add_row(
+            row["model"],
+            f"{row['kl']:.4f}",
+            f"{row['perplexity']:.2f}",
+            f"{row['bits_per_byte']:.4f}",
+            f"{row['same_top']:.1%}",
+        )
+    parts = [f"layer plan: {plan_in_letters(mixers)}  ({plan_in_words(mixers)})", table]
+    if schedules := done.get("evaluate", {}).get("schedules"):
+        parts.append(schedule_table(schedules))
+    for entry in done["evaluate"]["answers"] if "evaluate" in done else ():
+        parts.append(f"question: {entry['prompt']}\n teacher: {entry['teacher']}\n student: {entry['student']}")
+    if "export" in done:
+        folder = (session.folder("export") / done["export"]["folder"]).resolve()
+        parts.append(f"checkpoint: {folder}\n\n{load_snippet(str(folder), done['export']['folder'])}")
+    return parts
+
+
+def schedule_table(records: list[dict]) -> Table:
+    """Quality and cost by schedule, for a console of 80 columns: the model card has it all in words."""
+    cost, late = records[0]["cost"], records[0]["quality"].get("late")
+    title = f"schedules (cost: one sequence of {cost['length']:,} tokens, {cost['dtype']} on {cost['device']})"
+    table = Table("schedule", title=title, padding=(0, 0, 0, 1))
+    for name in ("trained", "KL", f"KL>{late}", "ppl", "top", "attn", "cache", "token"):
+        table.add_column(name, no_wrap=True)
+    lists = []
+    for name, *row, _, token in schedule_rows(records):  # without the time of a prefill
+        if len(name) > 14:  # a list too long for its column
+            lists.append(f"({len(lists) + 1}) {name}")
+            name = f"({len(lists)})"
+        table.add_row(name, *row, token)
+    table.caption = Text("\n".join(lists)) if lists else None  # not a string, in which brackets are markup
+    return table
