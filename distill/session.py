@@ -176,6 +176,8 @@ def _accelerator(recipe: Recipe) -> Accelerator:
     handlers = [DistributedDataParallelKwargs(find_unused_parameters=recipe.student.mixer == "transmamba")]
     if not on_gpu and wanted > 1:  # unasked, DeepSpeed on CPUs leaves each process alone
         handlers.append(InitProcessGroupKwargs(backend="gloo"))
+    if deepspeed and not on_gpu:
+        _without_shared_memory_op()
     # Precision is the trainer's, so that parameters are in float32 under every engine.
     accelerator = Accelerator(cpu=not on_gpu and not deepspeed, mixed_precision="no", kwargs_handlers=handlers)
     if deepspeed:  # or transformers would cut up each model as it loads it, the teacher too
@@ -193,6 +195,14 @@ def _accelerator(recipe: Recipe) -> Accelerator:
     if accelerator.num_processes != wanted:
         raise RunError(alone)
     return accelerator
+
+
+def _without_shared_memory_op() -> None:
+    """Between processes on CPUs DeepSpeed would compile an operation of its own: a minute, and a C++ compiler. gloo is
+    there in any case."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def _asked_for(variable: str) -> bool:
