@@ -5,7 +5,6 @@ and by name, whatever they were cut up into (see `engine`). The position in the 
 is the step itself (see `data.batch_indices`), or, of text that is streamed, in its record.
 """
 
-import hashlib
 import logging
 import os
 import shutil
@@ -19,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .run import read_json, write_json
+from .run import read_json, sha256, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +73,7 @@ def find_checkpoint(folder: Path, names: set[str], accelerator: Accelerator) -> 
         for path in reversed(_checkpoints(folder)):
             record = read_json(path / "checkpoint.json")
             try:
-                if record is None or _sha256(path / "state.safetensors") != record["sha256"]:
+                if record is None or sha256(path / "state.safetensors") != record["sha256"]:
                     raise ValueError("its contents are not what was written")
                 with safe_open(path / "state.safetensors", "pt") as file:
                     if {f"parameter.{name}" for name in names} - set(file.keys()):
@@ -122,7 +121,7 @@ def _write(folder: Path, step: int, state: dict[str, Tensor], gathered: list[tup
     try:
         save_file(tensors, partial / "state.safetensors")
         _sync(partial / "state.safetensors")
-        write_json(partial / "checkpoint.json", {**record, "sha256": _sha256(partial / "state.safetensors")})
+        write_json(partial / "checkpoint.json", {**record, "sha256": sha256(partial / "state.safetensors")})
         shutil.rmtree(final, ignore_errors=True)
         os.rename(partial, final)
         _sync(folder)
@@ -140,11 +139,6 @@ def _write(folder: Path, step: int, state: dict[str, Tensor], gathered: list[tup
 
 def _checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*"))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:

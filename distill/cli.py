@@ -212,6 +212,7 @@ def figure(options) -> None:
     import math
 
     from ..students import HybridConfig, plan_student
+    from ..students.configuration_transmamba import FIXED
     from ..teachers import load_teacher
     from .config import load_recipe
     from .figure import draw
@@ -224,9 +225,8 @@ def figure(options) -> None:
         config = plan_student(teacher, recipe.student)[0].config
     else:
         config = HybridConfig.from_pretrained(path)
-    fixed = {"attention": math.inf, "mamba2": 0}
     points = config.trans_points or [None] * len(config.mixers)
-    points = [fixed.get(mixer, point) for mixer, point in zip(config.mixers, points, strict=True)]
+    points = [FIXED.get(mixer, point) for mixer, point in zip(config.mixers, points, strict=True)]
     points = [math.inf if point == "inf" else point for point in points]
     print(draw(config.mixers, points, options.out, options.tokens))
 

@@ -4,8 +4,9 @@ The teacher is held beside the module, not in it: it is never wrapped, moved, op
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -96,27 +97,36 @@ class Distillation(nn.Module):
         with torch.no_grad():
             target = teacher.get_decoder()(**inputs)
         found = self.student.get_decoder()(**inputs)
-        labels, labelled = next_tokens(batch) if settings.ce_weight > 0 else (None, 0.0)
-        loss, kl, ce = linear_kl(
+        divergence = partial(
+            linear_kl,
             found.last_hidden_state,
             self.student.get_output_embeddings().weight,
             target.last_hidden_state,
             teacher.get_output_embeddings().weight,
-            divergence=settings.divergence,
-            beta=settings.beta,
-            temperature=settings.temperature,
-            labels=labels,
-            ce_weight=settings.ce_weight * labelled,
-            return_parts=True,
         )
-        figures = {"kl": kl}
-        if labels is not None:
-            figures["ce"] = ce * labelled
+        loss, figures = predictions_loss(divergence, settings, batch)
         if settings.hidden_weight > 0:
             pairs = zip(found.hidden_states[1:], target.hidden_states[1:], strict=True)
             figures["hidden"] = torch.stack([relative_error(own, wanted) for own, wanted in pairs]).mean()
             loss = loss + settings.hidden_weight * figures["hidden"]
         return loss, figures | attention_share(self.student, batch)
+
+
+def predictions_loss(
+    divergence: Callable, settings: DistillConfig, batch: dict[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """A divergence with the settings' options and cross-entropy, and its figures; `divergence` takes what `linear_kl`
+    takes by keyword."""
+    labels, labelled = next_tokens(batch) if settings.ce_weight > 0 else (None, 0.0)
+    loss, kl, ce = divergence(
+        divergence=settings.divergence,
+        beta=settings.beta,
+        temperature=settings.temperature,
+        labels=labels,
+        ce_weight=settings.ce_weight * labelled,
+        return_parts=True,
+    )
+    return loss, {"kl": kl} | ({"ce": ce * labelled} if labels is not None else {})
 
 
 def next_tokens(batch: dict[str, Tensor]) -> tuple[Tensor, float]:

@@ -87,14 +87,14 @@ def what_will_run(
     return Group(table, *(Text(line) for line in lines))
 
 
+def gpu_name(device: torch.device) -> str | None:
+    """The name of a GPU; None for another device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else None
+
+
 def _count(groups: list[dict]) -> int:
     return sum(p.numel() for group in groups for p in group["parameters"].values())
 
 
 def _size(count: float) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
-
-
-def gpu_name(device: torch.device) -> str | None:
-    """The name of a GPU; None for another device."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else None

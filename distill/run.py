@@ -144,6 +144,12 @@ def write_json(path: Path, value: Any) -> None:
         raise
 
 
+def sha256(path: Path) -> str:
+    """Of a file's contents."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def truncate_log(path: Path, last_step: int) -> list[dict]:
     """Drops lines of metrics.jsonl after a step: they will be written again by the resumed run. Returns the others."""
     if not path.exists():
@@ -161,8 +167,7 @@ def _content(path: Path) -> str:
     facts = path.stat()
     if facts.st_size > 2**30:
         return f"{facts.st_size} bytes of {facts.st_mtime_ns}"
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    return sha256(path)[:16]
 
 
 def _differences(old: Any, new: Any, key: str = "") -> list[str]:

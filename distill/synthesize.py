@@ -26,7 +26,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from .config import Recipe
 from .progress import Progress
-from .run import RunError, file_identity, read_json, write_json
+from .run import RunError, file_identity, read_json, sha256, write_json
 from .sources import DataError, place, read, resolve, source_identity
 
 _MARK = "\N{OBJECT REPLACEMENT CHARACTER}"  # stands for a question, to find where the template puts it
@@ -296,7 +296,7 @@ def _begin(folder: Path, recipe: Recipe, write: bool) -> dict:
             )
     if record["sha256"]:
         path = folder / "data.jsonl.zst"
-        if not path.is_file() or _sha256(path) != record["sha256"]:
+        if not path.is_file() or sha256(path) != record["sha256"]:
             raise RunError(f"{path} is missing or damaged: remove '{folder}' to sample it anew")
     elif write:
         _cut_back(folder, record)
@@ -346,16 +346,11 @@ def _finish(folder: Path, record: dict) -> None:
     if not record["rows"]:
         raise RunError(f"all {record['sampled']:,} samples are empty: set other synthesize.prompts or synthesize.chat")
     partial, final = folder / ".data.jsonl.zst", folder / "data.jsonl.zst"
-    sha256 = _sha256(partial)
+    digest = sha256(partial)
     os.replace(partial, final)
-    write_json(folder / "synthesis.json", record | {"sha256": sha256})
+    write_json(folder / "synthesis.json", record | {"sha256": digest})
 
 
 def _versions() -> dict[str, str]:
     names = ("transpoint", "torch", "transformers", "tokenizers")
     return {name: version(name) for name in names} | {"python": platform.python_version()}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -13,7 +13,6 @@ A shard is written aside and renamed, then entered in the index: an interrupted 
 one that lacks sequences is added to.
 """
 
-import hashlib
 import math
 import os
 import shutil
@@ -37,9 +36,9 @@ from ..kernels.kl_reference import CHUNK_BYTES, _matmul
 from ..students import HybridForCausalLM
 from .config import CacheTeacherConfig, DistillConfig, Recipe
 from .data import PackedDataset, batch_indices, collate
-from .objectives import attention_share, next_tokens
+from .objectives import attention_share, predictions_loss
 from .progress import Progress
-from .run import RunError, file_identity, read_json, write_json
+from .run import RunError, file_identity, read_json, sha256, write_json
 
 FORMAT = 1  # of the folder; raise it when an older one would be read wrongly
 
@@ -136,21 +135,12 @@ class CachedDistillation(nn.Module):
         inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
         hidden = self.student.get_decoder()(**inputs).last_hidden_state
         weight = self.student.get_output_embeddings().weight
-        labels, labelled = next_tokens(batch) if settings.ce_weight > 0 else (None, 0.0)
-        options = {
-            "divergence": settings.divergence,
-            "beta": settings.beta,
-            "temperature": settings.temperature,
-            "labels": labels,
-            "ce_weight": settings.ce_weight * labelled,
-            "return_parts": True,
-        }
         if head is not None:
-            loss, kl, ce = linear_kl(hidden, weight, batch["teacher_hidden"], head, **options)
+            divergence = partial(linear_kl, hidden, weight, batch["teacher_hidden"], head)
         else:
             targets = (batch[f"teacher_{name}"] for name in ("ids", "logprobs", "rest"))
-            loss, kl, ce = cached_kl(hidden, weight[: self.vocab_size], *targets, **options)
-        figures = {"kl": kl} | ({"ce": ce * labelled} if labels is not None else {})
+            divergence = partial(cached_kl, hidden, weight[: self.vocab_size], *targets)
+        loss, figures = predictions_loss(divergence, settings, batch)
         return loss, figures | attention_share(self.student, batch)
 
 
@@ -207,8 +197,8 @@ def cache_teacher(
                     precision,
                     partial(_show, progress, done),
                 )
-                sha256 = _write(folder / names[mine], tensors)
-                records = [{"file": names[mine], "sha256": sha256, "sequences": len(shards[mine]), **sums}]
+                digest = _write(folder / names[mine], tensors)
+                records = [{"file": names[mine], "sha256": digest, "sequences": len(shards[mine]), **sums}]
             records = gather_object(records)
             index["shards"] = sorted(index["shards"] + records, key=lambda shard: shard["file"])
             done += sum(record["sequences"] for record in records)
@@ -411,9 +401,9 @@ def _write(path: Path, tensors: dict[str, Tensor]) -> str:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside)
         with aside.open("rb+") as file:
             os.fsync(file.fileno())
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = sha256(aside)
         os.replace(aside, path)
-        return sha256
+        return digest
     except (OSError, SafetensorError) as error:
         aside.unlink(missing_ok=True)
         raise _unwritable(path, error) from error
@@ -431,8 +421,7 @@ def _damaged(folder: Path, index: dict) -> dict[str, str]:
 
     def look(shard: dict) -> str | None:
         try:
-            with (folder / shard["file"]).open("rb") as file:
-                same = hashlib.file_digest(file, "sha256").hexdigest() == shard["sha256"]
+            same = sha256(folder / shard["file"]) == shard["sha256"]
         except OSError as error:
             return f"cannot be read ({error.strerror})"
         return None if same else "is not what was written"

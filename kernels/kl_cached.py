@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .custom_op import CustomOp, once
-from .kl_reference import CHUNK_BYTES, DIVERGENCES, _cross_entropy, _matmul, common_dtype
+from .kl_reference import CHUNK_BYTES, _cross_entropy, _matmul, check_options, common_dtype
 
 # In place of log 0: finite, so that 0 log 0 is 0 and not NaN.
 _LOG_ZERO = -1e30
@@ -96,14 +96,7 @@ def cached_kl(
     for name, tensor in (("ids", ids), ("labels", labels)):
         if tensor is not None and (tensor.is_floating_point() or tensor.dtype == torch.bool):
             raise ValueError(f"{name}: expected integers, got {tensor.dtype}")
-    if divergence not in DIVERGENCES:
-        raise ValueError(f'divergence: expected "forward", "reverse" or "jsd", got {divergence!r}')
-    if divergence == "jsd" and not 0 < beta < 1:
-        raise ValueError(f"beta: expected a number between 0 and 1, got {beta}")
-    if not temperature > 0:
-        raise ValueError(f"temperature: expected a positive number, got {temperature}")
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size: expected a positive integer, got {chunk_size}")
+    check_options(divergence, beta, temperature, chunk_size)
     grad = torch.is_grad_enabled()
     loss, parts, *_ = _cached_kl(
         hidden.reshape(-1, hidden.shape[-1]),

@@ -100,6 +100,11 @@ def check_arguments(
             raise ValueError(f"{name}: expected shape {tuple(tokens)}, got {tuple(tensor.shape)}")
     if labels is not None and (labels.is_floating_point() or labels.dtype == torch.bool):
         raise ValueError(f"labels: expected integers, got {labels.dtype}")
+    check_options(divergence, beta, temperature, chunk_size)
+
+
+def check_options(divergence, beta, temperature, chunk_size):
+    """Raise ValueError, naming the argument, if a value does not fit."""
     if divergence not in DIVERGENCES:
         raise ValueError(f'divergence: expected "forward", "reverse" or "jsd", got {divergence!r}')
     if divergence == "jsd" and not 0 < beta < 1:

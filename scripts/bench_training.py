@@ -24,10 +24,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from transpoint.distill.config import Recipe
 from transpoint.distill.engine import make_engine
-from transpoint.distill.flops import align_flops, distill_flops, peak_flops
+from transpoint.distill.flops import peak_flops
 from transpoint.distill.groups import distill_groups, mixer_parameters, only_these_train
 from transpoint.distill.objectives import Alignment, Distillation
-from transpoint.distill.preflight import gpu_name
+from transpoint.distill.preflight import flops_per_token, gpu_name
 from transpoint.distill.trainer import InPrecision
 from transpoint.students import StudentConfig, build_student
 
@@ -86,7 +86,7 @@ def measure(options: argparse.Namespace, stage: str, batch: int, accelerator: Ac
     else:
         objective, groups = Distillation(teacher, student, settings), distill_groups(student, settings)
     only_these_train(objective, groups)
-    flops = (align_flops if stage == "align" else distill_flops)(teacher, student, length)
+    flops = flops_per_token(stage, teacher, student, length)
     module = InPrecision(objective, "bf16" if on_gpu else "fp32", device.type)
     engine = make_engine(module, groups, [0.9, 0.95], 1.0, 1, accelerator)
     batches = [_batch(batch, length, config.vocab_size, seed, device) for seed in range(4)]

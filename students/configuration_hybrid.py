@@ -3,13 +3,12 @@
 This file travels with exported checkpoints: it imports transformers only.
 """
 
-import math
 import warnings
 from typing import Any
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from .configuration_transmamba import parse_trans_points, written
+from .configuration_transmamba import FIXED, parse_trans_points, written
 from .errors import StudentError
 
 MODEL_TYPE = "transpoint_hybrid"
@@ -73,8 +72,7 @@ class HybridConfig(PreTrainedConfig):
         if "transmamba" not in self.mixers:
             raise StudentError("this student has no transmamba layers, so there are no TransPoints to set")
         points = parse_trans_points(spec, len(self.mixers), getattr(self, "max_position_embeddings", None))
-        fixed = {"attention": math.inf, "mamba2": 0}
-        points = [fixed.get(mixer, point) for mixer, point in zip(self.mixers, points, strict=True)]
+        points = [FIXED.get(mixer, point) for mixer, point in zip(self.mixers, points, strict=True)]
         if warn and written(points) != self.trans_points:
             self._warn_of(written(points))
         self.trans_points = written(points)

@@ -17,6 +17,7 @@ _CYCLES = {
     "mamba": (0,),
 }
 LOG_CYCLE = 8  # layers
+FIXED = {"attention": math.inf, "mamba2": 0}  # the TransPoint of layers that have no choice
 SCHEDULES = {
     "paper-v9": "0, 128, 256, 512, 1024, 2048, 4096, 8192, over and over",
     "paper-coarse": "0, 1024, 2048, 6144, 8192, over and over",

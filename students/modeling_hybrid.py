@@ -5,7 +5,6 @@ becomes, for each teacher, a class that is both itself and the teacher's class. 
 checkpoints: it imports torch and transformers only.
 """
 
-import math
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from .cache import HybridCache, document_index
 from .configuration_hybrid import MODEL_TYPE, HybridConfig
+from .configuration_transmamba import FIXED
 from .mamba2 import Mamba2Mixer
 from .modeling_transmamba import Documents, TransMambaMixer
 
@@ -74,9 +74,8 @@ class HybridForCausalLM:
     @property
     def trans_points(self) -> list[int | float]:
         """For each layer up to which token it takes attention: `math.inf` where that is kept, 0 in a Mamba-2 layer."""
-        fixed = {"attention": math.inf, "mamba2": 0}
         layers = zip(self.config.mixers, self.mixer_layers(), strict=True)
-        return [fixed[kind] if kind in fixed else mixer.trans_point for kind, mixer in layers]
+        return [FIXED[kind] if kind in FIXED else mixer.trans_point for kind, mixer in layers]
 
     def set_trans_points(self, spec: Any, warn: bool = True) -> None:
         """Chooses at which token each transmamba layer passes from attention to the state-space form.

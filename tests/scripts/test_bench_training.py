@@ -1,20 +1,13 @@
 """The training benchmark on a tiny model: it runs every stage and mixer, and its figures belong together."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "bench_training.py"
-
 
 @pytest.fixture(scope="module")
-def bench():
-    spec = importlib.util.spec_from_file_location("bench_training", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def bench(load_script):
+    return load_script("bench_training")
 
 
 @pytest.mark.parametrize("mixer", ["mamba2", "transmamba"])

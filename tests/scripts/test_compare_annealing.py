@@ -1,18 +1,11 @@
 """The comparison of annealing, with hardly any training: it runs, and its columns are different trainings."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
-
-SCRIPT = Path(__file__).parents[2] / "scripts" / "compare_annealing.py"
 
 
 @pytest.mark.slow
-def test_a_row_for_each_setting_and_seed(capsys):
-    spec = importlib.util.spec_from_file_location("compare_annealing", SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+def test_a_row_for_each_setting_and_seed(load_script, capsys):
+    script = load_script("compare_annealing")
     assert script.main(["--seeds", "0", "--steps", "2", "--teacher-steps", "2"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     rows = [line.strip("| ").split(" | ") for line in lines[1:]]
