@@ -49,10 +49,8 @@ class batches_ahead:
                 raise batches
             yield [self._moved(batch) for batch in batches], state
 
-    def _moved(self, batch: dict[str, Tensor]) -> dict[str, Tensor | float]:
-        moved = {key: value.to(self._device, non_blocking=True) for key, value in batch.items()}
-        # Counted here, where it can be read: the fraction of tokens that another one of their document follows.
-        return moved | {"labelled": (batch["position_ids"][:, 1:] > 0).sum().item() / batch["position_ids"].numel()}
+    def _moved(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {key: value.to(self._device, non_blocking=True) for key, value in batch.items()}
 
     def _fill(self) -> None:
         for step in self._steps:

@@ -19,6 +19,7 @@ def linear_kl(
     mask=None,
     labels=None,
     ce_weight=1.0,
+    ce_over="labels",
     chunk_size=None,
     return_parts=False,
     backend="auto",
@@ -35,7 +36,7 @@ def linear_kl(
     (the generalised Jensen-Shannon divergence of Agarwal et al. 2023, arXiv 2306.13649, section 2). The factor T**2
     keeps the gradient's magnitude roughly the same for every temperature (Hinton et al. 2015, arXiv 1503.02531,
     section 2). The cross-entropy is -log softmax(student logits)[label], at temperature 1 and over the student's whole
-    vocabulary, averaged over the tokens whose label counts.
+    vocabulary, averaged over what `ce_over` says.
 
     Logits are a product in the autocast dtype, or else in the common dtype of hidden and weight; all that follows is in
     float32 (float64 if an input is float64), sums over chunks included.
@@ -59,6 +60,9 @@ def linear_kl(
         labels: integers over the leading dimensions, the next token's id or -100 where it does not count; None leaves
             the cross-entropy out. Another label outside 0 ... V_s - 1 makes the loss NaN.
         ce_weight: factor of the cross-entropy.
+        ce_over: what the cross-entropy is a mean over: "labels", the tokens whose label counts, or "tokens", all tokens
+            that count, as the divergence is. With "tokens" it is a sum over a number that does not depend on how many
+            labels count, so that gradients of micro-batches with as many tokens add up.
         chunk_size: tokens handled at a time; None takes as many as fit a fixed number of bytes.
         return_parts: also return the two terms, for a log.
         backend: "auto" | "triton" | "torch"; auto takes the Triton kernels on NVIDIA GPUs. They need D_s and D_t to be
@@ -70,11 +74,11 @@ def linear_kl(
         cross-entropy is zero without labels.
 
     Raises:
-        ValueError: a shape, divergence, beta, temperature, chunk_size or backend does not fit.
+        ValueError: a shape, divergence, beta, temperature, ce_over, chunk_size or backend does not fit.
         RuntimeError: in a backward pass with create_graph=True.
     """
     options = dict(divergence=divergence, beta=beta, temperature=temperature, mask=mask, labels=labels)
-    options.update(chunk_size=chunk_size)
+    options.update(ce_over=ce_over, chunk_size=chunk_size)
     tensors = (student_hidden, student_weight, teacher_hidden, teacher_weight)
     check_arguments(*tensors, **options)
     options.update(ce_weight=ce_weight)
@@ -97,6 +101,7 @@ def linear_kl(
         beta,
         temperature,
         ce_weight,
+        ce_over,
         chunk_size or 0,
         grad and student_hidden.requires_grad,
         grad and student_weight.requires_grad,

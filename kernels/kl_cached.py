@@ -29,6 +29,7 @@ def cached_kl(
     mask=None,
     labels=None,
     ce_weight=1.0,
+    ce_over="labels",
     chunk_size=None,
     return_parts=False,
 ):
@@ -64,6 +65,8 @@ def cached_kl(
         labels: integers over the leading dimensions, the next token's id or -100 where it does not count; None leaves
             the cross-entropy out. Another label outside 0 ... V - 1 makes the loss NaN.
         ce_weight: factor of the cross-entropy.
+        ce_over: what the cross-entropy is a mean over: "labels", the tokens whose label counts, or "tokens", all tokens
+            that count (see `linear_kl`).
         chunk_size: tokens handled at a time; None takes as many as fit a fixed number of bytes.
         return_parts: also return the two terms, for a log.
 
@@ -73,7 +76,7 @@ def cached_kl(
         cross-entropy is zero without labels.
 
     Raises:
-        ValueError: a shape, divergence, beta, temperature or chunk_size does not fit.
+        ValueError: a shape, divergence, beta, temperature, ce_over or chunk_size does not fit.
         RuntimeError: a second derivative is taken.
     """
     tokens = hidden.shape[:-1]
@@ -96,7 +99,7 @@ def cached_kl(
     for name, tensor in (("ids", ids), ("labels", labels)):
         if tensor is not None and (tensor.is_floating_point() or tensor.dtype == torch.bool):
             raise ValueError(f"{name}: expected integers, got {tensor.dtype}")
-    check_options(divergence, beta, temperature, chunk_size)
+    check_options(divergence, beta, temperature, ce_over, chunk_size)
     grad = torch.is_grad_enabled()
     loss, parts, *_ = _cached_kl(
         hidden.reshape(-1, hidden.shape[-1]),
@@ -111,6 +114,7 @@ def cached_kl(
         beta,
         temperature,
         ce_weight,
+        ce_over,
         chunk_size or max(1, CHUNK_BYTES // (4 * len(weight))),
         grad and hidden.requires_grad,
         grad and weight.requires_grad,
@@ -131,6 +135,7 @@ def cached_kl_forward(
     beta: float,
     temperature: float,
     ce_weight: float,
+    ce_over: str,
     chunk_size: int,
     hidden_grad: bool,
     weight_grad: bool,
@@ -143,12 +148,12 @@ def cached_kl_forward(
     total, ce = (hidden.new_zeros((), dtype=dtype) for _ in range(2))
     d_hidden = torch.zeros_like(hidden) if hidden_grad else hidden.new_empty(0)
     d_weight = torch.zeros_like(weight, dtype=dtype) if weight_grad else weight.new_empty(0, dtype=dtype)
-    count = total.new_tensor(len(hidden)) if mask is None else mask.sum().to(dtype)
+    count = total.new_full((), len(hidden)) if mask is None else mask.sum().to(dtype)
     count = count.clamp(min=1)
     if mask is not None and labels is not None:
         labels = labels.masked_fill(~mask, -100)
     if labels is not None:
-        ce_count = (labels != -100).sum().clamp(min=1).to(dtype)
+        ce_count = (labels != -100).sum().clamp(min=1).to(dtype) if ce_over == "labels" else count
         ce_share = ce_weight * count / (ce_count * temperature)  # in units of temperature / count, as d below
     matrix = weight.to(product_dtype)
     with torch.autocast(hidden.device.type, enabled=False):
@@ -239,13 +244,13 @@ def _save(ctx, inputs, output):
 
 def _backward(ctx, d_loss, *_):
     if d_loss is None:
-        return (None,) * 15
+        return (None,) * 16
     *kept, factor = ctx.saved_tensors
     grads = [
         _kept_gradient(d_loss, grad, factor, dtype) if wanted else None
         for grad, dtype, wanted in zip(kept, ctx.dtypes, ctx.wanted, strict=True)
     ]
-    return *grads, *[None] * 13
+    return *grads, *[None] * 14
 
 
 _kept_gradient = CustomOp(

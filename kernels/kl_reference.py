@@ -10,6 +10,7 @@ import torch
 
 CHUNK_BYTES = 64 * 2**20  # the float32 logits of one chunk and one model; up to four such matrices live at a time
 DIVERGENCES = ("forward", "reverse", "jsd")
+CE_OVER = ("labels", "tokens")
 IGNORED_LABEL = -100
 
 
@@ -25,6 +26,7 @@ def linear_kl(
     mask=None,
     labels=None,
     ce_weight=1.0,
+    ce_over="labels",
     chunk_size=None,
     return_parts=False,
 ):
@@ -39,6 +41,7 @@ def linear_kl(
         temperature=temperature,
         mask=mask,
         labels=labels,
+        ce_over=ce_over,
         chunk_size=chunk_size,
     )
     if chunk_size is None:
@@ -62,6 +65,7 @@ def linear_kl(
         beta,
         temperature,
         ce_weight,
+        ce_over,
         chunk_size,
         grad and student_hidden.requires_grad,
         grad and student_weight.requires_grad,
@@ -80,6 +84,7 @@ def check_arguments(
     temperature,
     mask,
     labels,
+    ce_over,
     chunk_size,
 ):
     """Raise ValueError, naming the argument, if a shape or a value does not fit."""
@@ -100,10 +105,10 @@ def check_arguments(
             raise ValueError(f"{name}: expected shape {tuple(tokens)}, got {tuple(tensor.shape)}")
     if labels is not None and (labels.is_floating_point() or labels.dtype == torch.bool):
         raise ValueError(f"labels: expected integers, got {labels.dtype}")
-    check_options(divergence, beta, temperature, chunk_size)
+    check_options(divergence, beta, temperature, ce_over, chunk_size)
 
 
-def check_options(divergence, beta, temperature, chunk_size):
+def check_options(divergence, beta, temperature, ce_over, chunk_size):
     """Raise ValueError, naming the argument, if a value does not fit."""
     if divergence not in DIVERGENCES:
         raise ValueError(f'divergence: expected "forward", "reverse" or "jsd", got {divergence!r}')
@@ -111,6 +116,8 @@ def check_options(divergence, beta, temperature, chunk_size):
         raise ValueError(f"beta: expected a number between 0 and 1, got {beta}")
     if not temperature > 0:
         raise ValueError(f"temperature: expected a positive number, got {temperature}")
+    if ce_over not in CE_OVER:
+        raise ValueError(f'ce_over: expected "labels" or "tokens", got {ce_over!r}')
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size: expected a positive integer, got {chunk_size}")
 
@@ -139,6 +146,7 @@ class _LinearKL(torch.autograd.Function):
         beta,
         temperature,
         ce_weight,
+        ce_over,
         chunk_size,
         hidden_grad,
         weight_grad,
@@ -152,7 +160,7 @@ class _LinearKL(torch.autograd.Function):
         d_weight = torch.zeros_like(s_weight, dtype=dtype) if weight_grad else None
         count = max(1, len(s_hidden))
         if labels is not None:
-            ce_count = (labels != IGNORED_LABEL).sum().clamp(min=1).to(dtype)
+            ce_count = (labels != IGNORED_LABEL).sum().clamp(min=1).to(dtype) if ce_over == "labels" else count
             ce_share = ce_weight * count / (ce_count * temperature)  # in units of temperature / count: see below
         s_dtype, t_dtype = common_dtype(s_hidden, s_weight), common_dtype(t_hidden, t_weight)
         s_hidden, s_weight = s_hidden.to(s_dtype), s_weight[:rows].to(s_dtype)
@@ -201,7 +209,7 @@ class _LinearKL(torch.autograd.Function):
             d_hidden = d_hidden * scale
         if d_weight is not None:
             d_weight = (d_weight * scale).to(ctx.weight_dtype)
-        return d_hidden, d_weight, *[None] * 10
+        return d_hidden, d_weight, *[None] * 11
 
 
 def _divergence(s_logits, t_logits, divergence, beta, temperature):

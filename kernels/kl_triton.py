@@ -388,25 +388,27 @@ def _count_kernel(
     ce_weight,
     MASK: tl.constexpr,
     LABELS: tl.constexpr,
+    CE_OVER: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """scalars: unit of the gradients in memory, cross-entropy's weight in it; 1 / tokens, 1 / labels that count."""
+    """scalars: unit of the gradients in memory, cross-entropy's weight in it; 1 / tokens, 1 / what CE_OVER counts."""
     token_acc = tl.zeros((BLOCK,), tl.int32)
-    label_acc = tl.zeros((BLOCK,), tl.int32)
+    ce_acc = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, tokens, BLOCK):
         at = start + tl.arange(0, BLOCK)
         kept = at < tokens
         if MASK:
             kept = kept & (tl.load(mask_ptr + at, kept, 0) != 0)
         token_acc += kept.to(tl.int32)
-        if LABELS:
-            label_acc += (tl.load(label_ptr + at, kept, IGNORED) != IGNORED).to(tl.int32)
+        if LABELS and CE_OVER == "labels":
+            kept = tl.load(label_ptr + at, kept, IGNORED) != IGNORED
+        ce_acc += kept.to(tl.int32)
     count = tl.maximum(tl.sum(token_acc, 0), 1).to(tl.float32)
-    labels = tl.maximum(tl.sum(label_acc, 0), 1).to(tl.float32)
+    ce_count = tl.maximum(tl.sum(ce_acc, 0), 1).to(tl.float32)
     tl.store(scalar_ptr, temperature / count)
-    tl.store(scalar_ptr + 1, ce_weight * count / (labels * temperature))
+    tl.store(scalar_ptr + 1, ce_weight * count / (ce_count * temperature))
     tl.store(scalar_ptr + 2, 1 / count)
-    tl.store(scalar_ptr + 3, 1 / labels)
+    tl.store(scalar_ptr + 3, 1 / ce_count)
 
 
 @triton.jit
@@ -454,7 +456,7 @@ def _finish_kernel(
 
 def _kl(
     run, s_hidden, s_weight, t_hidden, t_weight, mask, labels, s_dtype, t_dtype, divergence, beta, temperature,
-    ce_weight, chunk_size, hidden_grad, weight_grad,
+    ce_weight, ce_over, chunk_size, hidden_grad, weight_grad,
 ):  # fmt: skip
     tokens = len(s_hidden)
     shared = min(len(s_weight), len(t_weight))
@@ -476,7 +478,20 @@ def _kl(
     if labels is not None:
         labels = labels.contiguous()
     given = dict(MASK=mask is not None, LABELS=labels is not None)
-    run(_count_kernel, (1,), mask, labels, scalars, tokens, temperature, ce_weight, **given, BLOCK=4096, num_warps=16)
+    run(
+        _count_kernel,
+        (1,),
+        mask,
+        labels,
+        scalars,
+        tokens,
+        temperature,
+        ce_weight,
+        **given,
+        CE_OVER=ce_over,
+        BLOCK=4096,
+        num_warps=16,
+    )
 
     student = _Model(s_hidden, s_weight[:vocab], s_dtype, shared, config)
     teacher = _Model(t_hidden, t_weight[:shared], t_dtype, shared, config)
@@ -759,6 +774,7 @@ def linear_kl(
     beta: float,
     temperature: float,
     ce_weight: float,
+    ce_over: str,
     chunk_size: int,
     hidden_grad: bool,
     weight_grad: bool,
@@ -770,7 +786,7 @@ def linear_kl(
     """
     return launched(
         _kl, student_hidden, student_weight, teacher_hidden, teacher_weight, mask, labels, student_dtype, teacher_dtype,
-        divergence, beta, temperature, ce_weight, chunk_size, hidden_grad, weight_grad, record=False,
+        divergence, beta, temperature, ce_weight, ce_over, chunk_size, hidden_grad, weight_grad, record=False,
     )  # fmt: skip
 
 
@@ -797,7 +813,7 @@ def _backward(ctx, d_loss, *_):
         linear_kl_backward(d_loss, grad, dtype) if wanted else None
         for grad, dtype, wanted in zip(ctx.saved_tensors, ctx.dtypes, ctx.wanted, strict=True)
     ]
-    return *grads, *[None] * 13
+    return *grads, *[None] * 14
 
 
 linear_kl = CustomOp(linear_kl, _fake, save=_save, gradients=_backward)

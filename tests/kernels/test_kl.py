@@ -20,6 +20,7 @@ def naive(
     mask=None,
     labels=None,
     ce_weight=1.0,
+    ce_over="labels",
     return_parts=False,
 ):
     vocab = min(len(student_weight), len(teacher_weight))
@@ -36,7 +37,8 @@ def naive(
     ce = torch.zeros((), dtype=value.dtype)
     if labels is not None and (counts & (labels != -100)).any():
         logits = student_hidden @ student_weight.T
-        ce = torch.nn.functional.cross_entropy(logits[counts], labels[counts].long())
+        ce = torch.nn.functional.cross_entropy(logits[counts], labels[counts].long(), reduction="sum")
+        ce = ce / (counts & (labels != -100) if ce_over == "labels" else counts).sum()
     loss = value + ce_weight * ce
     return (loss, value, ce) if return_parts else loss
 
@@ -92,11 +94,12 @@ def test_values_and_gradients(chunk_size, temperature, vocabularies):
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("vocabularies", [(11, 11), (11, 9), (9, 13)])
 @pytest.mark.parametrize(("divergence", "beta"), [("forward", 0.5), ("reverse", 0.5), ("jsd", 0.5), ("jsd", 0.1)])
-def test_divergences_and_cross_entropy(divergence, beta, vocabularies, temperature, chunk_size):
+@pytest.mark.parametrize("ce_over", ["labels", "tokens"])
+def test_divergences_and_cross_entropy(ce_over, divergence, beta, vocabularies, temperature, chunk_size):
     options = dict(divergence=divergence, beta=beta, temperature=temperature, chunk_size=chunk_size)
     args = make((2, 5), *vocabularies)
     assert_equals_naive(args, **options)
-    options.update(labels=torch.arange(10).view(2, 5) % vocabularies[0], ce_weight=0.3)
+    options.update(labels=torch.arange(10).view(2, 5) % vocabularies[0], ce_weight=0.3, ce_over=ce_over)
     options["labels"][0, 1:3] = -100
     assert_equals_naive(args, **options)
     assert_equals_naive(args, **options, mask=torch.tensor([[1, 1, 0, 1, 1], [0, 0, 0, 1, 0]]))
@@ -107,16 +110,17 @@ def test_divergences_and_cross_entropy(divergence, beta, vocabularies, temperatu
     assert parts[0].requires_grad and not parts[1].requires_grad and not parts[2].requires_grad
 
 
-def test_labels_that_do_not_count():
+@pytest.mark.parametrize("ce_over", ["labels", "tokens"])
+def test_labels_that_do_not_count(ce_over):
     args = make()
     want = linear_kl(**args)
     ignored = torch.full((2, 5), -100)
-    loss, divergence, cross_entropy = linear_kl(**args, labels=ignored, return_parts=True)
+    loss, divergence, cross_entropy = linear_kl(**args, labels=ignored, ce_over=ce_over, return_parts=True)
     assert loss == divergence == want and cross_entropy == 0
     for g, w in zip(student_gradients(loss, args), student_gradients(want, args), strict=True):
         torch.testing.assert_close(g, w)
     for wrong in (-1, 11, 10**6):
-        assert linear_kl(**args, labels=ignored.clone().fill_(wrong)).isnan()
+        assert linear_kl(**args, labels=ignored.clone().fill_(wrong), ce_over=ce_over).isnan()
 
 
 def test_jsd_is_symmetric_and_bounded():
@@ -289,6 +293,7 @@ def test_weight_gradient_of_half_precision_is_summed_in_float32():
         (dict(labels=torch.zeros(2, 5)), r"^labels: expected integers, got torch.float32$"),
         (dict(divergence="kl"), r'^divergence: expected "forward", "reverse" or "jsd", got \'kl\'$'),
         (dict(divergence="jsd", beta=1.0), r"^beta: expected a number between 0 and 1, got 1.0$"),
+        (dict(ce_over="token"), r'^ce_over: expected "labels" or "tokens", got \'token\'$'),
         (dict(backend="cuda"), r'^backend: expected "auto", "triton" or "torch", got \'cuda\'$'),
         (dict(mask=torch.ones(5)), r"^mask: expected shape \(2, 5\), got \(5,\)$"),
         (dict(temperature=0.0), r"^temperature: expected a positive number, got 0.0$"),

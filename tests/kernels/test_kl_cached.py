@@ -69,16 +69,22 @@ def test_gradients_are_finite_differences(divergence):
 
 @pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-@pytest.mark.parametrize("labelled", [False, True])
-def test_with_all_tokens_it_is_linear_kl(divergence, dtype, tolerance, labelled):
+@pytest.mark.parametrize("ce_over", [None, "labels", "tokens"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_with_all_tokens_it_is_linear_kl(divergence, dtype, tolerance, ce_over, masked):
     student, teacher, _ = make(VOCAB, dtype=dtype, temperature=2.0)
     cached = truncated(teacher[0] @ teacher[1].T, VOCAB, 2.0)
     assert cached[2].isinf().all()
-    labels = torch.arange(10).view(2, 5) if labelled else None
-    options = dict(divergence=divergence, temperature=2.0, labels=labels, ce_weight=0.4)
+    options = dict(divergence=divergence, temperature=2.0, return_parts=True)
+    if ce_over:
+        labels = torch.arange(10).view(2, 5)
+        labels[0, 1:3] = -100
+        options.update(labels=labels, ce_weight=0.4, ce_over=ce_over)
+    if masked:
+        options["mask"] = torch.tensor([[1, 1, 0, 1, 1], [0, 0, 0, 1, 0]])
     got, want = cached_kl(*student, *cached, **options), linear_kl(*student, *teacher, **options, backend="torch")
     torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
-    for a, b in zip(gradients(got, student), gradients(want, student), strict=True):
+    for a, b in zip(gradients(got[0], student), gradients(want[0], student), strict=True):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
@@ -94,7 +100,8 @@ def test_it_rises_with_k_to_the_whole_divergence(divergence):
     assert values[0] < 0.9 * whole and values[-1] == pytest.approx(whole, rel=1e-9)
 
 
-def test_masked_tokens_count_for_nothing_and_may_be_nan():
+@pytest.mark.parametrize("ce_over", ["labels", "tokens"])
+def test_masked_tokens_count_for_nothing_and_may_be_nan(ce_over):
     student, _, cached = make(4)
     mask = torch.tensor([[1, 1, 0, 1, 0], [0, 1, 1, 1, 1]])
     labels = torch.arange(10).view(2, 5)
@@ -102,21 +109,21 @@ def test_masked_tokens_count_for_nothing_and_may_be_nan():
     want = naive(*student, *cached, counts=mask.bool())
     logits = student[0] @ student[1].T
     counts = mask.bool() & (labels != -100)
-    ce = torch.nn.functional.cross_entropy(logits[counts], labels[counts])
+    ce = torch.nn.functional.cross_entropy(logits[counts], labels[counts], reduction="sum")
+    ce = ce / (counts.sum() if ce_over == "labels" else mask.sum())
     expected = gradients(want + 0.5 * ce, student)
     hidden = student[0].detach().clone()
     hidden[mask == 0] = math.nan
     broken = (hidden.requires_grad_(), student[1])
     ids, logprobs, rest = (t.clone() for t in cached)
     logprobs[mask == 0], rest[mask == 0] = math.nan, math.nan
-    loss, value, got_ce = cached_kl(
-        *broken, ids, logprobs, rest, mask=mask, labels=labels, ce_weight=0.5, chunk_size=3, return_parts=True
-    )
+    options = dict(labels=labels, ce_weight=0.5, ce_over=ce_over, chunk_size=3, return_parts=True)
+    loss, value, got_ce = cached_kl(*broken, ids, logprobs, rest, mask=mask, **options)
     torch.testing.assert_close(value, want.detach())
     torch.testing.assert_close(got_ce, ce.detach())
     for a, b in zip(gradients(loss, broken), expected, strict=True):
         torch.testing.assert_close(a, b)
-    nothing = cached_kl(*broken, ids, logprobs, rest, mask=torch.zeros(2, 5))
+    nothing, *_ = cached_kl(*broken, ids, logprobs, rest, mask=torch.zeros(2, 5), **options)
     assert nothing == 0 and all(g.eq(0).all() for g in gradients(nothing, broken))
 
 
@@ -179,6 +186,21 @@ def test_it_compiles_as_one_graph():
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("masked", [False, True])
+def test_it_does_not_wait_for_the_device(masked):
+    student, _, cached = make(4, dtype=torch.float32)
+    student = [t.detach().cuda().requires_grad_() for t in student]
+    cached = [t.cuda() for t in cached]
+    mask = torch.ones(2, 5, dtype=torch.bool, device="cuda") if masked else None
+    labels = torch.arange(10, device="cuda").view(2, 5)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        cached_kl(*student, *cached, mask=mask, labels=labels, ce_over="tokens", return_parts=True)[0].backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_it_has_no_second_derivative():
     student, _, cached = make(4)
     (first, _) = torch.autograd.grad(cached_kl(*student, *cached), student, create_graph=True)
@@ -199,6 +221,7 @@ def test_it_has_no_second_derivative():
         (dict(divergence="kl"), "divergence: expected"),
         (dict(divergence="jsd", beta=1), "beta: expected"),
         (dict(temperature=0), "temperature: expected"),
+        (dict(ce_over="token"), 'ce_over: expected "labels" or "tokens"'),
         (dict(chunk_size=0), "chunk_size: expected"),
     ],
 )

@@ -102,7 +102,7 @@ def test_values_and_gradients(device, data):
         chunk_size=draw(None, 6, 8),
     )
     if draw(False, True):
-        options.update(labels=labels_for(args), ce_weight=draw(1.0, 0.2))
+        options.update(labels=labels_for(args), ce_weight=draw(1.0, 0.2), ce_over=draw("labels", "tokens"))
     if draw(False, True):
         mask = torch.arange(args["student_hidden"].shape[:-1].numel(), device=device) % 4 != draw(1, 2)
         options["mask"] = mask.to(draw(torch.bool, torch.int64, torch.float32)).view_as(args["student_hidden"][..., 0])
@@ -128,6 +128,20 @@ def test_logits_far_apart(device, dtype, divergence):
     check(args, gradients=gradients, divergence=divergence, labels=labels_for(args))
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("divergence", ["forward", "jsd"])
+def test_cross_entropy_over_tokens(device, divergence, masked):
+    args = make(device, (9,), (41, 33))
+    labels = labels_for(args)
+    labels[4] = -100
+    options = dict(labels=labels, ce_weight=0.3, ce_over="tokens", divergence=divergence, temperature=2.0)
+    if masked:
+        options["mask"] = torch.arange(9, device=device) % 4 != 1
+    check(args, **options)
+    labels.fill_(-100)
+    check(args, **options)
+
+
 def test_masked_tokens_may_hold_nan(device):
     args = make(device, (9,))
     mask = torch.arange(9, device=device) % 3 == 0
@@ -140,11 +154,13 @@ def test_masked_tokens_may_hold_nan(device):
     assert (d_hidden[~mask] == 0).all() and d_weight.isfinite().all()
 
 
+@pytest.mark.parametrize("ce_over", ["labels", "tokens"])
 @pytest.mark.parametrize("tokens", [(4,), (0,), (2, 0)])
-def test_no_token_counts(device, tokens):
+def test_no_token_counts(device, tokens, ce_over):
     args = make(device, tokens)
     mask = torch.zeros(tokens, device=device)
-    parts = linear_kl(**args, mask=mask, labels=labels_for(args), return_parts=True, backend="triton")
+    options = dict(mask=mask, labels=labels_for(args), ce_over=ce_over)
+    parts = linear_kl(**args, **options, return_parts=True, backend="triton")
     assert all(p == 0 for p in parts)
     for name, g in zip(NAMES, torch.autograd.grad(parts[0], [args[n] for n in NAMES[:2]]), strict=False):
         assert g.shape == args[name].shape and (g == 0).all()
@@ -242,7 +258,7 @@ def test_opcheck(device, labels):
     args = make(device, (2,))
     tensors = [*args.values(), None, labels_for(args) if labels else None]
     dtypes = torch.float32, torch.float32
-    rest = *dtypes, "forward", 0.5, 2.0, 1.0, 7, True, True
+    rest = *dtypes, "forward", 0.5, 2.0, 1.0, "tokens", 7, True, True
     torch.library.opcheck(kl_triton.linear_kl.op, (*tensors, *rest))
     mask = torch.ones(2, dtype=torch.bool, device=device)
     frozen = [t if t is None else t.detach() for t in tensors]
@@ -257,7 +273,7 @@ def test_compile_fullgraph(device):
     mask = torch.arange(5, device=device) % 3 > 0
 
     def f(hidden, weight, factor):
-        options = dict(mask=mask, labels=labels, return_parts=True, backend="triton")
+        options = dict(mask=mask, labels=labels, ce_over="tokens", return_parts=True, backend="triton")
         loss, divergence, _ = linear_kl(
             hidden * factor, weight, args["teacher_hidden"], args["teacher_weight"], **options
         )
@@ -340,9 +356,10 @@ class TestOnGPU:
     def test_deterministic_and_graphs(self, device):
         args = make(device, (2500,), (4096, 4096), (128, 128), torch.bfloat16)
         mask = torch.rand(2500, device=device) < 0.9
+        labels = labels_for(args)
 
         def run():
-            loss = linear_kl(**args, mask=mask, backend="triton")
+            loss = linear_kl(**args, mask=mask, labels=labels, ce_over="tokens", backend="triton")
             return loss.detach(), *torch.autograd.grad(loss, [args[n] for n in NAMES[:2]])
 
         want = run()
