@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..students import HybridForCausalLM
-from ..students.cache import document_index
-from ..students.modeling_transmamba import Documents
+from ..students.documents import Documents, document_index
 from ..teachers import AttentionView, attention_view
 from .objectives import attention_pairs
 

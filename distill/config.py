@@ -42,6 +42,10 @@ class RunConfig:
         "of the matrix products in training: fp32, bf16, or auto (bf16 where the hardware multiplies it)",
         choices=("auto", "fp32", "bf16"),
     )
+    compile: bool = setting(
+        True,
+        "whether on a GPU layers are compiled in training and, with one process, steps recorded as CUDA graphs",
+    )
     reuse: list[str] = field(
         default_factory=list,
         metadata={

@@ -4,20 +4,31 @@ All have one form of training state: every tensor whole, under the parameter's n
 them goes on under any other, and on another number of processes.
 """
 
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from ..students.mamba2 import StateSpace
+from .compiled import Recorded, compiled
 
 ADAM = ("exp_avg", "exp_avg_sq")  # what AdamW keeps for each parameter, besides its count of steps
 
 
 def make_engine(
-    objective: nn.Module, groups: list[dict], betas: list[float], clip: float, micros: int, accelerator: Accelerator
+    objective: nn.Module,
+    groups: list[dict],
+    betas: list[float],
+    clip: float,
+    micros: int,
+    accelerator: Accelerator,
+    compile: bool = False,
+    say: Callable[[str], None] = print,
 ) -> "Engine":
     """The engine for accelerate's kind of distribution.
 
@@ -26,10 +37,12 @@ def make_engine(
         groups: [{"name", "parameters": {name: parameter}, "lr", "weight_decay"}]: what is trained, by AdamW.
         clip: the largest norm of the gradient of all of them.
         micros: forward passes whose gradients make up a step.
+        compile: whether layers are compiled and, on one GPU, passes are recorded as CUDA graphs.
+        say: takes a line, where that turns out to be impossible.
     """
     kinds = {DistributedType.DEEPSPEED: DeepSpeedEngine, DistributedType.FSDP: FSDPEngine}
     kind = kinds.get(accelerator.distributed_type, Engine)
-    return kind(objective, groups, betas, clip, micros, accelerator)
+    return kind(objective, groups, betas, clip, micros, accelerator, compile, say)
 
 
 def cut_up(accelerator: Accelerator) -> tuple[str, ...]:
@@ -46,19 +59,39 @@ class Engine:
 
     shards = False  # whether parameters are elsewhere than in the modules that were given
 
-    def __init__(self, objective, groups, betas, clip, micros, accelerator):
-        self.accelerator, self.clip, self.micros = accelerator, clip, micros
+    def __init__(self, objective, groups, betas, clip, micros, accelerator, compile, say):
+        self.accelerator, self.clip, self.micros, self._say = accelerator, clip, micros, say
         self.parameters = {name: p for group in groups for name, p in group["parameters"].items()}
         names = {id(p): name for name, p in objective.named_parameters()}
         self._names = {name: names[id(p)] for name, p in self.parameters.items()}  # ours -> the objective's
+        self._compiled = ExitStack()
+        if compile and self._compiles():
+            self._compiled.enter_context(compiled(objective))
         self.module, self.optimizer = self._prepare(objective, _adamw(groups, betas))
+        self._recorded = None
+        if compile and self._records():
+            trained = list(self.parameters.values())
+            self._recorded = Recorded(self._pass, trained, micros > 1, objective.kind, say)
 
     def forward_backward(self, batch: dict[str, Tensor], last: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and figures of one micro-batch; its gradient is added. `last`: of those that make up a step."""
         with nullcontext() if last else self.accelerator.no_sync(self.module):
-            loss, figures = self.module(batch)
-            self.accelerator.backward(loss / self.micros)
-        return loss, figures
+            return (self._recorded or self._pass)(batch)
+
+    def _pass(self, batch):
+        loss, figures = self._forward(batch)
+        self.accelerator.backward(loss / self.micros)
+        # What keeps the graph of a pass alive ties parameters to the stream it ran on: no recording could follow.
+        return loss.detach(), {name: value.detach() for name, value in figures.items()}
+
+    def _forward(self, batch):
+        try:
+            return self.module(batch)
+        except (TorchDynamoException, GuardOnDataDependentSymNode) as error:
+            line = str(error).strip().splitlines()[0]
+            self._say(f"layers could not be compiled ({line}): they run as they are")
+            self._compiled.close()
+            return self.module(batch)
 
     def step(self, lr: float) -> tuple[Tensor, Tensor]:
         """An optimizer step with `lr` of every group's learning rate, left out where the gradient is not finite.
@@ -72,7 +105,8 @@ class Engine:
         skipped = ~torch.isfinite(norm)
         optimizer.found_inf = skipped.float()  # the fused kernel looks at it, and the host need not wait
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        # A graph that adds gradients up does so in the tensors it was recorded with.
+        optimizer.zero_grad(set_to_none=self._recorded is None or self.micros == 1)
         return norm, skipped
 
     def state(self) -> dict[str, Tensor] | None:
@@ -96,7 +130,15 @@ class Engine:
 
     def close(self) -> None:
         """Lets go of the objective and the optimizer's state."""
+        self._recorded = None
+        self._compiled.close()
         self.accelerator.free_memory()
+
+    def _compiles(self) -> bool:
+        return True
+
+    def _records(self) -> bool:
+        return self.accelerator.num_processes == 1 and self.accelerator.device.type == "cuda"
 
     def _prepare(self, objective, optimizer):
         return self.accelerator.prepare(objective, optimizer)
@@ -129,6 +171,9 @@ class FSDPEngine(Engine):
 
     shards = True
 
+    def _records(self):
+        return False
+
     def _prepare(self, objective, optimizer):
         # What is gathered together: a decoder layer, or, where they are trained alone, a mixer.
         layers = getattr(getattr(objective, "student", None), "_no_split_modules", None)
@@ -138,7 +183,7 @@ class FSDPEngine(Engine):
 
     def forward_backward(self, batch, last):
         self.module.set_requires_gradient_sync(last)
-        loss, figures = self.module(batch)
+        loss, figures = self._forward(batch)
         (loss / self.micros).backward()
         return loss, figures
 
@@ -169,6 +214,12 @@ class DeepSpeedEngine(Engine):
     """ZeRO: optimizer state (1), gradients (2) and parameters (3) are cut up between the processes."""
 
     shards = True
+
+    def _records(self):
+        return False
+
+    def _compiles(self):
+        return self.accelerator.state.deepspeed_plugin.zero_stage < 3  # which fetches parameters inside of layers
 
     def _prepare(self, objective, optimizer):
         plugin = self.accelerator.state.deepspeed_plugin
@@ -204,7 +255,7 @@ class DeepSpeedEngine(Engine):
             register_external_parameter(objective, objective.student.get_output_embeddings().weight)
 
     def forward_backward(self, batch, last):
-        loss, figures = self.module(batch)
+        loss, figures = self._forward(batch)
         self.module.set_gradient_accumulation_boundary(last)
         self.module.backward(loss)  # divides by the number of micro-batches
         return loss, figures

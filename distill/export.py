@@ -46,6 +46,7 @@ _TRAVELS = tuple(
         "modeling_transmamba",
         "mamba2",
         "cache",
+        "documents",
         "errors",
     )
 )

@@ -1,6 +1,9 @@
 """What the training stages minimise: modules whose `forward(batch)` gives a loss and named figures.
 
 The teacher is held beside the module, not in it: it is never wrapped, moved, optimised or saved with it.
+
+Of each, `compiled` asks which models take part, what of it can be compiled, and what besides a batch's shapes the work
+of a pass depends on.
 """
 
 import math
@@ -14,9 +17,9 @@ from transformers import PreTrainedModel
 
 from ..kernels.kl import linear_kl
 from ..students import HybridForCausalLM
-from ..students.cache import document_index
-from ..students.modeling_transmamba import Documents
+from ..students.documents import Documents, Spans, document_index, document_mask, flex_options
 from ..teachers import attention_view
+from .compiled import FLEX
 from .config import DistillConfig
 
 
@@ -37,21 +40,42 @@ class Alignment(nn.Module):
         layers = {layer: mixer for layer, mixer in enumerate(student.mixer_layers()) if mixer is not None}
         self.mixers = nn.ModuleDict({str(layer): mixer for layer, mixer in layers.items()})
         self.beside = (teacher, [view for view in attention_view(teacher) if view.layer in layers])
+        self.error = mixer_error
+
+    def models(self) -> list[PreTrainedModel]:
+        return [self.beside[0]]
+
+    def compilable(self) -> list[tuple[object, str]]:
+        """The mixers' errors, and parts of the teacher's layers: attention is looked into from between them."""
+        parts = (part for layer in self.beside[0].get_decoder().layers for part in layer.children())
+        return [(self, "error"), *((part, "forward") for part in parts)]
+
+    def kind(self) -> tuple:
+        return ()
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         teacher, views = self.beside
         pairs = attention_pairs(teacher, views, batch)
         seq_idx = document_index(batch["position_ids"])
-        documents = Documents(seq_idx)  # once for all mixers, as it waits for the device
+        fused = teacher.config._attn_implementation == FLEX
+        documents = None if fused else Documents(seq_idx)  # once for all mixers, as it waits for the device
+        spans = Spans(seq_idx) if fused else None
         figures = {}
         for view in views:
             inputs, output, position_embeddings = pairs[view.layer]
             mixer = self.mixers[str(view.layer)]
             for name, trans_point in _forms(mixer):
-                with _at(mixer, trans_point):
-                    found = mixer(inputs, position_embeddings, seq_idx=seq_idx, documents=documents)[0]
-                figures[f"{name}_{view.layer}"] = relative_error(found, output)
+                with _at(mixer, trans_point, spans):
+                    error = self.error(mixer, inputs, output, position_embeddings, seq_idx, documents)
+                figures[f"{name}_{view.layer}"] = error
         return sum(figures.values()) / len(views), figures
+
+
+def mixer_error(
+    mixer: nn.Module, inputs: Tensor, output: Tensor, position_embeddings, seq_idx: Tensor, documents: Documents
+) -> Tensor:
+    """The relative error of a mixer's output from attention's, (B, L, hidden) as the inputs."""
+    return relative_error(mixer(inputs, position_embeddings, seq_idx=seq_idx, documents=documents)[0], output)
 
 
 def _forms(mixer: nn.Module) -> tuple[tuple[str, int | float | None], ...]:
@@ -60,15 +84,19 @@ def _forms(mixer: nn.Module) -> tuple[tuple[str, int | float | None], ...]:
 
 
 @contextmanager
-def _at(mixer: nn.Module, trans_point: int | float | None) -> Iterator[None]:
+def _at(mixer: nn.Module, trans_point: int | float | None, spans: Spans | None) -> Iterator[None]:
     if trans_point is None:
         yield
         return
-    own, mixer.trans_point = mixer.trans_point, trans_point
+    own = mixer.trans_point
+    mixer.set_trans_point(trans_point)
+    if spans is not None:
+        spans.give(mixer)
     try:
         yield
     finally:
-        mixer.trans_point = own
+        mixer.set_trans_point(own)
+        mixer.span = None
 
 
 class Distillation(nn.Module):
@@ -90,10 +118,18 @@ class Distillation(nn.Module):
         self.beside = (teacher,)
         self.settings = settings
 
+    def models(self) -> list[PreTrainedModel]:
+        return [*self.beside, self.student]
+
+    def compilable(self) -> list[tuple[object, str]]:
+        return compilable_layers(*self.models())
+
+    def kind(self) -> tuple:
+        return trans_point_pattern(self.student)
+
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         (teacher,), settings = self.beside, self.settings
-        inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
-        inputs["output_hidden_states"] = settings.hidden_weight > 0
+        inputs = decoder_inputs(batch, *self.models()) | {"output_hidden_states": settings.hidden_weight > 0}
         with torch.no_grad():
             target = teacher.get_decoder()(**inputs)
         found = self.student.get_decoder()(**inputs)
@@ -112,34 +148,60 @@ class Distillation(nn.Module):
         return loss, figures | attention_share(self.student, batch)
 
 
+def decoder_inputs(batch: dict[str, Tensor], *models: PreTrainedModel) -> dict:
+    """What to call the decoders of these models with, on a batch of packed documents."""
+    inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
+    if any(model.config._attn_implementation != FLEX for model in models):
+        return inputs
+    inputs["kernel_options"] = flex_options(getattr(models[0].config, "head_dim", math.inf))
+    # One mask for all, unless some layers have another one.
+    windowed = ("sliding_window", "attention_chunk_size")
+    if not any(getattr(model.config, name, None) for model in models for name in windowed):
+        inputs["attention_mask"] = document_mask(document_index(batch["position_ids"]))
+    return inputs
+
+
+def compilable_layers(*models: PreTrainedModel) -> list[tuple[object, str]]:
+    """All layers of the models; of those that are computed again in the backward pass, their parts."""
+    found = []
+    for model in models:
+        for layer in model.get_decoder().layers:
+            again = model.training and getattr(layer, "gradient_checkpointing", False)
+            found += [(part, "forward") for part in (layer.children() if again else [layer])]
+    return found
+
+
+def trans_point_pattern(student: HybridForCausalLM) -> tuple:
+    """What the work of a pass depends on in TransPoints, which are numbers on the device: which layers have the same,
+    and which have but one form."""
+    points = student.trans_points
+    return tuple((points.index(point), point if point in (0, math.inf) else None) for point in points)
+
+
 def predictions_loss(
     divergence: Callable, settings: DistillConfig, batch: dict[str, Tensor]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """A divergence with the settings' options and cross-entropy, and its figures; `divergence` takes what `linear_kl`
     takes by keyword."""
-    labels, labelled = next_tokens(batch) if settings.ce_weight > 0 else (None, 0.0)
+    labels = next_tokens(batch) if settings.ce_weight > 0 else None
     loss, kl, ce = divergence(
         divergence=settings.divergence,
         beta=settings.beta,
         temperature=settings.temperature,
         labels=labels,
-        ce_weight=settings.ce_weight * labelled,
+        ce_weight=settings.ce_weight,
+        ce_over="tokens",
         return_parts=True,
     )
-    return loss, {"kl": kl} | ({"ce": ce * labelled} if labels is not None else {})
+    return loss, {"kl": kl} | ({"ce": ce} if labels is not None else {})
 
 
-def next_tokens(batch: dict[str, Tensor]) -> tuple[Tensor, float]:
-    """Labels (B, L): the next token of the same document, or -100; and the fraction of tokens that have one.
-
-    The fraction is read off `batch["labelled"]` if it is there (see `loader`), as the device would have to be waited
-    for.
-    """
+def next_tokens(batch: dict[str, Tensor]) -> Tensor:
+    """Labels (B, L): the next token of the same document, or -100."""
     ids, positions = batch["input_ids"], batch["position_ids"]
     labels = torch.full_like(ids, -100)
     labels[:, :-1] = ids[:, 1:].masked_fill(positions[:, 1:] == 0, -100)
-    labelled = batch.get("labelled")
-    return labels, (labels >= 0).float().mean().item() if labelled is None else labelled
+    return labels
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> Tensor:
@@ -153,29 +215,32 @@ def attention_share(student: HybridForCausalLM, batch: dict[str, Tensor]) -> dic
     """The figure `attention` of a TransMamba student: the fraction of tokens and layers that took it."""
     if "transmamba" not in student.config.mixers:
         return {}
-    points = torch.tensor(student.trans_points, device=batch["position_ids"].device)
-    return {"attention": (batch["position_ids"][..., None] < points).float().mean()}
+    points = student.trans_points
+    shares = [points.count(point) * (batch["position_ids"] < point).float().mean() for point in sorted(set(points))]
+    return {"attention": sum(shares) / len(points)}
 
 
 @torch.no_grad()
 def attention_pairs(teacher: PreTrainedModel, views: list, batch: dict[str, Tensor]) -> dict[int, tuple]:
     """Runs the teacher and takes down, for each view's layer: attention's input, its output, position embeddings.
 
-    In float32, as mixers are, whatever the teacher is in.
+    In float32, as mixers are, whatever the teacher is in; under autocast as they are, since products round them alike.
     """
     pairs = {}
+    autocast = torch.is_autocast_enabled(batch["input_ids"].device.type)
 
     def take(layer: int):
         def hook(module, args, kwargs, output):
             cos_sin = kwargs.get("position_embeddings")
             cos_sin = tuple(table.float() for table in cos_sin) if cos_sin is not None else None
-            pairs[layer] = (kwargs["hidden_states"].float(), output[0].float(), cos_sin)
+            taken = kwargs["hidden_states"], output[0]
+            pairs[layer] = (*(taken if autocast else (t.float() for t in taken)), cos_sin)
 
         return hook
 
     handles = [view.module.register_forward_hook(take(view.layer), with_kwargs=True) for view in views]
     try:
-        teacher.get_decoder()(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
+        teacher.get_decoder()(**decoder_inputs(batch, teacher))
     finally:
         for handle in handles:
             handle.remove()

@@ -408,6 +408,7 @@ def _trained(
             session.on_step,
             before_step,
             session.precision,
+            session.recipe.run.compile,
             log,
         )
     if isinstance(dataset, StreamedDataset) and dataset.documents.skipped:

@@ -36,7 +36,7 @@ from ..kernels.kl_reference import CHUNK_BYTES, _matmul
 from ..students import HybridForCausalLM
 from .config import CacheTeacherConfig, DistillConfig, Recipe
 from .data import PackedDataset, batch_indices, collate
-from .objectives import attention_share, predictions_loss
+from .objectives import attention_share, compilable_layers, decoder_inputs, predictions_loss, trans_point_pattern
 from .progress import Progress
 from .run import RunError, file_identity, read_json, sha256, write_json
 
@@ -130,10 +130,18 @@ class CachedDistillation(nn.Module):
         self.vocab_size = vocab_size
         self.beside = (head,)
 
+    def models(self) -> list[PreTrainedModel]:
+        return [self.student]
+
+    def compilable(self) -> list[tuple[object, str]]:
+        return compilable_layers(self.student)
+
+    def kind(self) -> tuple:
+        return trans_point_pattern(self.student)
+
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         (head,), settings = self.beside, self.settings
-        inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
-        hidden = self.student.get_decoder()(**inputs).last_hidden_state
+        hidden = self.student.get_decoder()(**decoder_inputs(batch, self.student)).last_hidden_state
         weight = self.student.get_output_embeddings().weight
         if head is not None:
             divergence = partial(linear_kl, hidden, weight, batch["teacher_hidden"], head)

@@ -70,6 +70,7 @@ def train(
     on_step: Callable[[int], None] | None = None,
     before_step: Callable[[int], None] | None = None,
     precision: str = "fp32",
+    compile: bool = False,
     log: Callable[[dict], None] | None = None,
 ) -> Trained:
     """Trains for `config.steps` steps, going on from the newest checkpoint in `folder` if there is one.
@@ -83,6 +84,7 @@ def train(
         before_step: called with the number of steps done before each step; what it does must depend on that alone, so
             that a resumed run is the same.
         precision: of the matrix products: fp32 or bf16 (parameters are in float32 in any case).
+        compile: see `make_engine`; on a GPU only.
         log: takes a line of figures; `folder.log` by default.
 
     Raises:
@@ -104,7 +106,12 @@ def train(
     load_parameters(state, parameters)
     groups = [{"weight_decay": config.weight_decay, **group} for group in groups]
     module = InPrecision(objective, precision, accelerator.device.type)
-    engine = make_engine(module, groups, config.betas, config.clip, share // micro, accelerator)
+    compile = compile and accelerator.device.type == "cuda"
+
+    def say(line: str) -> None:
+        console.print(f"{folder.stage}: {line}", highlight=False, markup=False, soft_wrap=True)
+
+    engine = make_engine(module, groups, config.betas, config.clip, share // micro, accelerator, compile, say)
     if step:
         engine.load_optimizer(state)
         load_generators(state, accelerator.process_index)
@@ -209,9 +216,11 @@ class InPrecision(nn.Module):
         self.objective = objective
         self.options = {"device_type": device_type, "dtype": torch.bfloat16, "enabled": precision == "bf16"}
 
-    @property
-    def student(self) -> nn.Module:
-        return self.objective.student
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("objective"), name)
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.autocast(**self.options):

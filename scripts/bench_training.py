@@ -10,6 +10,7 @@ reading text. A row is the median of several stretches of steps after warm-up. P
 """
 
 import argparse
+import gc
 import itertools
 import json
 import statistics
@@ -24,7 +25,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from transpoint.distill.config import Recipe
 from transpoint.distill.engine import make_engine
-from transpoint.distill.flops import peak_flops
 from transpoint.distill.groups import distill_groups, mixer_parameters, only_these_train
 from transpoint.distill.objectives import Alignment, Distillation
 from transpoint.distill.preflight import flops_per_token, gpu_name
@@ -70,6 +70,10 @@ def measure(options: argparse.Namespace, stage: str, batch: int, accelerator: Ac
     """Tokens a second over all processes, milliseconds of a step, bytes at the peak of one, share of the peak FLOPs."""
     device, length = accelerator.device, options.length
     on_gpu = device.type == "cuda"
+    if on_gpu:  # what a row before this one left behind is not this one's
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     torch.manual_seed(0)
     config = LlamaConfig(**SHAPES[options.shape], max_position_embeddings=length)
     teacher = AutoModelForCausalLM.from_config(config).to(device, torch.bfloat16 if on_gpu else None)
@@ -88,7 +92,7 @@ def measure(options: argparse.Namespace, stage: str, batch: int, accelerator: Ac
     only_these_train(objective, groups)
     flops = flops_per_token(stage, teacher, student, length)
     module = InPrecision(objective, "bf16" if on_gpu else "fp32", device.type)
-    engine = make_engine(module, groups, [0.9, 0.95], 1.0, 1, accelerator)
+    engine = make_engine(module, groups, [0.9, 0.95], 1.0, 1, accelerator, on_gpu and not options.eager)
     batches = [_batch(batch, length, config.vocab_size, seed, device) for seed in range(4)]
     turn = itertools.cycle(batches)
 
@@ -102,22 +106,43 @@ def measure(options: argparse.Namespace, stage: str, batch: int, accelerator: Ac
 
     first = run(1)
     run(options.warmup)
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
     median = statistics.median(run(options.steps) for _ in range(WINDOWS))
+    if options.profile and accelerator.is_main_process:
+        options.profile.mkdir(parents=True, exist_ok=True)
+        (options.profile / f"{options.mixer}-{stage}-{batch}.txt").write_text(profiled(lambda: run(3)))
     speed = batch * length * accelerator.num_processes / median
-    peak = peak_flops(gpu_name(device), torch.bfloat16) if on_gpu else None
+    rate = product_rate(device) if on_gpu else None
     record = {
         "stage": stage,
         "batch": batch,
         "tokens_per_second": speed,
         "step_ms": 1e3 * median,
         "first_step_s": first,
-        "memory": torch.cuda.max_memory_allocated() if on_gpu else None,
-        "mfu": flops * speed / (peak * accelerator.num_processes) if peak else None,
+        "allocated": torch.cuda.max_memory_allocated() if on_gpu else None,
+        "reserved": torch.cuda.max_memory_reserved() if on_gpu else None,
+        "mfu": flops * speed / (rate * accelerator.num_processes) if rate else None,
     }
     engine.close()
     return record
+
+
+def product_rate(device: torch.device) -> float:
+    """Operations a second of a product of two large bfloat16 matrices, measured: what a GPU can do at best."""
+    a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
+    seconds = []
+    for _ in range(8):
+        begun = _now(device)
+        for _ in range(5):
+            a @ b
+        seconds.append((_now(device) - begun) / 5)
+    return 2 * 8192**3 / statistics.median(seconds[3:])
+
+
+def profiled(run) -> str:
+    """The kernels that `run` spends its time in."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+    return profile.key_averages().table(sort_by="self_device_time_total", row_limit=40, max_name_column_width=90)
 
 
 def table(records: list[dict], options: argparse.Namespace, accelerator: Accelerator) -> list[str]:
@@ -127,20 +152,22 @@ def table(records: list[dict], options: argparse.Namespace, accelerator: Acceler
         f"{known['shape']}, {known['mixer']}, sequences of {known['length']:,}, "
         f"{known['processes']} x {known['device']}, torch {known['torch']}, transformers {known['transformers']}",
         "",
-        "| stage | sequences a process | tokens/s | step, ms | peak, GB | of the bf16 peak | first step, s |",
-        "|" + "---|" * 7,
+        "| stage | sequences a process | tokens/s | step, ms | allocated, GB | reserved, GB "
+        "| of the bf16 product rate | first step, s |",
+        "|" + "---|" * 8,
     ]
     for r in records:
-        memory, mfu = r["memory"], r["mfu"]
+        mfu = r["mfu"]
         cells = [r["stage"], str(r["batch"]), f"{r['tokens_per_second']:,.0f}", f"{r['step_ms']:.1f}"]
-        cells += ["-" if memory is None else f"{memory / 1e9:.1f}", "-" if mfu is None else f"{mfu:.1%}"]
+        cells += ["-" if r[name] is None else f"{r[name] / 1e9:.1f}" for name in ("allocated", "reserved")]
+        cells.append("-" if mfu is None else f"{mfu:.1%}")
         lines.append(f"| {' | '.join([*cells, format(r['first_step_s'], '.1f')])} |")
     return lines
 
 
 def facts(options: argparse.Namespace, accelerator: Accelerator) -> dict:
     """What the figures depend on."""
-    chosen = {name: getattr(options, name) for name in ("shape", "mixer", "length", "steps")}
+    chosen = {name: getattr(options, name) for name in ("shape", "mixer", "length", "steps", "eager")}
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     device = gpu_name(accelerator.device) or "CPU"
     return chosen | {"device": device, "processes": accelerator.num_processes} | versions
@@ -176,6 +203,8 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=5, help="in each of the stretches that are timed")
     parser.add_argument("--warmup", type=int, default=5)
     parser.add_argument("--json", type=Path, help="where to write the figures")
+    parser.add_argument("--eager", action="store_true", help="nothing compiled, no CUDA graphs")
+    parser.add_argument("--profile", type=Path, help="folder for what each row's time goes into")
     parser.add_argument("--quick", action="store_true", help="a tiny model, short sequences")
     options = parser.parse_args(arguments)
     if options.quick:

@@ -250,10 +250,3 @@ def by_row(*counts: list[int]) -> list[list[int]]:
     """Counts of tokens with as many entries each as there are rows; one entry stands for all rows."""
     rows = max(map(len, counts))
     return [entries * rows if len(entries) == 1 else entries for entries in counts]
-
-
-def document_index(position_ids: Tensor) -> Tensor:
-    """Document index (B,L) of packed sequences, from position ids (B,L) that restart at each document."""
-    new = torch.ones_like(position_ids, dtype=torch.bool)
-    new[:, 1:] = position_ids[:, 1:] != position_ids[:, :-1] + 1
-    return new.cumsum(dim=-1, dtype=torch.int32) - 1

@@ -8,14 +8,16 @@ checkpoints: it imports torch and transformers only.
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from .cache import HybridCache, document_index
+from .cache import HybridCache
 from .configuration_hybrid import MODEL_TYPE, HybridConfig
 from .configuration_transmamba import FIXED
+from .documents import Documents, Spans, document_index
 from .mamba2 import Mamba2Mixer
-from .modeling_transmamba import Documents, TransMambaMixer
+from .modeling_transmamba import TransMambaMixer
 
 # Keywords of `from_pretrained` that say where a checkpoint is and how to get at it.
 HUB = {"cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token"}
@@ -93,7 +95,7 @@ class HybridForCausalLM:
         points = self.config.set_trans_points(spec, warn)
         for kind, mixer, point in zip(self.config.mixers, self.mixer_layers(), points, strict=True):
             if kind == "transmamba":
-                mixer.trans_point = point
+                mixer.set_trans_point(point)
 
     def new_cache(self) -> HybridCache:
         """An empty cache for this model, to be passed as `past_key_values`."""
@@ -117,8 +119,11 @@ def _tell_mixers(decoder, args, kwargs):
         kwargs["use_cache"] = decoder.config.use_cache and not decoder.training
     if kwargs["use_cache"] and kwargs.get("past_key_values") is None:
         kwargs["past_key_values"] = HybridCache(decoder.config)
+    mixers = [layer.self_attn for layer in decoder.layers if isinstance(layer.self_attn, TransMambaMixer)]
+    for mixer in mixers:
+        mixer.span = None
     mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
-    if mask is not None:
+    if mask is not None and not isinstance(mask, BlockMask):
         if not (isinstance(mask, Tensor) and mask.ndim == 2):
             found = f"of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"that is a {type(mask).__name__}"
             raise ValueError(
@@ -128,10 +133,16 @@ def _tell_mixers(decoder, args, kwargs):
     elif kwargs.get("past_key_values") is None and positions is not None:
         # transformers reads packed documents off position ids under the same condition, for attention layers
         kwargs["seq_idx"] = document_index(positions)
-        if "transmamba" in decoder.config.mixers:
+        if mixers:
             inputs = [*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
             batch = next(len(tensor) for tensor in inputs if tensor is not None)
-            kwargs["documents"] = Documents(kwargs["seq_idx"].expand(batch, -1))
+            seq_idx = kwargs["seq_idx"].expand(batch, -1)
+            if decoder.config._attn_implementation == "flex_attention":
+                spans = Spans(seq_idx)
+                for mixer in mixers:
+                    spans.give(mixer)
+            else:
+                kwargs["documents"] = Documents(seq_idx)
     return args, kwargs
 
 

@@ -11,10 +11,10 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from .cache import TransPointLayer, by_row
-from .mamba2 import GATE_OPEN, PADDING_STEP, STEP_ONE, StateSpace, rotate, ssd_scan
+from .documents import Documents, Span, flex_options, take
+from .mamba2 import GATE_OPEN, PADDING_STEP, STEP_ONE, StateSpace, WidenedLinear, rotate, ssd_scan
 
 
 def memory_converter(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *, dt_bias: Tensor | None = None) -> Tensor:
@@ -41,86 +41,6 @@ def memory_converter(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *, dt_bias: Te
     """
     # Of the outputs, which nobody reads, one head of C is the fewest.
     return ssd_scan(x, dt, A, B, B[:, :, :1], dt_bias=dt_bias, return_final_state=True)[1]
-
-
-SHORTEST = 16  # tokens of a row of its own that a shorter document gets
-
-
-class Documents:
-    """Where the documents of packed sequences lie. Made once for all layers, as it has to wait for the device.
-
-    Attributes, of documents numbered through the batch:
-        count, longest: how many there are, and the tokens of the longest.
-        position: (B, L) each token's position in its document.
-    """
-
-    def __init__(self, seq_idx: Tensor):
-        """`seq_idx` (B, L): a document index, which changes where a new document starts."""
-        starts = torch.ones_like(seq_idx, dtype=torch.bool)
-        starts[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
-        column = torch.arange(seq_idx.shape[1], device=seq_idx.device)
-        self.position = column - torch.where(starts, column, 0).cummax(dim=1).values
-        # What follows is counted by the host, which has to know the shapes.
-        self._start = starts.flatten().nonzero().squeeze(1).cpu()
-        self._length = torch.diff(self._start, append=torch.tensor([seq_idx.numel()]))
-        self.count, self.longest = len(self._start), int(self._length.max())
-        self._prefixes: dict[int, tuple[list[tuple[int, int]], Tensor, Tensor]] = {}
-
-    def prefixes(self, length: int) -> tuple[list[tuple[int, int]], Tensor, Tensor]:
-        """How to lay out the first `length` tokens of each document in rows of their own, and back.
-
-        Rows are as wide as a power of two, or as `length`: documents of about one size lie together, so there are at
-        most about twice as many places as tokens.
-
-        Returns:
-            (rows, width) of each group, and two indices for `_take`. The first (sum of rows * width) are tokens among
-            all B*L; -1 - i is token i, which belongs to another document where one has ended. The second (B*L) are
-            places in the first; -1 - i is the last place of a prefix, for a token that comes after it.
-        """
-        if length not in self._prefixes:
-            held = self._length.clamp(max=length)
-            width = (2 ** held.double().log2().ceil().long()).clamp(min=SHORTEST).clamp(max=length)
-            groups, out, first, places = [], [], torch.empty_like(self._start), 0
-            for size in width.unique().tolist():
-                group = (width == size).nonzero().squeeze(1)
-                slot = torch.arange(size)
-                token = (self._start[group, None] + slot).clamp(max=self.position.numel() - 1)
-                out.append(torch.where(slot >= self._length[group, None], -1 - token, token).flatten())
-                first[group] = places + size * torch.arange(len(group))
-                groups.append((len(group), size))
-                places += len(group) * size
-            number = torch.arange(self.count).repeat_interleave(self._length)
-            position = torch.arange(self.position.numel()) - self._start[number]
-            last = held[number] - 1
-            place = first[number] + torch.minimum(position, last)
-            back = torch.where(position > last, -1 - place, place)
-            device = self.position.device
-            self._prefixes[length] = groups, torch.cat(out).to(device), back.to(device)
-        return self._prefixes[length]
-
-
-class _Take(torch.autograd.Function):
-    """x[index] whose gradient is taken, too, and not scattered, which costs more than the attention in between."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, index: Tensor, back: Tensor) -> Tensor:
-        ctx.save_for_backward(back)
-        return x.index_select(0, torch.where(index < 0, -1 - index, index))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient: Tensor):
-        (back,) = ctx.saved_tensors
-        taken = gradient.index_select(0, back.clamp(min=0))
-        return taken.masked_fill_((back < 0).view(-1, *[1] * (taken.ndim - 1)), 0), None, None
-
-
-def _take(x: Tensor, index: Tensor, back: Tensor) -> Tensor:
-    """Rows of x (n, ...) by the first of two indices of `Documents.prefixes`, where `back` is the other one.
-
-    A row that -1 - i stands for is row i, but gets no gradient: nobody may use what comes of it.
-    """
-    return _Take.apply(x, index, back)
 
 
 class TransMambaMixer(StateSpace):
@@ -161,6 +81,8 @@ class TransMambaMixer(StateSpace):
         P, H, K = self.head_dim, self.num_heads, self.num_kv_heads
         self.scale, self.window = float(attention.scaling), _window(attention)
         self.trans_point: int | float = math.inf
+        self.span: Span | None = None  # of the forward pass that comes, where `Spans` gave one
+        self.point: Tensor | None = None  # the TransPoint where spans read it
         hidden_size, channels = attention.q_proj.in_features, (2 * K + H) * P
 
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
@@ -172,7 +94,7 @@ class TransMambaMixer(StateSpace):
         # Without a convolution both forms read the same values and keys, and a cache holds them once.
         self.shared = not conv_kernel and rope and self.qk_norm == normed
 
-        self.dt_proj = nn.Linear(hidden_size, H, bias=False)
+        self.dt_proj = WidenedLinear(hidden_size, H, bias=False)
         self.dt_bias = nn.Parameter(torch.full((H,), STEP_ONE))
         self.A_log = nn.Parameter(torch.zeros(H))
         self.D = nn.Parameter(torch.zeros(H))
@@ -183,6 +105,12 @@ class TransMambaMixer(StateSpace):
         self.norm = nn.Module() if norm else None
         if norm:
             self.norm.weight = nn.Parameter(torch.ones(H * P))
+
+    def set_trans_point(self, trans_point: int | float) -> None:
+        """Chooses at which token of a document attention ends."""
+        self.trans_point = trans_point
+        if self.point is not None and trans_point < math.inf:
+            self.point.fill_(trans_point)  # whatever was recorded with it goes on from there
 
     @property
     def out(self) -> nn.Linear:
@@ -227,8 +155,11 @@ class TransMambaMixer(StateSpace):
             if memory is not None or padding_mask is not None:
                 raise ValueError("packed documents take neither a cache nor padding: leave out seq_idx, or the others")
             seq_idx = seq_idx.expand(batch, -1)
-            documents = documents or Documents(seq_idx)
-        if documents is not None and documents.count > batch:
+            if self.span is None:
+                documents = documents or Documents(seq_idx)
+        if seq_idx is not None and self.span is not None:
+            y = self._spanned(hidden_states, position_embeddings, seq_idx)
+        elif documents is not None and documents.count > batch:
             y = self._packed(hidden_states, position_embeddings, seq_idx, documents)
         else:
             y = self._rows(hidden_states, position_embeddings, memory, padding_mask)
@@ -312,21 +243,44 @@ class TransMambaMixer(StateSpace):
             # A row wider than its document reads on into the next one, which the causal mask keeps from its own tokens.
             groups, out, back = documents.prefixes(int(min(T, documents.longest)))
             sizes = [rows * width for rows, width in groups]
-            laid = (_take(t.flatten(0, 1), out, back).split(sizes) for t in (queries, keys, v))
+            laid = (take(t.flatten(0, 1), out, back).split(sizes) for t in (queries, keys, v))
             parts = [
                 self._attend(*(t.unflatten(0, group) for t in operands)).flatten(0, 1)
                 for group, operands in zip(groups, zip(*laid, strict=True), strict=True)
             ]
-            attended = _take(torch.cat(parts), back, out).view(batch, length, -1)
+            attended = take(torch.cat(parts), back, out).view(batch, length, -1)
         if T >= documents.longest:
             return attended
-        dt = self.dt_proj(hidden)
-        x, B, C = v, keys, queries
-        if not self.shared:
-            x, B, C, _ = self._inputs(q, k, v, position_embeddings, seq_idx=seq_idx)
-        read, _ = self._recur(x, dt, B, C * self.scale, None, False, False, seq_idx)
-        read = self._gate_and_norm(read.flatten(2), None if self.z_proj is None else self.z_proj(hidden))
+        read = self._read(hidden, (q, k, v), (queries, keys), position_embeddings, seq_idx)
         return read if attended is None else torch.where(documents.position.unsqueeze(-1) < T, attended, read)
+
+    def _spanned(self, hidden: Tensor, position_embeddings, seq_idx: Tensor) -> Tensor:
+        """What `_packed` computes, by the span."""
+        from torch.nn.attention.flex_attention import flex_attention
+
+        mask, point, position = self.span
+        q, k, v = self._project(hidden)
+        queries, keys = (self._place(t, norm, position_embeddings) for t, norm in ((q, self.q_norm), (k, self.k_norm)))
+        attended = None
+        if mask is not None:
+            operands = (t.to(v.dtype).transpose(1, 2) for t in (queries, keys, v))
+            options = flex_options(self.head_dim)
+            attended = flex_attention(
+                *operands, block_mask=mask, scale=self.scale, enable_gqa=True, kernel_options=options
+            )
+            attended = attended.transpose(1, 2).flatten(2)
+        if point is None:
+            return attended
+        read = self._read(hidden, (q, k, v), (queries, keys), position_embeddings, seq_idx)
+        return read if attended is None else torch.where(position.unsqueeze(-1) < point, attended, read)
+
+    def _read(self, hidden: Tensor, projected, placed, position_embeddings, seq_idx: Tensor) -> Tensor:
+        """What the heads read (B,L,H*P) from the state, over packed documents."""
+        x, B, C = projected[2], placed[1], placed[0]
+        if not self.shared:
+            x, B, C, _ = self._inputs(*projected, position_embeddings, seq_idx=seq_idx)
+        read, _ = self._recur(x, self.dt_proj(hidden), B, C * self.scale, None, False, False, seq_idx)
+        return self._gate_and_norm(read.flatten(2), None if self.z_proj is None else self.z_proj(hidden))
 
     def _project(self, hidden: Tensor) -> list[Tensor]:
         """Queries (B,L,H,P), keys and values (B,L,K,P), as they leave the projections."""

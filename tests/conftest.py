@@ -16,3 +16,10 @@ settings.load_profile("transpoint")
 def one_thread():
     """The tensors here are tiny: a second thread only adds waiting, milliseconds an operation on a busy machine."""
     torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))

@@ -8,7 +8,7 @@ import torch
 from transpoint.distill import calibrate as module
 from transpoint.distill.calibrate import HALF_LIVES, calibrate, set_half_life
 from transpoint.students import StudentConfig, build_student
-from transpoint.students.modeling_transmamba import Documents
+from transpoint.students.documents import Documents
 from transpoint.teachers.random import random_teacher
 
 GRID = tuple(2.0**i for i in range(-1, 7))

@@ -46,7 +46,7 @@ REFUSED = {
     "align={stepz: 4}": "unknown key 'align.stepz' (value 4); did you mean 'align.steps'?",
     "zzz=1": f"unknown key 'zzz' (value 1); expected one of {', '.join(SECTIONS)}",
     "run.qqqqqqqqqqqq=1": "unknown key 'run.qqqqqqqqqqqq' (value 1); "
-    "expected one of dir, seed, device, precision, reuse, trackers",
+    "expected one of dir, seed, device, precision, compile, reuse, trackers",
     "align.steps.x=3": "align.steps is {'x': 3}; expected a whole number",
     # the form of an override
     "align.steps": "'align.steps' is no override; expected key=value, as in align.steps=100",

@@ -1,14 +1,17 @@
 """Alignment and distillation against their definitions written out, and what they train."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 
 from transpoint.distill.config import DistillConfig
-from transpoint.distill.objectives import Alignment, Distillation, attention_pairs
+from transpoint.distill.objectives import Alignment, Distillation, attention_pairs, next_tokens, predictions_loss
+from transpoint.kernels.kl import linear_kl
+from transpoint.kernels.kl_cached import cached_kl
 from transpoint.students import StudentConfig, build_student
-from transpoint.students.cache import document_index
+from transpoint.students.documents import document_index
 from transpoint.teachers import attention_view
 from transpoint.teachers.random import random_teacher
 
@@ -210,6 +213,28 @@ def test_cross_entropy_and_hidden_states_are_added(batch):
     torch.testing.assert_close(loss.double(), kl + 0.3 * ce + 0.7 * hidden.double(), rtol=1e-4, atol=0)
     for name, value in (("kl", kl), ("ce", ce), ("hidden", hidden)):
         torch.testing.assert_close(figures[name].double(), value.double(), rtol=1e-4, atol=0)
+
+
+def test_cross_entropy_is_that_of_tokens_with_a_next_one_times_their_fraction():
+    ids = torch.arange(32).view(2, 16)
+    batch = {"input_ids": ids, "position_ids": torch.stack([torch.arange(16), torch.arange(16) % 2])}
+    labels = next_tokens(batch)
+    assert labels[0].tolist() == [*range(1, 16), -100]
+    assert labels[1].tolist() == [label for odd in range(17, 32, 2) for label in (odd, -100)]
+    fraction = 23 / 32
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight, other, head = (torch.randn(s, generator=generator) for s in [(2, 16, 8), (40, 8)] * 2)
+    logprobs, top = (other @ head.T).log_softmax(-1).topk(4, -1)
+    rest = (1 - logprobs.exp().sum(-1)).log()
+    for divergence in (
+        partial(linear_kl, hidden, weight, other, head),
+        partial(cached_kl, hidden, weight, top, logprobs, rest),
+    ):
+        _, kl, ce = divergence(labels=labels, return_parts=True)
+        loss, figures = predictions_loss(divergence, DistillConfig(ce_weight=0.3), batch)
+        torch.testing.assert_close(figures, {"kl": kl, "ce": ce * fraction})
+        torch.testing.assert_close(loss, kl + 0.3 * fraction * ce)
+        assert list(predictions_loss(divergence, DistillConfig(), batch)[1]) == ["kl"]
 
 
 @pytest.mark.parametrize("options", [{"divergence": "reverse"}, {"divergence": "jsd", "beta": 0.2}])

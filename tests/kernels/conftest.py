@@ -22,10 +22,3 @@ def forget_launches():
     from transpoint.kernels import launch
 
     launch.forget()
-
-
-def pytest_collection_modifyitems(items):
-    if not torch.cuda.is_available():
-        for item in items:
-            if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))

@@ -1,0 +1,203 @@
+"""Compiled layers and recorded passes: the same numbers as without them."""
+
+import copy
+import math
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch.nn.attention import flex_attention
+
+from transpoint.distill.compiled import SEEN, compiled
+from transpoint.distill.config import DistillConfig
+from transpoint.distill.engine import make_engine
+from transpoint.distill.groups import distill_groups, mixer_parameters, only_these_train
+from transpoint.distill.objectives import Alignment, Distillation
+from transpoint.distill.trainer import InPrecision
+from transpoint.students import StudentConfig, build_student
+from transpoint.teachers import load_teacher
+
+GPU = torch.cuda.is_available()
+SCHEDULE = [0, 8, 20, "inf"]
+
+
+@pytest.fixture
+def flex(monkeypatch):
+    """Lets flex_attention train on CPUs, where it is not to be used: here it is its numbers that count."""
+    if not GPU:
+        monkeypatch.setattr(flex_attention, "_validate_device", lambda *args: None)
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled_before():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+
+def make(family="llama", mixer="mamba2", seed=0, device="cpu"):
+    torch.manual_seed(seed)
+    teacher = load_teacher(f"random-{family}", "float32", device)[0].requires_grad_(False)
+    points = {"trans_points": SCHEDULE} if mixer == "transmamba" else {}
+    keep = "every:2" if mixer == "mamba2" else []
+    student = build_student(teacher, StudentConfig(mixer=mixer, keep_attention=keep, **points))
+    return teacher, student.float().to(device).train()
+
+
+def packed(rows=2, length=64, seed=0, device="cpu", vocabulary=256):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(vocabulary, (rows, length), generator=generator)
+    starts = torch.rand(rows, length, generator=generator) < 1 / 15
+    starts[:, 0] = True
+    column = torch.arange(length)
+    positions = column - torch.where(starts, column, 0).cummax(1).values
+    return {"input_ids": ids.to(device), "position_ids": positions.to(device)}
+
+
+def gradients(objective, batch):
+    objective.zero_grad()
+    loss, figures = objective(batch)
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in objective.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("mixer", ["mamba2", "transmamba"])
+@pytest.mark.parametrize("kind", ["align", "distill"])
+def test_compiled_is_as_before_and_leaves_nothing_behind(kind, mixer, flex):
+    """Layers that do the same are compiled once, whatever their TransPoints; afterwards all is as it was."""
+    teacher, student = make(mixer=mixer)
+    objective = Alignment(teacher, student) if kind == "align" else Distillation(teacher, student, DistillConfig())
+    before = [model.config._attn_implementation for model in (teacher, student)]
+    own = {name: set(vars(module)) for name, module in objective.named_modules()}
+    wanted, wanted_gradients = gradients(objective, packed())
+    with compiled(objective, backend="aot_eager"):
+        loss, found = gradients(objective, packed())
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        if mixer == "transmamba" and kind == "distill":
+            student.set_trans_points([0, 5, 31, "inf"], warn=False)
+            gradients(objective, packed(seed=1))
+            student.set_trans_points(SCHEDULE, warn=False)
+        gradients(objective, packed(seed=2))
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs <= 7
+        assert not torch._dynamo.utils.counters["graph_break"]
+    torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-7)
+    assert found.keys() == wanted_gradients.keys()
+    for name, gradient in wanted_gradients.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=2e-6, msg=name)
+    assert [model.config._attn_implementation for model in (teacher, student)] == before
+    assert {name: set(vars(module)) for name, module in objective.named_modules()} == own
+    again, _ = gradients(objective, packed())
+    assert torch.equal(again, wanted)
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
+def test_families_compile_with_their_own_masks(family, flex):
+    """Windows, biases, norms of queries and keys."""
+    teacher, student = make(family)
+    objective = Distillation(teacher, student, DistillConfig())
+    wanted, wanted_gradients = gradients(objective, packed())
+    with compiled(objective, backend="aot_eager"):
+        loss, found = gradients(objective, packed())
+    torch.testing.assert_close(loss, wanted, rtol=1e-4, atol=1e-6)
+    for name, gradient in wanted_gradients.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_layers_computed_again_in_the_backward_pass_are_compiled_in_parts(flex):
+    teacher, student = make()
+    objective = Distillation(teacher, student, DistillConfig())
+    wanted, wanted_gradients = gradients(objective, packed())
+    enable = getattr(student, "activation_checkpointing_enable", student.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
+    with compiled(objective, backend="aot_eager"):
+        loss, found = gradients(objective, packed())
+    torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-7)
+    for name, gradient in wanted_gradients.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=2e-6, msg=name)
+
+
+def test_what_cannot_be_compiled_runs_as_it_is(monkeypatch):
+    """Without flex_attention, packed documents are laid out by the host: the engine says so and goes on."""
+    teacher, student = make(mixer="transmamba")
+    for model in (teacher, student):
+        monkeypatch.setattr(type(model), "_supports_flex_attn", False)
+    settings = DistillConfig(teacher_lr=1e-3)
+    groups = distill_groups(student, settings)
+    said = []
+    objective = InPrecision(Distillation(teacher, student, settings), "fp32", "cpu")
+    wanted = objective(packed())[0]
+    engine = make_engine(objective, groups, [0.9, 0.95], 1.0, 1, Accelerator(cpu=True), compile=True, say=said.append)
+    for _ in range(2):
+        assert torch.equal(engine.forward_backward(packed(), last=True)[0], wanted)
+    assert len(said) == 1 and said[0].startswith("layers could not be compiled")
+    engine.close()
+
+
+def steps(device, mixer, stage, compile, micros=1, precision="fp32", count=SEEN + 4):
+    """Losses, norms and weights of a few optimizer steps of an engine; what it said."""
+    teacher, student = make(mixer=mixer, device=device)
+    settings = DistillConfig(teacher_lr=1e-3, lr=1e-3)
+    if stage == "align":
+        objective = Alignment(teacher, student)
+        groups = [{"name": "mixers", "parameters": mixer_parameters(student), "lr": 1e-3}]
+    else:
+        objective, groups = Distillation(teacher, student, settings), distill_groups(student, settings)
+    only_these_train(objective, groups)
+    groups = [{"weight_decay": 0.1, **group} for group in groups]
+    said, losses = [], []
+    module = InPrecision(objective, precision, device)
+    engine = make_engine(module, groups, [0.9, 0.95], 1.0, micros, Accelerator(), compile, said.append)
+    for step in range(count):
+        if mixer == "transmamba" and stage == "distill":  # a schedule that moves on, as annealing does
+            student.set_trans_points([0, 8 + step, 20 + step, "inf"], warn=False)
+        for micro in range(micros):
+            rows = 3 if step == count - 2 else 2  # one batch of another shape
+            batch = packed(rows=rows, length=128, seed=100 * step + micro, device=device)
+            loss, figures = engine.forward_backward(batch, last=micro == micros - 1)
+            losses.append(loss.item())
+            assert all(math.isfinite(value.item()) for value in figures.values())
+        losses.append(engine.step(1.0)[0].item())
+    weights = {name: copy.deepcopy(p.detach()) for group in groups for name, p in group["parameters"].items()}
+    recorded = engine._recorded is not None and len(engine._recorded._graphs)
+    engine.close()
+    return losses, weights, said, recorded
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("micros", [1, 2])
+@pytest.mark.parametrize("stage", ["align", "distill"])
+@pytest.mark.parametrize("mixer", ["mamba2", "transmamba"])
+def test_recorded_steps_are_as_those_launched_from_python(mixer, stage, micros):
+    losses, weights, said, recorded = steps("cuda", mixer, stage, True, micros)
+    assert not said and recorded == 1
+    wanted, wanted_weights, *_ = steps("cuda", mixer, stage, False, micros)
+    assert losses == pytest.approx(wanted, rel=2e-3)
+    for name, weight in wanted_weights.items():  # AdamW turns rounding in tiny gradients into steps
+        error = (weights[name] - weight).norm() / weight.norm().clamp(min=1e-3)
+        assert error < 2e-2, (name, error)
+
+
+@pytest.mark.gpu
+def test_recorded_steps_in_bfloat16_learn_as_others():
+    wanted, *_ = steps("cuda", "mamba2", "distill", False, precision="bf16", count=20)
+    losses, _, said, _ = steps("cuda", "mamba2", "distill", True, precision="bf16", count=20)
+    # Rounding is another one, and norms of tiny gradients mostly that: it is the losses that must fall alike.
+    assert not said and losses[::2] == pytest.approx(wanted[::2], rel=5e-2)
+
+
+@pytest.mark.gpu
+def test_a_step_that_waits_for_the_device_is_launched_from_python():
+    teacher, student = make(device="cuda")
+    objective = Distillation(teacher, student, DistillConfig(teacher_lr=1e-3))
+    forward = objective.forward
+    objective.forward = lambda batch: forward(batch) if batch["input_ids"].sum().item() else None
+    said = []
+    groups = distill_groups(student, DistillConfig(teacher_lr=1e-3))
+    module = InPrecision(objective, "fp32", "cuda")
+    engine = make_engine(module, groups, [0.9, 0.95], 1.0, 1, Accelerator(), True, said.append)
+    losses = []
+    for _ in range(SEEN + 3):
+        losses.append(engine.forward_backward(packed(device="cuda"), last=True)[0].item())
+        engine.step(0.0)
+    assert len(said) == 1 and "CUDA graph" in said[0]
+    assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-4)
+    engine.close()
