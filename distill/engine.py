@@ -219,7 +219,9 @@ class DeepSpeedEngine(Engine):
         return False
 
     def _compiles(self):
-        return self.accelerator.state.deepspeed_plugin.zero_stage < 3  # which fetches parameters inside of layers
+        # ZeRO 1 and 2 keep parameters in one flat buffer, where few are aligned to 16 bytes: what was compiled for the
+        # first layer of its kind takes that for granted of all. ZeRO 3 fetches parameters inside of layers.
+        return False
 
     def _prepare(self, objective, optimizer):
         plugin = self.accelerator.state.deepspeed_plugin

@@ -45,7 +45,7 @@ class Session:
     def __init__(self, recipe: Recipe, console: Console | None = None):
         self.recipe = recipe
         self.root = Path(recipe.run.dir)
-        self.accelerator = _accelerator(recipe)
+        self.accelerator = make_accelerator(recipe)
         self.precision = _precision(recipe, self.accelerator)
         self.console = console or Console(quiet=not self.accelerator.is_main_process)
         self.on_step: Callable[[int], None] | None = None
@@ -157,7 +157,8 @@ class Session:
         return quality
 
 
-def _accelerator(recipe: Recipe) -> Accelerator:
+def make_accelerator(recipe: Recipe) -> Accelerator:
+    """Accelerate's handle on the processes that were launched. Raises RunError where they cannot train together."""
     device = recipe.run.device
     on_gpu = torch.cuda.is_available() and device != "cpu"
     if device == "cuda" and not on_gpu:

@@ -28,6 +28,7 @@ from transpoint.distill.engine import make_engine
 from transpoint.distill.groups import distill_groups, mixer_parameters, only_these_train
 from transpoint.distill.objectives import Alignment, Distillation
 from transpoint.distill.preflight import flops_per_token, gpu_name
+from transpoint.distill.session import make_accelerator
 from transpoint.distill.trainer import InPrecision
 from transpoint.students import StudentConfig, build_student
 
@@ -50,7 +51,9 @@ SHAPES = {
 
 def main(arguments: list[str] | None = None) -> int:
     options = _options(arguments)
-    accelerator = Accelerator(mixed_precision="no")
+    recipe = Recipe()
+    recipe.student.mixer = options.mixer
+    accelerator = make_accelerator(recipe)
     records = []
     for batch in options.batch:
         for stage in options.stage:
