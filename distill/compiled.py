@@ -74,10 +74,13 @@ class Recorded:
             self._seen[kind] = self._seen.get(kind, 0) + 1
             if self._seen[kind] <= SEEN or len(self._graphs) == RECORDED:
                 return self._run(batch)
+            gradients = [parameter.grad for parameter in self._parameters]
             try:
                 self._graphs[kind] = self._record(batch)
             except RuntimeError as error:
                 self._seen[kind] = -(1 << 62)
+                for parameter, gradient in zip(self._parameters, gradients, strict=True):
+                    parameter.grad = gradient  # in place of memory that nothing was computed into
                 cause: BaseException = error  # of the end of the recording, which what went wrong comes before
                 while cause.__context__ is not None:
                     cause = cause.__context__

@@ -7,7 +7,7 @@ import torch
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..students import HybridForCausalLM
 from .config import Recipe, TrainConfig
@@ -28,6 +28,20 @@ def check_disk(folder: Path, groups: list[dict], student: HybridForCausalLM, con
             f"{kept} checkpoints and the student need {_size(needed)} of disk, {_size(free)} are free at {folder}: "
             "free some space, set run.dir to another disk, or lower keep_checkpoints"
         )
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, who: str) -> None:
+    """Raises RunError where the tokenizer has tokens that a model has no embedding or no prediction for.
+
+    Models may have more rows than there are tokens: vocabularies are padded, and differently.
+    """
+    token, last = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    for name, table in (("embeddings", model.get_input_embeddings()), ("output matrix", model.get_output_embeddings())):
+        if last >= (rows := len(table.weight)):
+            raise RunError(
+                f"the tokenizer has a token {token!r} of number {last:,}, the {who}'s {name} {rows:,} rows: they do "
+                f"not belong together; use the tokenizer that the {who} was trained with, or resize its embeddings"
+            )
 
 
 def checkpoint_bytes(groups: list[dict]) -> int:

@@ -24,6 +24,7 @@ from ..students import HybridForCausalLM
 from ..teachers import load_teacher
 from .config import Recipe
 from .data import Corpus, PackedDataset, tokenize_corpus
+from .preflight import check_vocabulary
 from .quality import HeldOut
 from .run import RunError, StageFolder, identity
 from .sources import source_identity
@@ -63,6 +64,7 @@ class Session:
         model, tokenizer = load_teacher(
             settings.source, settings.dtype, self.accelerator.device, settings.trust_remote_code
         )
+        check_vocabulary(tokenizer, model, "teacher")
         return model.requires_grad_(False), tokenizer
 
     @property

@@ -31,7 +31,7 @@ from .groups import distill_groups, mixer_parameters, only_these_train
 from .lora import attach, merge
 from .models import has_trans_points, load_model
 from .objectives import Alignment, Distillation
-from .preflight import check_disk, flops_per_token, gpu_name, what_will_run
+from .preflight import check_disk, check_vocabulary, flops_per_token, gpu_name, what_will_run
 from .quality import answer
 from .run import STAGES, STUDENT_STAGES, RunError, StageFolder, file_identity, identity, read_json, write_json
 from .schedules import (
@@ -377,6 +377,7 @@ def _trained(
     dataset = session.cached_targets if cached else session.train_data
     accelerator, gpu = session.accelerator, gpu_name(session.accelerator.device)
     only_these_train(student, groups)
+    check_vocabulary(session.tokenizer, student, "student")
     check_disk(session.root, groups, student, settings)
     processes = accelerator.num_processes, cut_up(accelerator)
     session.console.print(what_will_run(folder.stage, groups, student, teacher, session.recipe, *processes, gpu))

@@ -267,6 +267,17 @@ def test_from_and_until(tiny_copy, run_tiny, tmp_path):
 # Interrupted
 
 
+def test_the_same_recipe_in_another_folder_exports_the_same_bytes(tiny_run, run_tiny, tmp_path):
+    run_tiny(tmp_path / "again", until_stage="export")
+    first, second = (
+        {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        for folder in (tiny_run / "export" / "native", tmp_path / "again" / "export" / "native")
+    )
+    assert first.keys() == second.keys() and Path("model.safetensors") in first
+    differing = {str(name) for name in first if first[name] != second[name]}
+    assert differing <= {"README.md"}  # the card names what was measured, and the first run went on to evaluate
+
+
 @pytest.mark.slow
 def test_interrupted_in_every_training_and_resumed_equals_uninterrupted(tiny_run, tiny_copy, run_tiny):
     for stage in ("align", "distill", "export", "evaluate"):
@@ -390,6 +401,24 @@ def test_errors_of_data_and_teacher_come_in_one_line(tmp_path, monkeypatch):
         told = refused(DataError, run, f"data.{name}=[]")
         assert told == f"data.{name} is empty: list files, folders or hub:OWNER/NAME there"
     assert refused(DataError, run, f"data.heldout=[{tmp_path}]").startswith(f"folder {tmp_path} holds no file of a ")
+
+
+def test_a_tokenizer_that_is_not_the_teachers(tmp_path):
+    """Refused at once: on a GPU it would be an index out of range in the middle of training."""
+    teacher, tokenizer = random_teacher("random-llama")
+    rows = teacher.config.vocab_size
+    tokenizer.add_tokens(["<another>", "<one more>"])
+    for part in (teacher, tokenizer):
+        part.save_pretrained(tmp_path / "teacher")
+    told = refused(RunError, f"run.dir={tmp_path / 'run'}", f"teacher.source={tmp_path / 'teacher'}")
+    assert told == (
+        f"the tokenizer has a token '<one more>' of number {rows + 1:,}, the teacher's embeddings {rows:,} rows: they "
+        "do not belong together; use the tokenizer that the teacher was trained with, or resize its embeddings"
+    )
+    teacher.resize_token_embeddings(rows + 62)  # padded, as many are
+    teacher.save_pretrained(tmp_path / "teacher")
+    session = Session(load_recipe(TINY, [f"run.dir={tmp_path / 'run'}", f"teacher.source={tmp_path / 'teacher'}"]))
+    assert session.teacher.config.vocab_size == rows + 62
 
 
 def test_too_little_text(tmp_path):
