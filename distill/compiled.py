@@ -1,5 +1,6 @@
 """Training steps that leave Python out: layers compiled by torch.compile, and passes recorded as CUDA graphs."""
 
+import gc
 from collections.abc import Callable, Hashable
 from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
@@ -81,12 +82,15 @@ class Recorded:
                 self._seen[kind] = -(1 << 62)
                 for parameter, gradient in zip(self._parameters, gradients, strict=True):
                     parameter.grad = gradient  # in place of memory that nothing was computed into
-                cause: BaseException = error  # of the end of the recording, which what went wrong comes before
-                while cause.__context__ is not None:
-                    cause = cause.__context__
-                line = str(cause).strip().splitlines()[0]
+                # The end of a recording fails too, and hides what went wrong before.
+                cause = error.__context__ or error
+                line = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
                 self._say(f"a step could not be recorded as a CUDA graph ({line}): it is launched from Python")
-                return self._run(batch)
+                del cause
+        if kind not in self._graphs:  # out of the handler, whose traceback holds the memory of the recording
+            gc.collect()
+            torch.cuda.empty_cache()
+            return self._run(batch)
         recorded = self._graphs[kind]
         for name, tensor in batch.items():
             recorded.inputs[name].copy_(tensor)

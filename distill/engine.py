@@ -128,10 +128,14 @@ class Engine:
                 step = state[f"optimizer.step.{name}"].clone().to(parameter.device)
                 self.optimizer.optimizer.state[parameter] = {"step": step, **held}
 
-    def close(self) -> None:
-        """Lets go of the objective and the optimizer's state."""
+    def release(self) -> None:
+        """Lets go of what was compiled and recorded: layers are as they were."""
         self._recorded = None
         self._compiled.close()
+
+    def close(self) -> None:
+        """Lets go of the objective and the optimizer's state."""
+        self.release()
         self.accelerator.free_memory()
 
     def _compiles(self) -> bool:

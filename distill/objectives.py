@@ -153,7 +153,7 @@ def decoder_inputs(batch: dict[str, Tensor], *models: PreTrainedModel) -> dict:
     inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
     if any(model.config._attn_implementation != FLEX for model in models):
         return inputs
-    inputs["kernel_options"] = flex_options(getattr(models[0].config, "head_dim", math.inf))
+    inputs["kernel_options"] = flex_options(getattr(models[0].config, "head_dim", None) or math.inf)
     # One mask for all, unless some layers have another one.
     windowed = ("sliding_window", "attention_chunk_size")
     if not any(getattr(model.config, name, None) for model in models for name in windowed):
@@ -215,8 +215,13 @@ def attention_share(student: HybridForCausalLM, batch: dict[str, Tensor]) -> dic
     """The figure `attention` of a TransMamba student: the fraction of tokens and layers that took it."""
     if "transmamba" not in student.config.mixers:
         return {}
-    points = student.trans_points
-    shares = [points.count(point) * (batch["position_ids"] < point).float().mean() for point in sorted(set(points))]
+    points, mixers, device = student.trans_points, student.mixer_layers(), batch["position_ids"].device
+    shares = []
+    for point in sorted(set(points)):
+        # On the device it is a number that may change under a recorded pass; here it would be what it was then.
+        held = getattr(mixers[points.index(point)], "point", None)
+        current = held if held is not None and held.device == device and 0 < point < math.inf else point
+        shares.append(points.count(point) * (batch["position_ids"] < current).float().mean())
     return {"attention": sum(shares) / len(points)}
 
 

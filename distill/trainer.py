@@ -133,7 +133,8 @@ def train(
     left_out, in_a_row = (torch.full((), count, device=accelerator.device) for count in (told, 0))
 
     loader = batches_ahead(dataset, range(step, config.steps), config, seed, places, micro, accelerator.device)
-    with Progress(console, folder.stage, config.steps, step, tokens_per_step) as progress, _sigterm() as asked, loader:
+    shown = Progress(console, folder.stage, config.steps, step, tokens_per_step)
+    with _released(engine), shown as progress, _sigterm() as asked, loader:
         for batches, position in loader:
             sums: dict[str, Tensor] = {}
             if before_step:
@@ -228,6 +229,16 @@ class InPrecision(nn.Module):
 
 
 @contextmanager
+def _released(engine: Engine) -> Iterator[None]:
+    """Leaves layers as they were where training ends in an error."""
+    try:
+        yield
+    except BaseException:
+        engine.release()
+        raise
+
+
+@contextmanager
 def _sigterm() -> Iterator[threading.Event]:
     """An event that is set when SIGTERM arrives, in place of dying at once."""
     asked = threading.Event()
@@ -258,6 +269,7 @@ def _say(console: Console, stage: str, figures: dict) -> None:
 
 
 def _why_not_finite(engine: Engine, batches: list, stage: str, step: int, in_a_row: int, means: dict) -> str:
+    engine.release()  # for the memory that recordings hold, and attention that runs uncompiled
     where = first_nonfinite(engine.module, batches, engine.accelerator.num_processes == 1)
     return (
         f"{stage}: the gradient was not finite in {in_a_row} steps in a row, the last of them step {step} (loss "

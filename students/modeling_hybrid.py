@@ -123,7 +123,8 @@ def _tell_mixers(decoder, args, kwargs):
     for mixer in mixers:
         mixer.span = None
     mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
-    if mask is not None and not isinstance(mask, BlockMask):
+    packed = isinstance(mask, BlockMask) and positions is not None and kwargs.get("past_key_values") is None
+    if mask is not None and not packed:
         if not (isinstance(mask, Tensor) and mask.ndim == 2):
             found = f"of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"that is a {type(mask).__name__}"
             raise ValueError(

@@ -102,6 +102,31 @@ def test_families_compile_with_their_own_masks(family, flex):
         torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
 
 
+def test_the_share_of_attention_follows_a_schedule_that_moves_on(flex):
+    """As a recorded pass sees it: TransPoints are read where the device has them."""
+    teacher, student = make(mixer="transmamba")
+    objective, batch = Distillation(teacher, student, DistillConfig()), packed()
+    with compiled(objective, backend="aot_eager"):
+        objective(batch)
+        for points in ([0, 3, 5, "inf"], SCHEDULE):
+            student.set_trans_points(points, warn=False)
+            found = objective(batch)[1]["attention"]
+            wanted = [(batch["position_ids"] < float(point)).float().mean() for point in points]
+            torch.testing.assert_close(found, sum(wanted) / 4)
+            student.mixer_layers()[1].point.fill_(0)
+            moved = objective(batch)[1]["attention"]
+            torch.testing.assert_close(moved, (sum(wanted) - wanted[1]) / 4)
+
+
+def test_a_family_that_names_no_head_dim(flex):
+    teacher, student = make()
+    for model in (teacher, student):
+        model.config.head_dim = None
+    objective = Distillation(teacher, student, DistillConfig())
+    with compiled(objective, backend="aot_eager"):
+        assert objective(packed())[0].isfinite()
+
+
 def test_layers_computed_again_in_the_backward_pass_are_compiled_in_parts(flex):
     teacher, student = make()
     objective = Distillation(teacher, student, DistillConfig())
