@@ -16,11 +16,6 @@ def first_nonfinite(module: nn.Module, batches: list[dict[str, Tensor]], alone: 
         alone: whether there is one process. Others each see numbers of their own, but have to run the same passes as
             the rest; so they all run forward to the end, and gradients, which are sums over processes, are left out.
     """
-    with torch.compiler.set_stance("force_eager"):  # compiled layers would leave their submodules out
-        return _first(module, batches, alone)
-
-
-def _first(module: nn.Module, batches: list[dict[str, Tensor]], alone: bool) -> str:
     for name, parameter in module.named_parameters():
         if not _finite(parameter):
             return f"parameter {_public(name)}"

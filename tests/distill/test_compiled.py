@@ -60,6 +60,15 @@ def gradients(objective, batch):
     return loss.detach(), {name: p.grad.clone() for name, p in objective.named_parameters() if p.grad is not None}
 
 
+def assert_compiled_gives(objective, wanted, wanted_gradients, rtol, atol, gradient_atol):
+    """The loss and, by name, the gradients of the first batch, from compiled layers."""
+    with compiled(objective, backend="aot_eager"):
+        loss, found = gradients(objective, packed())
+    torch.testing.assert_close(loss, wanted, rtol=rtol, atol=atol)
+    for name, gradient in wanted_gradients.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=gradient_atol, msg=name)
+
+
 @pytest.mark.parametrize("mixer", ["mamba2", "transmamba"])
 @pytest.mark.parametrize("kind", ["align", "distill"])
 def test_compiled_is_as_before_and_leaves_nothing_behind(kind, mixer, flex):
@@ -94,12 +103,7 @@ def test_families_compile_with_their_own_masks(family, flex):
     """Windows, biases, norms of queries and keys."""
     teacher, student = make(family)
     objective = Distillation(teacher, student, DistillConfig())
-    wanted, wanted_gradients = gradients(objective, packed())
-    with compiled(objective, backend="aot_eager"):
-        loss, found = gradients(objective, packed())
-    torch.testing.assert_close(loss, wanted, rtol=1e-4, atol=1e-6)
-    for name, gradient in wanted_gradients.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+    assert_compiled_gives(objective, *gradients(objective, packed()), rtol=1e-4, atol=1e-6, gradient_atol=1e-5)
 
 
 def test_the_share_of_attention_follows_a_schedule_that_moves_on(flex):
@@ -133,11 +137,7 @@ def test_layers_computed_again_in_the_backward_pass_are_compiled_in_parts(flex):
     wanted, wanted_gradients = gradients(objective, packed())
     enable = getattr(student, "activation_checkpointing_enable", student.gradient_checkpointing_enable)
     enable({"use_reentrant": False})
-    with compiled(objective, backend="aot_eager"):
-        loss, found = gradients(objective, packed())
-    torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-7)
-    for name, gradient in wanted_gradients.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=2e-6, msg=name)
+    assert_compiled_gives(objective, wanted, wanted_gradients, rtol=1e-5, atol=1e-7, gradient_atol=2e-6)
 
 
 def test_what_cannot_be_compiled_runs_as_it_is(monkeypatch):
