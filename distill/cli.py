@@ -122,13 +122,14 @@ def status(options) -> None:
         folder = StageFolder(root, stage)
         reason, done = folder.why_not_reusable(needs[stage]), folder.done or {}
         quality, training = done.get("quality") or {}, done.get("training") or {}
+        left = training.get("left_out")  # their gradient was not finite
         if reason is not None and (other := finished_elsewhere(recipe, stage, needs[stage])) is not None:
             reason = f"taken over from {other.path.parent}"
         table.add_row(
             stage,
             "done" if reason is None else f"would run: {escape(reason)}",
             f"{quality['kl']:.4f}" if quality.get("kl") is not None else "",
-            f"{training['tokens']:,}" if training else "",
+            (f"{training['tokens']:,}" if training else "") + (f" ({left} steps left out)" if left else ""),
             done.get("finished", ""),
         )
     Console().print(table)
@@ -156,7 +157,7 @@ def export(options) -> None:
 def evaluate(options) -> None:
     from ..teachers import load_teacher
     from .config import Recipe, load_recipe
-    from .data import PackedDataset, tokenize_corpus
+    from .data import PackedDataset, check_tokens, tokenize_corpus
     from .models import load_model, load_tokenizer
     from .quality import HeldOut
     from .run import RunError
@@ -183,6 +184,8 @@ def evaluate(options) -> None:
         messages_field=data.messages_field,
         max_tokens=data.max_heldout_tokens,
     )
+    for one in (teacher, model) if teacher else (model,):
+        check_tokens(corpus.tokens, len(one.get_input_embeddings().weight), tokenizer, ", ".join(corpus.sources))
     dataset = PackedDataset(corpus, min(options.length or data.length, len(corpus.tokens)))
     held_out = HeldOut(dataset, options.sequences or recipe.evaluate.sequences, tokenizer, teacher)
     columns = ("model", "KL from teacher", "perplexity", "bits per byte", "same top token")

@@ -308,6 +308,20 @@ def encode(texts: list[str], tokenizer) -> list[list[int]]:
     return [[*ids, eos] if ids and eos is not None and ids[-1] != eos else ids for ids in encoded]
 
 
+def check_tokens(ids: list[int] | torch.Tensor, rows: int, tokenizer, where: str) -> None:
+    """Raises DataError if the tokens of the text at `where` hold one that a model of `rows` embeddings has none for.
+
+    Such are special tokens that a tokenizer was given and its model was not, for padding say.
+    """
+    last = int(np.asarray(ids).max(initial=0))
+    if last >= rows:
+        raise DataError(
+            f"{where}: the text holds the token {tokenizer.convert_ids_to_tokens(last)!r} of number {last:,}, the "
+            f"model's embeddings {rows:,} rows: take it out of the text, or of the chat template that puts it there, "
+            "or resize the model's embeddings"
+        )
+
+
 def _texts(items: list[Item], documents: Documents) -> Iterator[tuple[str, str, str]]:
     """(source, place, text) of each document; DataError for a source of which no row has the wanted fields."""
     for source, of_source in groupby(items, key=lambda item: item.source):

@@ -33,9 +33,13 @@ def check_disk(folder: Path, groups: list[dict], student: HybridForCausalLM, con
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, who: str) -> None:
     """Raises RunError where the tokenizer has tokens that a model has no embedding or no prediction for.
 
-    Models may have more rows than there are tokens: vocabularies are padded, and differently.
+    Models may have more rows than there are tokens: vocabularies are padded, and differently. A special token may be
+    beyond the rows, as one added for padding often is; text that holds it is refused by `data.check_tokens`. The
+    beginning and the end of text may not: documents are packed with them.
     """
-    token, last = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    special = set(tokenizer.all_special_ids) - {tokenizer.bos_token_id, tokenizer.eos_token_id}
+    used = ((token, number) for token, number in tokenizer.get_vocab().items() if number not in special)
+    token, last = max(used, key=lambda item: item[1])
     for name, table in (("embeddings", model.get_input_embeddings()), ("output matrix", model.get_output_embeddings())):
         if last >= (rows := len(table.weight)):
             raise RunError(

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .data import DataError, PackedDataset
+from .data import DataError, PackedDataset, check_tokens
 
 CHUNK = 512  # tokens whose logits are held at a time
 
@@ -88,12 +88,16 @@ class HeldOut:
 
 @torch.no_grad()
 def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int = 64) -> str:
-    """The model's greedy answer: to a chat question where the tokenizer has a template, else a continuation."""
+    """The model's greedy answer: to a chat question where the tokenizer has a template, else a continuation.
+
+    Raises DataError for a prompt with a token that the model has no embedding for.
+    """
     if tokenizer.chat_template:
         chat = [{"role": "user", "content": prompt}]
         inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     else:
         inputs = tokenizer(prompt, return_tensors="pt")
+    check_tokens(inputs["input_ids"], len(model.get_input_embeddings().weight), tokenizer, f"prompt {prompt!r}")
     inputs = {key: inputs[key].to(model.device) for key in ("input_ids", "attention_mask")}
     output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()

@@ -87,6 +87,7 @@ class Session:
             text_field=data.text_field,
             messages_field=data.messages_field,
             shuffle_buffer=data.shuffle_buffer,
+            rows=len(self.teacher.get_input_embeddings().weight),
         )
         self.say(f"train text: {dataset.summary()}")
         return dataset
@@ -127,6 +128,9 @@ class Session:
                 max_tokens=max_tokens,
                 cache=data.cache or self.root / "data",
             )
+        # Not while it is tokenised: in a cache that runs share it may come from a run of another teacher.
+        rows = len(self.teacher.get_input_embeddings().weight)
+        check_tokens(corpus.tokens, rows, self.tokenizer, ", ".join(corpus.sources))
         self.say(f"{name} text: {corpus.summary()}")
         return PackedDataset(corpus, data.length)
 

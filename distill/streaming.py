@@ -24,7 +24,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 import torch
 
-from .data import Documents, FieldCheck, encode
+from .data import Documents, FieldCheck, check_tokens, encode
 from .sources import DataError, HubDatasets, Item, Skip, place, read, resolve, shards, size
 
 logger = logging.getLogger(__name__)
@@ -39,12 +39,14 @@ class StreamedDataset:
 
     An item is {"input_ids": (length,) int64, "position_ids": (length,) int64}, consecutive `length` tokens of a lane;
     positions restart at 0 with each document and each window. Documents and the rows they come from are as in
-    `data.tokenize_corpus`. `shuffle_buffer`: documents of a lane that are held and shuffled together.
+    `data.tokenize_corpus`. `shuffle_buffer`: documents of a lane that are held and shuffled together. `rows`: of the
+    model's embeddings, beyond which there may be no token.
 
     Batches are quick to get one after another, and from a position that `load_state_dict` was given; for any other the
     text is read from its beginning.
 
-    Raises DataError (`batch` and `spread` too) for sources that are missing or unreadable, or too few documents.
+    Raises DataError (`batch` and `spread` too) for sources that are missing or unreadable, for too few documents, and
+    for a token beyond `rows`.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class StreamedDataset:
         text_field: str = "text",
         messages_field: str = "messages",
         shuffle_buffer: int = 1000,
+        rows: int | None = None,
     ):
         if not sources:
             raise DataError("no sources of text: list files, folders or hub:OWNER/NAME under data.train")
@@ -63,6 +66,7 @@ class StreamedDataset:
             raise DataError(f"data.length is {length}, data.shuffle_buffer {shuffle_buffer}: give positive numbers")
         self.tokens_per_item = length
         self.shuffle_buffer = shuffle_buffer
+        self.rows = rows
         self.documents = Documents(tokenizer, text_field, messages_field)
         self._hub = HubDatasets()
         self._items = [resolve(source) for source in sources]
@@ -146,11 +150,13 @@ class StreamedDataset:
 
     def _take(self, lanes: list["_Lane"]) -> list[dict[str, torch.Tensor]]:
         """The next window of each lane. What they lack is tokenised in one call: a tokenizer uses all cores on it."""
-        length = self.tokens_per_item
+        length, names = self.tokens_per_item, ", ".join(source.name for source in self._sources)
         while short := [lane for lane in lanes if lane.ready < length]:
             drawn = [(lane, *entry) for lane in short for entry in lane.draw(AHEAD * CHARACTERS * length)]
             encoded = encode([text for *_, text in drawn], self.documents.tokenizer)
             for (lane, at, _), ids in zip(drawn, encoded, strict=True):
+                if self.rows is not None:
+                    check_tokens(ids, self.rows, self.documents.tokenizer, names)
                 lane.put(at, ids)
         return [lane.take(length) for lane in lanes]
 

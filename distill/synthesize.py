@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import Recipe
+from .data import check_tokens
 from .progress import Progress
 from .run import RunError, file_identity, read_json, sha256, write_json
 from .sources import DataError, place, read, resolve, source_identity
@@ -59,7 +60,7 @@ def synthesize(
 
     Raises:
         RunError: the folder holds other text, or the disk is full: what was sampled stays, and the same call goes on.
-        DataError: there is no usable prompt.
+        DataError: there is no usable prompt, or one with a token that the teacher has no embedding for.
     """
     settings = recipe.synthesize
     folder = Path(settings.out or Path(recipe.run.dir) / "synthetic")
@@ -114,7 +115,8 @@ class _Sampler:
         ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
         if tokenizer.eos_token_id is not None:
             ends = sorted({*ends, tokenizer.eos_token_id})
-        self.ends, self.pad = ends, tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0]
+        self.ends = ends
+        self.pad = 0  # any will do, unattended and cut off; the tokenizer's own may lack an embedding
 
     def __enter__(self) -> "_Sampler":
         settings = self.recipe.synthesize
@@ -169,6 +171,9 @@ class _Sampler:
         """The new tokens of each prompt, without the one that ends it."""
         if not prompts:
             return []
+        rows = len(self.teacher.get_input_embeddings().weight)
+        for prompt in prompts:
+            check_tokens(prompt.ids, rows, self.tokenizer, prompt.source)
         width = max(len(prompt.ids) for prompt in prompts)
         ids = torch.tensor([[self.pad] * (width - len(prompt.ids)) + prompt.ids for prompt in prompts])
         attended = torch.tensor([[0] * (width - len(prompt.ids)) + [1] * len(prompt.ids) for prompt in prompts])

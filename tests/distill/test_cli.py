@@ -1,11 +1,13 @@
 """The command line: what each command prints, exit codes, and errors that are one line."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 import transpoint.distill.export
 import transpoint.distill.stages
@@ -256,6 +258,14 @@ def test_status(tiny_copy, say):
         assert row[3] == ("5,120" if row[0] in ("align", "distill") else "") and row[4] == record["finished"]
 
 
+def test_status_says_how_many_steps_were_left_out(tiny_copy, say):
+    record = read_json(tiny_copy / "align" / "done.json")
+    record["training"]["left_out"] = 3
+    (tiny_copy / "align" / "done.json").write_text(json.dumps(record))
+    rows = [line for line in say("status", tiny_copy)[1].splitlines() if "left out" in line]
+    assert [row.split("│")[1].strip() for row in rows] == ["align"] and " 5,120 (3 steps left out) " in rows[0]
+
+
 def test_status_says_what_would_run_and_why(tiny_copy, say):
     recipe = tiny_copy / "recipe.yaml"
     recipe.write_text(recipe.read_text().replace("distill:\n  steps: 20", "distill:\n  steps: 99"))
@@ -295,6 +305,15 @@ def test_eval_measures_as_the_run_did(tiny_run, say):
     code, out, _ = say("eval", tiny_run)  # a run's latest student, and no teacher
     (row,) = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if line.startswith("│")]
     assert code == 0 and row[1:] == ["", f"{quality['perplexity']:.2f}", f"{quality['bits_per_byte']:.4f}", ""]
+
+
+def test_eval_refuses_text_with_a_token_that_the_model_lacks(tiny_copy, say, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_copy / "distill" / "student")
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.save_pretrained(tiny_copy / "distill" / "student")
+    text = tmp_path / "text.txt"
+    text.write_text("some words <pad> and more")
+    assert complaint(say("eval", tiny_copy, "--text", text)).startswith(f"{text}: the text holds the token '<pad>' of ")
 
 
 def test_generate_answers_as_evaluate_did(tiny_run, say):

@@ -13,10 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from forked import ROOT, run_all
-from run_files import metrics
+from run_files import metrics, student
+from transpoint.distill.checkpoint import find_checkpoint
 
 SMALL = (
     "run.precision=fp32",
@@ -37,6 +39,43 @@ def assert_same(folder, alone):
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():  # Adam's first steps are of the size lr whatever the gradient's rounding
         torch.testing.assert_close(found[name], tensor, atol=1e-3, rtol=0)
+
+
+def launch(engine, arguments):
+    """As a person does."""
+    command = [Path(sys.executable).with_name("accelerate"), "launch", "--main_process_port", "0"]
+    command += ["--config_file", f"configs/accelerate/{engine}.yaml", "-m", "transpoint.distill", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def at_checkpoints(launches, do):
+    """`do(process)` for each of {run folder: process} as soon as it has a checkpoint."""
+    deadline, waiting = time.monotonic() + 300, dict(launches)
+    while waiting and time.monotonic() < deadline:
+        for folder, process in list(waiting.items()):
+            if list(folder.glob("*/checkpoints/step-*")):
+                do(waiting.pop(folder))
+            else:
+                assert process.poll() is None, process.communicate()[0].decode()[-4000:]
+        time.sleep(0.002)
+
+
+def workers(process):
+    """The processes that a launch started, by rank; each has a process group of its own."""
+    found = {}
+    for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+        for variable in Path(f"/proc/{child}/environ").read_text().split("\0"):
+            if variable.startswith("RANK="):
+                found[int(variable.removeprefix("RANK="))] = int(child)
+    return found
+
+
+def kill_all(process):
+    """A launch and what it started."""
+    if process.poll() is None:
+        for pid in (*workers(process).values(), process.pid):
+            os.kill(pid, signal.SIGKILL)
 
 
 @pytest.fixture(scope="session")
@@ -87,17 +126,39 @@ def test_interrupted_in_one_process_and_resumed_by_two(engine, runs):
 
 def test_launched_as_a_person_does_killed_and_resumed_by_one_process(runs, run_tiny, tmp_path):
     folder = tmp_path / "run"
-    command = [Path(sys.executable).with_name("accelerate"), "launch", "--config_file", "configs/accelerate/zero2.yaml"]
-    command += ["--main_process_port", "0", "-m", "transpoint.distill", "configs/tiny.yaml", f"run.dir={folder}"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "start_new_session": True}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([*command, *SMALL, "--until", "distill"], cwd=ROOT, env=environment, **pipes)
-    deadline = time.monotonic() + 300
-    while not list(folder.glob("align/checkpoints/step-*")) and time.monotonic() < deadline:
-        assert process.poll() is None, process.communicate()[0].decode()[-4000:]
-        time.sleep(0.002)
-    os.killpg(process.pid, signal.SIGKILL)
+    process = launch("zero2", ["configs/tiny.yaml", f"run.dir={folder}", *SMALL, "--until", "distill"])
+    at_checkpoints({folder: process}, kill_all)
     process.communicate()
+    assert not (folder / "distill" / "done.json").exists()
     output = run_tiny(folder, *SMALL, until_stage="distill")
     assert "align: going on from step" in output or "align: done before" in output
     assert_same(folder, runs["alone"][0])
+
+
+def test_a_process_that_dies_ends_the_others_and_the_same_command_goes_on(tmp_path):
+    """Killed for want of memory, say, whichever it is."""
+    arguments = ["configs/tiny.yaml", "run.precision=fp32", "align.steps=40", "align.checkpoint_every=2"]
+    arguments += ["--until", "align"]
+    folders = [tmp_path / "first", tmp_path / "second", tmp_path / "whole"]
+    launches = {folder: launch("ddp", [*arguments, f"run.dir={folder}"]) for folder in folders[:2]}
+    ranks = {process: rank for rank, process in enumerate(launches.values())}
+    steps = []
+    try:
+        at_checkpoints(launches, lambda process: os.kill(workers(process)[ranks[process]], signal.SIGKILL))
+        for folder, process in launches.items():
+            output = process.communicate(timeout=60)[0].decode()
+            assert process.returncode != 0 and "Signal 9 (SIGKILL) received" in output
+            steps.append(find_checkpoint(folder / "align" / "checkpoints", set(), Accelerator(cpu=True))[0])
+            newest = max((folder / "align" / "checkpoints").glob("step-*")).name
+            assert newest == f"step-{steps[-1]:08d}" and not (folder / "align" / "done.json").exists()
+    finally:
+        for process in launches.values():
+            kill_all(process)
+    jobs = [
+        {"engine": "ddp", "arguments": ["run", *arguments, f"run.dir={folder}"], "log": f"{folder}.log"}
+        for folder in folders
+    ]
+    outputs = run_all(jobs)
+    for folder, step, output in zip(folders, steps, outputs, strict=False):
+        assert f"align: going on from step {step}\n" in output
+        assert student(folder, "align") == student(folders[2], "align")

@@ -1,17 +1,23 @@
 """What a stage says before it trains, and what it refuses for want of space."""
 
+import json
 import shutil
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from transpoint.distill.config import Recipe
+from transpoint.distill.config import Recipe, load_recipe
 from transpoint.distill.groups import distill_groups
-from transpoint.distill.preflight import check_disk, checkpoint_bytes, what_will_run
+from transpoint.distill.preflight import check_disk, check_vocabulary, checkpoint_bytes, what_will_run
 from transpoint.distill.run import RunError
+from transpoint.distill.session import Session
+from transpoint.distill.sources import DataError
 from transpoint.students import StudentConfig, build_student
 from transpoint.teachers.random import random_teacher
+
+TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -78,3 +84,73 @@ def test_a_disk_too_small_is_told_before_training(models, tmp_path, monkeypatch)
         check_disk(tmp_path, groups, student, config)
     told = str(caught.value)
     assert told.startswith("2 checkpoints and the student need ") and f"are free at {tmp_path}: free some space" in told
+
+
+# Tokens beyond the model's embeddings
+
+
+@pytest.mark.parametrize(
+    "added, refused",
+    [
+        ({"pad_token": "<pad>"}, None),
+        ({"pad_token": "<pad>", "additional_special_tokens": ["<tool>"]}, None),
+        ({"eos_token": "<end>"}, "<end>"),
+        ({"eos_token": "<end>", "pad_token": "<end>"}, "<end>"),
+        ({"bos_token": "<begin>", "pad_token": "<pad>"}, "<begin>"),
+        (["<word>"], "<word>"),
+    ],
+)
+def test_special_tokens_that_no_text_needs_may_lack_an_embedding(models, added, refused):
+    (teacher, _), (_, tokenizer) = models, random_teacher("random-llama")
+    rows = teacher.config.vocab_size
+    (tokenizer.add_special_tokens if isinstance(added, dict) else tokenizer.add_tokens)(added)
+    assert len(tokenizer) > rows
+    if refused is None:
+        return check_vocabulary(tokenizer, teacher, "teacher")
+    with pytest.raises(RunError) as caught:
+        check_vocabulary(tokenizer, teacher, "teacher")
+    assert str(caught.value) == (
+        f"the tokenizer has a token {refused!r} of number {rows}, the teacher's embeddings {rows} rows: they do not "
+        "belong together; use the tokenizer that the teacher was trained with, or resize its embeddings"
+    )
+
+
+@pytest.fixture
+def padded(tmp_path):
+    """Folders of a teacher whose tokenizer was given a token for padding and which was not, and of one which was."""
+    teacher, tokenizer = random_teacher("random-llama")
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    folders = tmp_path / "teacher", tmp_path / "resized"
+    for folder in folders:
+        teacher.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        teacher.resize_token_embeddings(len(tokenizer))
+    return folders
+
+
+def test_a_teacher_that_lacks_the_padding_token_is_trained_from(padded, run_tiny, tmp_path):
+    few = [f"{stage}.steps=2" for stage in ("align", "distill")]
+    output = run_tiny(tmp_path / "run", f"teacher.source={padded[0]}", *few, until_stage="distill")
+    assert "distill: held-out KL" in output
+
+
+@pytest.mark.parametrize("streaming", ["true", "false"])
+def test_text_that_holds_it_is_refused(padded, tmp_path, streaming):
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": f"words {i} " * 20 + "<pad>" * (i == 7)}) + "\n" for i in range(9)))
+
+    def read(teacher):
+        options = [f"data.train=[{text}]", f"data.streaming={streaming}", f"data.cache={tmp_path / 'cache'}"]
+        options += ["data.max_train_tokens=null"]
+        session = Session(load_recipe(TINY, [f"run.dir={tmp_path / 'run'}", f"teacher.source={teacher}", *options]))
+        return session, session.train_data.spread(99)
+
+    session, items = read(padded[1])
+    rows = session.teacher.config.vocab_size - 1
+    assert any(rows in item["input_ids"] for item in items)
+    with pytest.raises(DataError) as caught:  # though what the other has tokenised is in the cache
+        read(padded[0])
+    assert str(caught.value) == (
+        f"{text}: the text holds the token '<pad>' of number {rows}, the model's embeddings {rows} rows: take it out "
+        "of the text, or of the chat template that puts it there, or resize the model's embeddings"
+    )

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from transpoint.distill import quality
-from transpoint.distill.data import Corpus, PackedDataset
+from transpoint.distill.data import Corpus, DataError, PackedDataset
 from transpoint.distill.quality import HeldOut, answer
 from transpoint.students import StudentConfig, build_student
 from transpoint.teachers.random import random_teacher
@@ -187,3 +187,13 @@ def test_answers_are_greedy_and_do_not_repeat_the_question(chat, student, tokeni
     expected = tokenizer.decode(ids[0, len(tokenizer(text)["input_ids"]) :], skip_special_tokens=True).strip()
     assert answer(student, tokenizer, prompt, 12) == expected
     assert len(ids[0]) > len(tokenizer(text)["input_ids"])
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_a_prompt_with_a_token_that_the_model_lacks_is_named(chat, student, tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    if not chat:
+        tokenizer.chat_template = None
+    with pytest.raises(DataError, match="^prompt 'What<pad>[?]': the text holds the token '<pad>' of number 259"):
+        answer(student, tokenizer, "What<pad>?")

@@ -159,6 +159,25 @@ def test_settings_of_generation_that_came_with_the_teacher_do_not(folder):
     assert session.teacher.generation_config.to_dict() == own
 
 
+def test_a_padding_token_that_the_teacher_lacks(folder):
+    """It is not what prompts of other lengths are padded with, and a prompt may not hold it."""
+    teacher, tokenizer = random_teacher("random-llama")
+    texts = [{"text": "a"}, {"text": "some words"}, {"text": "a rather longer beginning"}]
+
+    def sampled(name, prompts):
+        path = folder.parent / name
+        for part in (teacher, tokenizer):
+            part.save_pretrained(f"{path}-teacher")
+        found, _ = sample(path, jsonl(path.with_suffix(".jsonl"), *prompts), f"teacher.source={path}-teacher")
+        return [row["text"] for row in found]
+
+    found = sampled("before", texts)
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    assert sampled("after", texts) == found
+    with pytest.raises(DataError, match="^p.jsonl line 2: the text holds the token '<pad>' of number 259"):
+        sampled("p", [{"text": "a"}, {"text": "b <pad> c"}])
+
+
 # The same again
 
 
