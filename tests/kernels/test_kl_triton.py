@@ -33,7 +33,8 @@ def small_tiles(monkeypatch):
 def assert_near(got, want, tolerance, name=""):
     assert got.shape == want.shape, name
     distance = torch.linalg.vector_norm(got.double() - want)
-    scale = torch.linalg.vector_norm(want) + 1e-4 * want.numel() ** 0.5
+    # What is added is what rounding comes to, in float32, in sums of numbers near 1 that cancel.
+    scale = torch.linalg.vector_norm(want) + 1e-3 * want.numel() ** 0.5
     assert distance <= tolerance * scale, f"{name}: relative error {distance / scale:.1e}"  # also false for NaN
 
 
