@@ -48,10 +48,10 @@ class Recorded:
     A graph is the GPU's work alone: the host does nothing in between.
 
     Args:
-        run: takes a batch, returns its loss and figures, and leaves gradients.
+        run: takes a batch, returns its loss and figures, and adds to gradients.
         parameters: those that get gradients.
-        adds: whether gradients are added to those there are: these must then stay in place, and be zeroed there.
-            Otherwise they are overwritten, which saves both.
+        adds: whether there may be gradients already. Otherwise those of a graph stay where it leaves them, until it is
+            replayed.
         kind: whatever else the work depends on.
         say: takes one line, where recording turns out to be impossible; `run` goes on as it is then.
     """
@@ -69,19 +69,20 @@ class Recorded:
         self._graphs: dict[Hashable, _Graph] = {}
         self._pool = None
 
+    def __len__(self) -> int:
+        """How many kinds of batch are recorded."""
+        return len(self._graphs)
+
     def __call__(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         kind = (self._kind(), *((name, tensor.shape, tensor.dtype) for name, tensor in batch.items()))
         if kind not in self._graphs:
             self._seen[kind] = self._seen.get(kind, 0) + 1
             if self._seen[kind] <= SEEN or len(self._graphs) == RECORDED:
                 return self._run(batch)
-            gradients = [parameter.grad for parameter in self._parameters]
             try:
                 self._graphs[kind] = self._record(batch)
             except RuntimeError as error:
                 self._seen[kind] = -(1 << 62)
-                for parameter, gradient in zip(self._parameters, gradients, strict=True):
-                    parameter.grad = gradient  # in place of memory that nothing was computed into
                 # The end of a recording fails too, and hides what went wrong before.
                 cause = error.__context__ or error
                 line = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
@@ -95,20 +96,32 @@ class Recorded:
         for name, tensor in batch.items():
             recorded.inputs[name].copy_(tensor)
         recorded.graph.replay()
-        if not self._adds:
-            for parameter, gradient in zip(self._parameters, recorded.gradients, strict=True):
-                parameter.grad = gradient
+        pairs = [(p, g) for p, g in zip(self._parameters, recorded.gradients, strict=True) if g is not None]
+        if there := [(parameter.grad, gradient) for parameter, gradient in pairs if parameter.grad is not None]:
+            torch._foreach_add_(*map(list, zip(*there, strict=True)))
+        for parameter, gradient in pairs:
+            if parameter.grad is None:
+                parameter.grad = gradient.clone() if self._adds else gradient
         return recorded.outputs
 
     def _record(self, batch: dict[str, Tensor]) -> "_Graph":
         inputs = {name: tensor.clone() for name, tensor in batch.items()}
-        graph = torch.cuda.CUDAGraph()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        before = [parameter.grad for parameter in self._parameters]
         torch.cuda.empty_cache()  # the graph has memory of its own, and what ran before it left as much behind
-        # Other threads make batches ready meanwhile, in pinned memory.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            loss, figures = self._run(inputs)
+        try:
+            for parameter in self._parameters:
+                parameter.grad = None  # so that the graph makes its own
+            # Other threads make batches ready meanwhile, in pinned memory.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                loss, figures = self._run(inputs)
+            gradients = [parameter.grad for parameter in self._parameters]
+        finally:  # nothing was computed yet
+            torch.cuda.set_stream(stream)  # a recording that fails leaves its own
+            for parameter, gradient in zip(self._parameters, before, strict=True):
+                parameter.grad = gradient
         self._pool = graph.pool()
-        return _Graph(graph, inputs, (loss, figures), [parameter.grad for parameter in self._parameters])
+        return _Graph(graph, inputs, (loss, figures), gradients)
 
 
 class _Graph(NamedTuple):

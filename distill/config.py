@@ -44,7 +44,8 @@ class RunConfig:
     )
     compile: bool = setting(
         True,
-        "whether on a GPU layers are compiled in training and, with one process, steps recorded as CUDA graphs",
+        "whether on a GPU layers are compiled in training, and passes recorded as CUDA graphs where each process has "
+        "a whole copy of the student",
     )
     reuse: list[str] = field(
         default_factory=list,

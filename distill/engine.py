@@ -1,23 +1,26 @@
-"""How an optimizer step runs on the processes there are: one, DDP, DeepSpeed ZeRO 1 to 3, or FSDP2, as accelerate says.
+"""How an optimizer step runs on the processes there are: one, several with a whole copy each, DeepSpeed ZeRO 1 to 3, or
+FSDP2, as accelerate says.
 
 All have one form of training state: every tensor whole, under the parameter's name. So a run that was saved by one of
 them goes on under any other, and on another number of processes.
 """
 
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
-from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from ..students.mamba2 import StateSpace
 from .compiled import Recorded, compiled
 
 ADAM = ("exp_avg", "exp_avg_sq")  # what AdamW keeps for each parameter, besides its count of steps
+UNCOMPILABLE = (TorchDynamoException, FailOnRecompileLimitHit, GuardOnDataDependentSymNode)
+BUCKET = 1 << 26  # numbers that go from process to process at a time
 
 
 def make_engine(
@@ -37,7 +40,8 @@ def make_engine(
         groups: [{"name", "parameters": {name: parameter}, "lr", "weight_decay"}]: what is trained, by AdamW.
         clip: the largest norm of the gradient of all of them.
         micros: forward passes whose gradients make up a step.
-        compile: whether layers are compiled and, on one GPU, passes are recorded as CUDA graphs.
+        compile: whether layers are compiled and, where each process has a whole copy on a GPU, passes are recorded as
+            CUDA graphs.
         say: takes a line, where that turns out to be impossible.
     """
     kinds = {DistributedType.DEEPSPEED: DeepSpeedEngine, DistributedType.FSDP: FSDPEngine}
@@ -55,7 +59,11 @@ def cut_up(accelerator: Accelerator) -> tuple[str, ...]:
 
 
 class Engine:
-    """One process, or several with a whole copy of everything each (DDP)."""
+    """One process, or several with a whole copy of everything each, which average their gradients before a step.
+
+    Not by DistributedDataParallel, which sends gradients while others are still computed, but whose passes cannot be
+    recorded as CUDA graphs: docs/results/training.md has both.
+    """
 
     shards = False  # whether parameters are elsewhere than in the modules that were given
 
@@ -64,34 +72,50 @@ class Engine:
         self.parameters = {name: p for group in groups for name, p in group["parameters"].items()}
         names = {id(p): name for name, p in objective.named_parameters()}
         self._names = {name: names[id(p)] for name, p in self.parameters.items()}  # ours -> the objective's
+        self._passes = 0  # since the last step
         self._compiled = ExitStack()
         if compile and self._compiles():
             self._compiled.enter_context(compiled(objective))
         self.module, self.optimizer = self._prepare(objective, _adamw(groups, betas))
         self._recorded = None
-        if compile and self._records():
+        if compile and self._records(objective):
             trained = list(self.parameters.values())
             self._recorded = Recorded(self._pass, trained, micros > 1, objective.kind, say)
 
     def forward_backward(self, batch: dict[str, Tensor], last: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and figures of one micro-batch; its gradient is added. `last`: of those that make up a step."""
-        with nullcontext() if last else self.accelerator.no_sync(self.module):
-            return (self._recorded or self._pass)(batch)
+        """Loss and figures of one micro-batch; its gradient is added. `last`: of those that make up a step.
+
+        Where a pass fails for being compiled, or for the memory of recorded ones, it runs again without. Gradients that
+        were there before it cannot be told from its own: the step is left out then, as one that is not finite.
+        """
+        try:
+            found = (self._pass if self._recorded is None else self._recorded)(batch)
+        except UNCOMPILABLE as error:
+            line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            self._say(f"layers could not be compiled ({line}): they run as they are")
+            self.release()
+            found = None
+        except torch.OutOfMemoryError:
+            if not self._recorded:
+                raise
+            self._say("the memory of recorded steps is needed: they are launched from Python")
+            self._recorded = found = None
+        if found is None:  # out of the handlers, whose tracebacks hold the memory of the pass
+            torch.cuda.empty_cache()
+            for parameter in self._trained():
+                parameter.grad = None
+            found = self._pass(batch)
+            if self._passes:
+                spoiled = self._trained()[0]
+                spoiled.grad = torch.full_like(spoiled, float("nan"))
+        self._passes += 1
+        return found
 
     def _pass(self, batch):
-        loss, figures = self._forward(batch)
-        self.accelerator.backward(loss / self.micros)
+        loss, figures = self.module(batch)
+        (loss / self.micros).backward()
         # What keeps the graph of a pass alive ties parameters to the stream it ran on: no recording could follow.
         return loss.detach(), {name: value.detach() for name, value in figures.items()}
-
-    def _forward(self, batch):
-        try:
-            return self.module(batch)
-        except (TorchDynamoException, GuardOnDataDependentSymNode) as error:
-            line = str(error).strip().splitlines()[0]
-            self._say(f"layers could not be compiled ({line}): they run as they are")
-            self._compiled.close()
-            return self.module(batch)
 
     def step(self, lr: float) -> tuple[Tensor, Tensor]:
         """An optimizer step with `lr` of every group's learning rate, left out where the gradient is not finite.
@@ -99,14 +123,16 @@ class Engine:
         Returns:
             The gradient's norm before clipping, and whether the step was left out: scalars, on the device.
         """
+        self._passes = 0
+        if self.accelerator.num_processes > 1:
+            self._average()
         optimizer = self.optimizer.optimizer
         self._set_lr(lr)
         norm = nn.utils.clip_grad_norm_(self._trained(), self.clip)
         skipped = ~torch.isfinite(norm)
         optimizer.found_inf = skipped.float()  # the fused kernel looks at it, and the host need not wait
         optimizer.step()
-        # A graph that adds gradients up does so in the tensors it was recorded with.
-        optimizer.zero_grad(set_to_none=self._recorded is None or self.micros == 1)
+        optimizer.zero_grad(set_to_none=True)
         return norm, skipped
 
     def state(self) -> dict[str, Tensor] | None:
@@ -141,11 +167,38 @@ class Engine:
     def _compiles(self) -> bool:
         return True
 
-    def _records(self) -> bool:
-        return self.accelerator.num_processes == 1 and self.accelerator.device.type == "cuda"
+    def _records(self, objective: nn.Module) -> bool:
+        # Layers that are computed again look at the state of random generators, which a recording must not.
+        again = any(getattr(module, "gradient_checkpointing", False) for module in objective.modules())
+        return self.accelerator.device.type == "cuda" and not again
 
     def _prepare(self, objective, optimizer):
-        return self.accelerator.prepare(objective, optimizer)
+        for parameter in self.parameters.values() if self.accelerator.num_processes > 1 else ():
+            torch.distributed.broadcast(parameter.data, 0)
+        return objective, self.accelerator.prepare(optimizer)
+
+    def _average(self) -> None:
+        """Gradients become their means over the processes, where any has one."""
+        device, buckets = self.accelerator.device, [[]]
+        for parameter in self.parameters.values():
+            if buckets[-1] and sum(p.numel() for p in buckets[-1]) + parameter.numel() > BUCKET:
+                buckets.append([])
+            buckets[-1].append(parameter)
+        for bucket in buckets:
+            has = torch.ones(len(bucket), device=device)
+            without = [place for place, parameter in enumerate(bucket) if parameter.grad is None]
+            for place in without:
+                has[place] = 0
+            pieces = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in bucket]
+            flat = torch.cat([*pieces, has])
+            torch.distributed.all_reduce(flat)
+            flat /= self.accelerator.num_processes
+            *means, has = flat.split([*(p.numel() for p in bucket), len(bucket)])
+            for parameter, mean in zip(bucket, means, strict=True):
+                parameter.grad = mean.view_as(parameter)
+            for place in without:  # the host waits only where something is missing
+                if not has[place]:
+                    bucket[place].grad = None
 
     def _set_lr(self, factor: float) -> None:
         for group in self.optimizer.param_groups:
@@ -175,7 +228,7 @@ class FSDPEngine(Engine):
 
     shards = True
 
-    def _records(self):
+    def _records(self, objective):
         return False
 
     def _prepare(self, objective, optimizer):
@@ -183,15 +236,14 @@ class FSDPEngine(Engine):
         layers = getattr(getattr(objective, "student", None), "_no_split_modules", None)
         mixers = {type(module).__name__ for module in objective.modules() if isinstance(module, StateSpace)}
         objective._no_split_modules = list(layers or mixers)
-        return super()._prepare(objective, optimizer)
+        return self.accelerator.prepare(objective, optimizer)
 
     def forward_backward(self, batch, last):
         self.module.set_requires_gradient_sync(last)
-        loss, figures = self._forward(batch)
-        (loss / self.micros).backward()
-        return loss, figures
+        return super().forward_backward(batch, last)
 
     def step(self, lr):
+        self._passes = 0
         self._set_lr(lr)
         optimizer = self.optimizer.optimizer
         norm = nn.utils.clip_grad_norm_(self._trained(), self.clip).full_tensor()
@@ -219,7 +271,7 @@ class DeepSpeedEngine(Engine):
 
     shards = True
 
-    def _records(self):
+    def _records(self, objective):
         return False
 
     def _compiles(self):
@@ -261,10 +313,10 @@ class DeepSpeedEngine(Engine):
             register_external_parameter(objective, objective.student.get_output_embeddings().weight)
 
     def forward_backward(self, batch, last):
-        loss, figures = self._forward(batch)
+        loss, figures = self.module(batch)
         self.module.set_gradient_accumulation_boundary(last)
         self.module.backward(loss)  # divides by the number of micro-batches
-        return loss, figures
+        return loss.detach(), {name: value.detach() for name, value in figures.items()}
 
     def step(self, lr):
         self._set_lr(lr)

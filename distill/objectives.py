@@ -65,17 +65,21 @@ class Alignment(nn.Module):
             inputs, output, position_embeddings = pairs[view.layer]
             mixer = self.mixers[str(view.layer)]
             for name, trans_point in _forms(mixer):
-                with _at(mixer, trans_point, spans):
-                    error = self.error(mixer, inputs, output, position_embeddings, seq_idx, documents)
+                with _at(mixer, trans_point):
+                    where = {"seq_idx": seq_idx, "documents": documents}
+                    if spans is not None and trans_point is not None:
+                        where["span"] = spans.of(mixer)
+                    error = self.error(mixer, inputs, output, position_embeddings, **where)
                 figures[f"{name}_{view.layer}"] = error
         return sum(figures.values()) / len(views), figures
 
 
-def mixer_error(
-    mixer: nn.Module, inputs: Tensor, output: Tensor, position_embeddings, seq_idx: Tensor, documents: Documents
-) -> Tensor:
-    """The relative error of a mixer's output from attention's, (B, L, hidden) as the inputs."""
-    return relative_error(mixer(inputs, position_embeddings, seq_idx=seq_idx, documents=documents)[0], output)
+def mixer_error(mixer: nn.Module, inputs: Tensor, output: Tensor, position_embeddings, **where) -> Tensor:
+    """The relative error of a mixer's output from attention's, (B, L, hidden) as the inputs.
+
+    where: what the mixer takes by keyword of packed documents.
+    """
+    return relative_error(mixer(inputs, position_embeddings, **where)[0], output)
 
 
 def _forms(mixer: nn.Module) -> tuple[tuple[str, int | float | None], ...]:
@@ -84,19 +88,16 @@ def _forms(mixer: nn.Module) -> tuple[tuple[str, int | float | None], ...]:
 
 
 @contextmanager
-def _at(mixer: nn.Module, trans_point: int | float | None, spans: Spans | None) -> Iterator[None]:
+def _at(mixer: nn.Module, trans_point: int | float | None) -> Iterator[None]:
     if trans_point is None:
         yield
         return
     own = mixer.trans_point
     mixer.set_trans_point(trans_point)
-    if spans is not None:
-        spans.give(mixer)
     try:
         yield
     finally:
         mixer.set_trans_point(own)
-        mixer.span = None
 
 
 class Distillation(nn.Module):
@@ -129,23 +130,44 @@ class Distillation(nn.Module):
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         (teacher,), settings = self.beside, self.settings
-        inputs = decoder_inputs(batch, *self.models()) | {"output_hidden_states": settings.hidden_weight > 0}
+        inputs = decoder_inputs(batch, *self.models())
         with torch.no_grad():
-            target = teacher.get_decoder()(**inputs)
-        found = self.student.get_decoder()(**inputs)
+            target = hidden_states(teacher, inputs, every=settings.hidden_weight > 0)
+        found = hidden_states(self.student, inputs, every=settings.hidden_weight > 0)
         divergence = partial(
             linear_kl,
-            found.last_hidden_state,
+            found[-1],
             self.student.get_output_embeddings().weight,
-            target.last_hidden_state,
+            target[-1],
             teacher.get_output_embeddings().weight,
         )
         loss, figures = predictions_loss(divergence, settings, batch)
         if settings.hidden_weight > 0:
-            pairs = zip(found.hidden_states[1:], target.hidden_states[1:], strict=True)
+            pairs = zip(found, target, strict=True)
             figures["hidden"] = torch.stack([relative_error(own, wanted) for own, wanted in pairs]).mean()
             loss = loss + settings.hidden_weight * figures["hidden"]
         return loss, figures | attention_share(self.student, batch)
+
+
+def hidden_states(model: PreTrainedModel, inputs: dict, every: bool) -> list[Tensor]:
+    """What the layers of a decoder give, (B, L, hidden) each, the last one after the last norm; unless `every`, that
+    alone.
+
+    transformers' own `output_hidden_states` changes the layers' forward functions, which cannot be compiled then.
+    """
+    found: list[Tensor] = []
+
+    def take(layer, args, output):
+        found.append(output[0] if isinstance(output, tuple) else output)
+
+    decoder = model.get_decoder()
+    handles = [layer.register_forward_hook(take) for layer in decoder.layers[:-1]] if every else []
+    try:
+        last = decoder(**inputs).last_hidden_state
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [*found, last]
 
 
 def decoder_inputs(batch: dict[str, Tensor], *models: PreTrainedModel) -> dict:
@@ -153,7 +175,8 @@ def decoder_inputs(batch: dict[str, Tensor], *models: PreTrainedModel) -> dict:
     inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
     if any(model.config._attn_implementation != FLEX for model in models):
         return inputs
-    inputs["kernel_options"] = flex_options(getattr(models[0].config, "head_dim", None) or math.inf)
+    head_dim = getattr(models[0].config, "head_dim", None) or math.inf
+    inputs["kernel_options"] = flex_options(head_dim, batch["input_ids"].device)
     # One mask for all, unless some layers have another one.
     windowed = ("sliding_window", "attention_chunk_size")
     if not any(getattr(model.config, name, None) for model in models for name in windowed):

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import (
-    DistributedDataParallelKwargs,
     DistributedType,
     FullyShardedDataParallelPlugin,
     InitProcessGroupKwargs,
@@ -23,7 +22,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from ..students import HybridForCausalLM
 from ..teachers import load_teacher
 from .config import Recipe
-from .data import Corpus, PackedDataset, tokenize_corpus
+from .data import Corpus, PackedDataset, check_tokens, tokenize_corpus
 from .preflight import check_vocabulary
 from .quality import HeldOut
 from .run import RunError, StageFolder, identity
@@ -179,10 +178,8 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     )
     if wanted > 1 and "MASTER_ADDR" not in os.environ:
         raise RunError(alone)
-    # Documents that end before a TransPoint leave what only the state-space form has without a gradient.
-    handlers = [DistributedDataParallelKwargs(find_unused_parameters=recipe.student.mixer == "transmamba")]
-    if not on_gpu and wanted > 1:  # unasked, DeepSpeed on CPUs leaves each process alone
-        handlers.append(InitProcessGroupKwargs(backend="gloo"))
+    # Unasked, DeepSpeed on CPUs leaves each process alone.
+    handlers = [InitProcessGroupKwargs(backend="gloo")] if not on_gpu and wanted > 1 else []
     if deepspeed and not on_gpu:
         _without_shared_memory_op()
     # Precision is the trainer's, so that parameters are in float32 under every engine.

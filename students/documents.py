@@ -50,9 +50,11 @@ def document_mask(
     return create_block_mask(mask_mod, batch, None, length, length, seq_idx.device, _compile=True)
 
 
-def flex_options(head_dim: int) -> dict[str, int] | None:
-    """flex_attention's tiles that are faster than its own choice, where that was measured: on H200, heads of 64."""
-    if head_dim > 64:
+def flex_options(head_dim: int, device: torch.device) -> dict[str, int] | None:
+    """flex_attention's tiles that are faster than its own choice, where that was measured: Hopper, heads of 64, under
+    autocast."""
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+    if not hopper or head_dim > 64 or not torch.is_autocast_enabled("cuda"):
         return None
     forward = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
     backward = {"BLOCK_M1": 64, "BLOCK_N1": 64, "BLOCK_M2": 64, "BLOCK_N2": 64, "num_warps": 4, "num_stages": 2}
@@ -65,11 +67,13 @@ class Span(NamedTuple):
     mask: flex_attention's, of the queries before the TransPoint; None where there are none.
     point: the TransPoint, a scalar on the device; None where nothing comes after it.
     position: (B, L) each token's position in its document.
+    options: flex_attention's kernel options.
     """
 
     mask: Any
     point: Tensor | None
     position: Tensor
+    options: dict[str, int] | None
 
 
 class Spans:
@@ -84,17 +88,19 @@ class Spans:
         self.seq_idx, self.position = seq_idx, token_position(seq_idx)
         self._made: dict[tuple, Span] = {}
 
-    def give(self, mixer: nn.Module) -> None:
-        """Sets the span of a transmamba mixer, of its TransPoint and window."""
+    def of(self, mixer: nn.Module) -> Span:
+        """The span of a transmamba mixer, by its TransPoint and window."""
         T, device = mixer.trans_point, self.seq_idx.device
         if mixer.point is None or mixer.point.device != device:
-            mixer.point = torch.full((), 0, dtype=torch.long, device=device)
+            with torch.inference_mode(False):  # or it could not be set outside of it
+                mixer.point = torch.full((), 0, dtype=torch.long, device=device)
             mixer.set_trans_point(T)
         if (T, mixer.window) not in self._made:
             point = mixer.point if T < math.inf else None
             mask = document_mask(self.seq_idx, mixer.window, point, self.position) if T > 0 else None
-            self._made[T, mixer.window] = Span(mask, point, self.position)
-        mixer.span = self._made[T, mixer.window]
+            options = flex_options(mixer.head_dim, device)
+            self._made[T, mixer.window] = Span(mask, point, self.position, options)
+        return self._made[T, mixer.window]
 
 
 SHORTEST = 16  # tokens of a row of its own that a shorter document gets

@@ -44,6 +44,8 @@ class HybridForCausalLM:
         if config.trans_points is not None:
             self.set_trans_points(config.trans_points, warn=False)
         self.get_decoder().register_forward_pre_hook(_tell_mixers, with_kwargs=True)
+        for layer in self.get_decoder().layers:
+            layer.register_forward_pre_hook(_tell_own_span, with_kwargs=True)
 
     @classmethod
     def from_pretrained(
@@ -120,8 +122,6 @@ def _tell_mixers(decoder, args, kwargs):
     if kwargs["use_cache"] and kwargs.get("past_key_values") is None:
         kwargs["past_key_values"] = HybridCache(decoder.config)
     mixers = [layer.self_attn for layer in decoder.layers if isinstance(layer.self_attn, TransMambaMixer)]
-    for mixer in mixers:
-        mixer.span = None
     mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
     packed = isinstance(mask, BlockMask) and positions is not None and kwargs.get("past_key_values") is None
     if mask is not None and not packed:
@@ -140,11 +140,16 @@ def _tell_mixers(decoder, args, kwargs):
             seq_idx = kwargs["seq_idx"].expand(batch, -1)
             if decoder.config._attn_implementation == "flex_attention":
                 spans = Spans(seq_idx)
-                for mixer in mixers:
-                    spans.give(mixer)
+                kwargs["spans"] = {mixer: spans.of(mixer) for mixer in mixers}
             else:
                 kwargs["documents"] = Documents(seq_idx)
     return args, kwargs
+
+
+def _tell_own_span(layer, args, kwargs):
+    """Before a layer runs. From outside of it, so that layers that do the same are compiled once."""
+    span = kwargs.pop("spans", {}).get(layer.self_attn)
+    return args, kwargs if span is None else kwargs | {"span": span}
 
 
 def hybrid_model_class(config: HybridConfig) -> type[PreTrainedModel]:

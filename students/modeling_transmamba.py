@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cache import TransPointLayer, by_row
-from .documents import Documents, Span, flex_options, take
+from .documents import Documents, Span, take
 from .mamba2 import GATE_OPEN, PADDING_STEP, STEP_ONE, StateSpace, WidenedLinear, rotate, ssd_scan
 
 
@@ -81,8 +81,7 @@ class TransMambaMixer(StateSpace):
         P, H, K = self.head_dim, self.num_heads, self.num_kv_heads
         self.scale, self.window = float(attention.scaling), _window(attention)
         self.trans_point: int | float = math.inf
-        self.span: Span | None = None  # of the forward pass that comes, where `Spans` gave one
-        self.point: Tensor | None = None  # the TransPoint where spans read it
+        self.point: Tensor | None = None  # the TransPoint on the device, where a `Span` reads it
         hidden_size, channels = attention.q_proj.in_features, (2 * K + H) * P
 
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
@@ -131,6 +130,7 @@ class TransMambaMixer(StateSpace):
         padding_mask: Tensor | None = None,
         seq_idx: Tensor | None = None,
         documents: Documents | None = None,
+        span: Span | None = None,
         **kwargs,
     ) -> tuple[Tensor, None]:
         """Mixes hidden states (B,L,hidden) along L.
@@ -142,6 +142,7 @@ class TransMambaMixer(StateSpace):
             padding_mask: (B, at least L), 1 for tokens and 0 for padding; its last L columns belong to these tokens.
             seq_idx: (B or 1, L) document index of packed sequences, without a cache or padding.
             documents: those of seq_idx, if they are already known.
+            span: this mixer's in the documents of seq_idx, for attention by flex_attention.
 
         Returns:
             The output (B,L,hidden), and None where attention has its weights.
@@ -155,10 +156,10 @@ class TransMambaMixer(StateSpace):
             if memory is not None or padding_mask is not None:
                 raise ValueError("packed documents take neither a cache nor padding: leave out seq_idx, or the others")
             seq_idx = seq_idx.expand(batch, -1)
-            if self.span is None:
+            if span is None:
                 documents = documents or Documents(seq_idx)
-        if seq_idx is not None and self.span is not None:
-            y = self._spanned(hidden_states, position_embeddings, seq_idx)
+        if span is not None:
+            y = self._spanned(hidden_states, position_embeddings, seq_idx, span)
         elif documents is not None and documents.count > batch:
             y = self._packed(hidden_states, position_embeddings, seq_idx, documents)
         else:
@@ -254,25 +255,23 @@ class TransMambaMixer(StateSpace):
         read = self._read(hidden, (q, k, v), (queries, keys), position_embeddings, seq_idx)
         return read if attended is None else torch.where(documents.position.unsqueeze(-1) < T, attended, read)
 
-    def _spanned(self, hidden: Tensor, position_embeddings, seq_idx: Tensor) -> Tensor:
+    def _spanned(self, hidden: Tensor, position_embeddings, seq_idx: Tensor, span: Span) -> Tensor:
         """What `_packed` computes, by the span."""
         from torch.nn.attention.flex_attention import flex_attention
 
-        mask, point, position = self.span
         q, k, v = self._project(hidden)
         queries, keys = (self._place(t, norm, position_embeddings) for t, norm in ((q, self.q_norm), (k, self.k_norm)))
         attended = None
-        if mask is not None:
+        if span.mask is not None:
             operands = (t.to(v.dtype).transpose(1, 2) for t in (queries, keys, v))
-            options = flex_options(self.head_dim)
             attended = flex_attention(
-                *operands, block_mask=mask, scale=self.scale, enable_gqa=True, kernel_options=options
+                *operands, block_mask=span.mask, scale=self.scale, enable_gqa=True, kernel_options=span.options
             )
             attended = attended.transpose(1, 2).flatten(2)
-        if point is None:
+        if span.point is None:
             return attended
         read = self._read(hidden, (q, k, v), (queries, keys), position_embeddings, seq_idx)
-        return read if attended is None else torch.where(position.unsqueeze(-1) < point, attended, read)
+        return read if attended is None else torch.where(span.position.unsqueeze(-1) < span.point, attended, read)
 
     def _read(self, hidden: Tensor, projected, placed, position_embeddings, seq_idx: Tensor) -> Tensor:
         """What the heads read (B,L,H*P) from the state, over packed documents."""

@@ -70,11 +70,12 @@ def assert_compiled_gives(objective, wanted, wanted_gradients, rtol, atol, gradi
 
 
 @pytest.mark.parametrize("mixer", ["mamba2", "transmamba"])
-@pytest.mark.parametrize("kind", ["align", "distill"])
+@pytest.mark.parametrize("kind", ["align", "distill", "hidden"])
 def test_compiled_is_as_before_and_leaves_nothing_behind(kind, mixer, flex):
     """Layers that do the same are compiled once, whatever their TransPoints; afterwards all is as it was."""
     teacher, student = make(mixer=mixer)
-    objective = Alignment(teacher, student) if kind == "align" else Distillation(teacher, student, DistillConfig())
+    settings = DistillConfig(hidden_weight=0.5 if kind == "hidden" else 0.0)
+    objective = Alignment(teacher, student) if kind == "align" else Distillation(teacher, student, settings)
     before = [model.config._attn_implementation for model in (teacher, student)]
     own = {name: set(vars(module)) for name, module in objective.named_modules()}
     wanted, wanted_gradients = gradients(objective, packed())
@@ -140,6 +141,36 @@ def test_layers_computed_again_in_the_backward_pass_are_compiled_in_parts(flex):
     assert_compiled_gives(objective, wanted, wanted_gradients, rtol=1e-5, atol=1e-7, gradient_atol=2e-6)
 
 
+def test_two_batches_on_their_way_know_their_own_documents(flex):
+    """Also where layers are computed again, after the next batch came."""
+    teacher, student = make(mixer="transmamba")
+    objective = Distillation(teacher, student, DistillConfig())
+    batches = [packed(seed=seed) for seed in range(2)]
+    wanted: dict = {}
+    for batch in batches:
+        for name, gradient in gradients(objective, batch)[1].items():
+            wanted[name] = wanted.get(name, 0) + gradient
+    enable = getattr(student, "activation_checkpointing_enable", student.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
+    with compiled(objective, backend="aot_eager"):
+        objective.zero_grad()
+        sum(objective(batch)[0] for batch in batches).backward()
+    for name, gradient in wanted.items():
+        found = dict(objective.named_parameters())[name].grad
+        torch.testing.assert_close(found, gradient, rtol=1e-3, atol=4e-6, msg=name)
+
+
+def test_measured_under_inference_mode_first(flex):
+    """A TransPoint that the device holds can still be moved."""
+    _, student = make(mixer="transmamba")
+    student.set_attn_implementation("flex_attention")
+    batch = packed()
+    with torch.inference_mode():
+        student(**batch, use_cache=False)
+    student.set_trans_points([0, 3, 5, "inf"], warn=False)
+    assert student.mixer_layers()[1].point == 3
+
+
 def test_what_cannot_be_compiled_runs_as_it_is(monkeypatch):
     """Without flex_attention, packed documents are laid out by the host: the engine says so and goes on."""
     teacher, student = make(mixer="transmamba")
@@ -182,7 +213,7 @@ def steps(device, mixer, stage, compile, micros=1, precision="fp32", count=SEEN 
             assert all(math.isfinite(value.item()) for value in figures.values())
         losses.append(engine.step(1.0)[0].item())
     weights = {name: copy.deepcopy(p.detach()) for group in groups for name, p in group["parameters"].items()}
-    recorded = engine._recorded is not None and len(engine._recorded._graphs)
+    recorded = len(engine._recorded or ())
     engine.close()
     return losses, weights, said, recorded
 
@@ -196,9 +227,12 @@ def test_recorded_steps_are_as_those_launched_from_python(mixer, stage, micros):
     assert not said and recorded == 1
     wanted, wanted_weights, *_ = steps("cuda", mixer, stage, False, micros)
     assert losses == pytest.approx(wanted, rel=2e-3)
+    untouched = dict(make(mixer=mixer, device="cuda")[1].named_parameters())
     for name, weight in wanted_weights.items():  # AdamW turns rounding in tiny gradients into steps
         error = (weights[name] - weight).norm() / weight.norm().clamp(min=1e-3)
         assert error < 2e-2, (name, error)
+        # What no pass has a gradient for is not decayed either.
+        assert torch.equal(weight, untouched[name]) == torch.equal(weights[name], untouched[name]), name
 
 
 @pytest.mark.gpu
