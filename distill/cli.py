@@ -58,6 +58,8 @@ def run(options) -> None:
 
 
 def plan(options) -> None:
+    import torch
+
     from ..students import plan_student
     from ..teachers import load_teacher
     from .config import load_recipe
@@ -69,7 +71,8 @@ def plan(options) -> None:
     console = Console()
     recipe = load_recipe(options.config, options.overrides)
     settings = recipe.teacher
-    teacher, _ = load_teacher(settings.source, settings.dtype, trust_remote_code=settings.trust_remote_code)
+    dtype = recipe.teacher_dtype(torch.cuda.is_available() and recipe.run.device != "cpu")
+    teacher, _ = load_teacher(settings.source, dtype, trust_remote_code=settings.trust_remote_code)
     longest = getattr(teacher.config, "max_position_embeddings", None)
     check_schedules(recipe, teacher.config.num_hidden_layers, longest)
     student, transfers = plan_student(teacher, recipe.student)
@@ -224,7 +227,7 @@ def figure(options) -> None:
     if Path(path).is_file():
         recipe = load_recipe(path)
         settings = recipe.teacher
-        teacher, _ = load_teacher(settings.source, settings.dtype, trust_remote_code=settings.trust_remote_code)
+        teacher, _ = load_teacher(settings.source, trust_remote_code=settings.trust_remote_code)
         config = plan_student(teacher, recipe.student)[0].config
     else:
         config = HybridConfig.from_pretrained(path)

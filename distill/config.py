@@ -66,7 +66,16 @@ class RunConfig:
 @dataclass
 class TeacherConfig:
     source: str = setting("smollm2-135m", "registry name, random-FAMILY, hub id, folder, or .gguf file")
-    dtype: str = setting("float32", "of the teacher's weights", choices=("float32", "bfloat16", "float16"))
+    dtype: str = setting(
+        "auto",
+        "of the teacher's weights; auto: bfloat16 on a GPU that multiplies in it (run.precision), else float32",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    share: bool = setting(
+        False,
+        "whether, while a stage trains, each process holds a share of the teacher's layers only; they are then put "
+        "together one by one",
+    )
     trust_remote_code: bool = setting(False, "whether code that travels with the teacher may run")
 
 
@@ -271,6 +280,12 @@ class Recipe:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     cache_teacher: CacheTeacherConfig = field(default_factory=CacheTeacherConfig)
     synthesize: SynthesizeConfig = field(default_factory=SynthesizeConfig)
+
+    def teacher_dtype(self, on_gpu: bool) -> str:
+        """What `teacher.dtype` comes to."""
+        if self.teacher.dtype != "auto":
+            return self.teacher.dtype
+        return "bfloat16" if on_gpu and self.run.precision != "fp32" else "float32"
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)

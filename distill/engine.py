@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+from torch.distributed.fsdp import FSDPModule
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from ..students.mamba2 import StateSpace
@@ -170,7 +171,9 @@ class Engine:
     def _records(self, objective: nn.Module) -> bool:
         # Layers that are computed again look at the state of random generators, which a recording must not.
         again = any(getattr(module, "gradient_checkpointing", False) for module in objective.modules())
-        return self.accelerator.device.type == "cuda" and not again
+        # Layers that processes hold together are fetched by the host.
+        shared = any(isinstance(module, FSDPModule) for model in objective.models() for module in model.modules())
+        return self.accelerator.device.type == "cuda" and not again and not shared
 
     def _prepare(self, objective, optimizer):
         for parameter in self.parameters.values() if self.accelerator.num_processes > 1 else ():

@@ -7,6 +7,7 @@ import torch
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..students import HybridForCausalLM
@@ -90,11 +91,15 @@ def what_will_run(
     memory = 4 * total / shares["parameters"] + 4 * trained / shares["gradients"]
     memory += ADAM_BYTES * trained / shares["optimizer"]
     if teacher is not None:
-        memory += sum(p.numel() * p.element_size() for p in teacher.parameters())
+        parts = processes if recipe.teacher.share else 1
+        layers, whole = (_bytes(module) for module in (teacher.get_decoder().layers, teacher))
+        memory += layers / parts + whole - layers
     lines = [
         f"{config.steps:,} steps of {config.batch_size} x {recipe.data.length:,} tokens: {config.steps * tokens:,} "
         f"({processes} process{'es' if processes > 1 else ''}, {share // micro} x {micro} sequences a step in each)",
-        f"memory of a process, without activations: {_size(memory)}; "
+        f"memory of a process, without activations: {_size(memory)}"
+        + (f" (with a share of {', '.join(cut_up)})" if cut_up else "")
+        + "; "
         f"disk: {_size(checkpoint_bytes(groups))} a checkpoint, the last {config.keep_checkpoints} kept",
     ]
     peak = peak_flops(device) if device else None
@@ -112,6 +117,10 @@ def gpu_name(device: torch.device) -> str | None:
 
 def _count(groups: list[dict]) -> int:
     return sum(p.numel() for group in groups for p in group["parameters"].values())
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in module.parameters())
 
 
 def _size(count: float) -> str:

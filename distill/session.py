@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import (
     DistributedType,
     FullyShardedDataParallelPlugin,
@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from ..students import HybridForCausalLM
-from ..teachers import load_teacher
+from ..teachers import load_teacher, share_layers
 from .config import Recipe
 from .data import Corpus, PackedDataset, check_tokens, tokenize_corpus
 from .preflight import check_vocabulary
@@ -60,11 +60,16 @@ class Session:
     @cached_property
     def _loaded(self):
         settings = self.recipe.teacher
-        model, tokenizer = load_teacher(
-            settings.source, settings.dtype, self.accelerator.device, settings.trust_remote_code
-        )
+        device = self.accelerator.device
+        dtype = self.recipe.teacher_dtype(on_gpu=device.type == "cuda")
+        model, tokenizer = load_teacher(settings.source, dtype, device, settings.trust_remote_code)
         check_vocabulary(tokenizer, model, "teacher")
         return model.requires_grad_(False), tokenizer
+
+    @property
+    def shares_teacher(self) -> bool:
+        """Whether processes hold the teacher's layers together while a stage trains."""
+        return self.recipe.teacher.share and self.accelerator.num_processes > 1
 
     @property
     def teacher(self) -> PreTrainedModel:
@@ -99,6 +104,19 @@ class Session:
         cached = CachedTargets(self.train_data, folder, verify=main)
         cached.check(self.recipe)
         return cached
+
+    @contextmanager
+    def teacher_shared(self) -> Iterator[None]:
+        """Leaves each process a share of the teacher's layers meanwhile, if the recipe says so."""
+        if not self.shares_teacher:
+            yield
+            return
+        share_layers(self.teacher)
+        try:
+            yield
+        finally:  # whoever asks for the teacher next gets it whole, and loaded again
+            for name in ("_loaded", "held_out"):
+                self.__dict__.pop(name, None)
 
     @contextmanager
     def teacher_off_device(self) -> Iterator[None]:
@@ -189,6 +207,8 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     if fsdp and accelerator.distributed_type == DistributedType.MULTI_CPU:  # accelerate has FSDP on GPUs only
         accelerator.state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+    # Whenever accelerate looks its state up, it takes this one's kind, and so forgets FSDP after the first optimizer.
+    PartialState().distributed_type = accelerator.distributed_type
     if accelerator.distributed_type not in _DISTRIBUTED:
         raise RunError(
             f"{accelerator.distributed_type.value} is not supported: choose one process, DDP, DeepSpeed or FSDP2 with "

@@ -7,7 +7,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable
-from contextlib import closing, nullcontext
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -329,6 +329,7 @@ def stage_inputs(recipe: Recipe) -> dict[str, dict]:
             own["distill"]["teacher_cache"] = cache_identity(recipe.distill.teacher_cache)
         if "teacher" in own:
             own["teacher"]["files"] = file_identity(recipe.teacher.source)
+            del own["teacher"]["share"]  # which changes nothing in the result
         if stage in ("align", "distill"):
             # How often something is written down changes nothing in what is trained.
             for name in ("log_every", "checkpoint_every", "keep_checkpoints", "max_skipped"):
@@ -394,7 +395,7 @@ def _trained(
 
     with (
         at_trans_points(student),
-        session.teacher_off_device() if cached else nullcontext(),
+        session.teacher_off_device() if cached else session.teacher_shared(),
         closing(tracking),
     ):
         trained = train(

@@ -2,6 +2,7 @@
 
 from .attention import AttentionView, attention_view, decoder_layers
 from .loading import REGISTRY, TeacherError, TeacherInfo, load_teacher, teacher_info
+from .sharing import share_layers
 
 __all__ = [
     "REGISTRY",
@@ -11,5 +12,6 @@ __all__ = [
     "attention_view",
     "decoder_layers",
     "load_teacher",
+    "share_layers",
     "teacher_info",
 ]

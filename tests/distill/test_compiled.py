@@ -226,7 +226,7 @@ def test_recorded_steps_are_as_those_launched_from_python(mixer, stage, micros):
     losses, weights, said, recorded = steps("cuda", mixer, stage, True, micros)
     assert not said and recorded == 1
     wanted, wanted_weights, *_ = steps("cuda", mixer, stage, False, micros)
-    assert losses == pytest.approx(wanted, rel=2e-3)
+    assert losses == pytest.approx(wanted, rel=5e-3)  # norms of gradients from products in TF32, too
     untouched = dict(make(mixer=mixer, device="cuda")[1].named_parameters())
     for name, weight in wanted_weights.items():  # AdamW turns rounding in tiny gradients into steps
         error = (weights[name] - weight).norm() / weight.norm().clamp(min=1e-3)

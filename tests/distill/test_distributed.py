@@ -3,7 +3,9 @@
 With gloo on CPUs; configs/accelerate/*.yaml are those that people use on GPUs.
 """
 
+import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -97,10 +99,15 @@ def runs(run_tiny, tmp_path_factory):
         if name.startswith("resumed"):
             shutil.copytree(root / "alone", root / name)
     run_tiny(root / "alone", *SMALL, until_stage="distill")
+    jobs |= {f"shared teacher {engine}": engine for engine in ("ddp", "zero2", "fsdp2")}
     command = ["run", "configs/tiny.yaml", *SMALL, "--until", "distill"]
     outputs = run_all(
         [
-            {"engine": engine, "arguments": [*command, f"run.dir={root / name}"], "log": root / f"{name}.log"}
+            {
+                "engine": engine,
+                "arguments": [*command, f"run.dir={root / name}", f"teacher.share={name.startswith('shared')}"],
+                "log": root / f"{name}.log",
+            }
             for name, engine in jobs.items()
         ]
     )
@@ -114,7 +121,24 @@ def test_two_processes_train_as_one(engine, runs):
     folder, output = runs[engine]
     kinds = {"ddp": "MULTI_CPU", "fsdp2": "FSDP"}
     assert f": 2 processes ({kinds.get(engine, 'DEEPSPEED')}) on cpu" in output
+    shares = ("optimizer", "optimizer, gradients", "optimizer, gradients, parameters")
+    shares = dict(zip(ENGINES[1:], (*shares, "parameters, gradients, optimizer"), strict=True))
+    said = re.findall(r"with a share of ([a-z, ]+)\)", " ".join(output.split()))
+    assert said == ([shares[engine]] * 2 if engine in shares else [])  # in both stages
     assert_same(folder, runs["alone"][0])
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "fsdp2"])
+def test_a_teacher_that_processes_hold_together_teaches_the_same(engine, runs):
+    folder, output = runs[f"shared teacher {engine}"]
+    assert_same(folder, runs["alone"][0])
+    quality = [json.loads((run / "distill" / "done.json").read_text())["quality"] for run in (folder, runs["alone"][0])]
+    assert quality[0]["kl"] == pytest.approx(quality[1]["kl"], abs=1e-4)
+
+    def megabytes(text):
+        return float(re.search(r"without activations: ([0-9.]+) MB", " ".join(text.split()))[1])
+
+    assert megabytes(output) < megabytes(runs[engine][1])
 
 
 @pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
