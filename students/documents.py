@@ -50,15 +50,20 @@ def document_mask(
     return create_block_mask(mask_mod, batch, None, length, length, seq_idx.device, _compile=True)
 
 
-def flex_options(head_dim: int, device: torch.device) -> dict[str, int] | None:
-    """flex_attention's tiles that are faster than its own choice, where that was measured: Hopper, heads of 64, under
-    autocast."""
+def flex_options(head_dim: int, device: torch.device) -> dict[str, int | bool]:
+    """flex_attention's kernel options.
+
+    Tiles that are faster than its own choice are given where that was measured: Hopper, heads of 64, under autocast.
+    """
+    # Its kernels for few queries (torch 2.11) fail at some lengths below 128, and inside of a layer give wrong numbers.
+    options = {"FORCE_USE_FLEX_ATTENTION": True}
     hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
     if not hopper or head_dim > 64 or not torch.is_autocast_enabled("cuda"):
-        return None
+        return options
     forward = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
     backward = {"BLOCK_M1": 64, "BLOCK_N1": 64, "BLOCK_M2": 64, "BLOCK_N2": 64, "num_warps": 4, "num_stages": 2}
-    return {f"fwd_{k}": v for k, v in forward.items()} | {f"bwd_{k}": v for k, v in backward.items()}
+    tiles = {f"fwd_{k}": v for k, v in forward.items()} | {f"bwd_{k}": v for k, v in backward.items()}
+    return options | tiles
 
 
 class Span(NamedTuple):
@@ -73,7 +78,7 @@ class Span(NamedTuple):
     mask: Any
     point: Tensor | None
     position: Tensor
-    options: dict[str, int] | None
+    options: dict[str, int | bool]
 
 
 class Spans:

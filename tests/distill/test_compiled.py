@@ -12,7 +12,7 @@ from transpoint.distill.compiled import SEEN, compiled
 from transpoint.distill.config import DistillConfig
 from transpoint.distill.engine import make_engine
 from transpoint.distill.groups import distill_groups, mixer_parameters, only_these_train
-from transpoint.distill.objectives import Alignment, Distillation
+from transpoint.distill.objectives import Alignment, Distillation, decoder_inputs, hidden_states
 from transpoint.distill.trainer import InPrecision
 from transpoint.students import StudentConfig, build_student
 from transpoint.teachers import load_teacher
@@ -260,3 +260,20 @@ def test_a_step_that_waits_for_the_device_is_launched_from_python():
     assert len(said) == 1 and "CUDA graph" in said[0]
     assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-4)
     engine.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("length", [40, 64, 100, 128])
+def test_short_sequences(length):
+    """Where all is attention, student and teacher are one, by whichever kernels."""
+    teacher, student = make(mixer="transmamba", device="cuda")
+    student.set_trans_points([length] * 4, warn=False)
+    objective = Distillation(teacher, student, DistillConfig())
+    batch = packed(length=length, device="cuda")
+    with torch.no_grad():
+        wanted = hidden_states(teacher, {**batch, "use_cache": False}, every=False)[-1]
+    with compiled(objective):
+        assert objective(batch)[0] < 1e-6
+        with torch.no_grad():
+            found = hidden_states(teacher, decoder_inputs(batch, teacher, student), every=False)[-1]
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
