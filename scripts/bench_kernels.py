@@ -31,6 +31,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -1283,6 +1284,8 @@ def version(package):
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
+        with suppress(ImportError):  # its source alone may be on the path
+            return getattr(importlib.import_module(package.replace("-", "_")), "__version__", None)
         return None
 
 
