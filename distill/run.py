@@ -1,5 +1,6 @@
 """The run folder: one folder per stage, and what makes a stage's result still valid.
 
+    RUN/run.lock                    held while a run is at work
     RUN/recipe.yaml                 the resolved recipe of the latest run
     RUN/STAGE/stage.json            what the stage depends on (its settings, its inputs), written when it starts
     RUN/STAGE/metrics.jsonl         one line per logged step
@@ -16,8 +17,12 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 STAGES = ("transfer", "calibrate", "align", "distill", "export", "evaluate")
 # Those that leave a student in their folder.
@@ -26,6 +31,28 @@ STUDENT_STAGES = STAGES[:4]
 
 class RunError(ValueError):
     """A run folder that cannot be used as asked. One line, naming the thing and the remedy."""
+
+
+@contextmanager
+def alone_in(root: Path) -> Iterator[None]:
+    """Keeps other runs out of a run folder meanwhile; a run that dies keeps nobody out.
+
+    Raises RunError where another is at work in it, or it cannot be made.
+    """
+    lock = FileLock(root / "run.lock", timeout=0)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        raise RunError(
+            f"another run is at work in {root}: wait until it ends, stop it, or set run.dir to another folder"
+        ) from error
+    except OSError as error:
+        raise RunError(f"the run folder cannot be written: {error}; set run.dir to another place") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class StageFolder:

@@ -7,7 +7,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 import torch
@@ -33,7 +33,17 @@ from .models import has_trans_points, load_model
 from .objectives import Alignment, Distillation
 from .preflight import check_disk, check_vocabulary, flops_per_token, gpu_name, what_will_run
 from .quality import answer
-from .run import STAGES, STUDENT_STAGES, RunError, StageFolder, file_identity, identity, read_json, write_json
+from .run import (
+    STAGES,
+    STUDENT_STAGES,
+    RunError,
+    StageFolder,
+    alone_in,
+    file_identity,
+    identity,
+    read_json,
+    write_json,
+)
 from .schedules import (
     at_trans_points,
     check_schedules,
@@ -252,10 +262,16 @@ def run_recipe(
     transfer = session.folder("transfer")
     if forced > 0 and transfer.why_not_reusable(needs["transfer"]) is None:  # otherwise transfer checks them itself
         check_schedules(recipe, len(transfer.done["mixers"]))
-    main = session.accelerator.is_main_process
+    with alone_in(session.root) if session.accelerator.is_main_process else nullcontext():
+        _run_stages(session, needs, forced, last)
+    return session
+
+
+def _run_stages(session: Session, needs: dict[str, dict], forced: int, last: int) -> None:
+    """Runs stages up to number `last`, those from number `forced` on in any case."""
+    recipe, main = session.recipe, session.accelerator.is_main_process
     if main:
         try:
-            session.root.mkdir(parents=True, exist_ok=True)
             recipe.save(session.root / "recipe.yaml")
         except OSError as error:
             raise RunError(f"the run folder cannot be written: {error}; set run.dir to another place") from error
@@ -272,7 +288,7 @@ def run_recipe(
         folder = session.folder(stage)
         reason = folder.why_not_reusable(needs[stage])
         if position >= forced:
-            reason = f"asked for by --from {from_stage}"
+            reason = f"asked for by --from {STAGES[forced]}"
         if reason is None:
             session.say(f"{stage}: done before, reused")
             continue
@@ -294,7 +310,6 @@ def run_recipe(
             seconds = round(time.monotonic() - begun, 1)
             folder.finish({**record, "stage_seconds": seconds, "recipe": recipe.to_dict()})
         session.accelerator.wait_for_everyone()
-    return session
 
 
 def finished_elsewhere(recipe: Recipe, stage: str, depends_on: dict) -> StageFolder | None:

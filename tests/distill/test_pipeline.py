@@ -71,7 +71,7 @@ def test_a_run_leaves_a_folder_for_each_stage(tiny_run):
         "GraniteMoeHybridForCausalLM"
     )
     left = {path.suffix for path in tiny_run.rglob("*") if path.is_file()}
-    assert left <= {".json", ".jsonl", ".yaml", ".txt", ".md", ".safetensors", ".jinja"}  # nothing pickled
+    assert left <= {".json", ".jsonl", ".yaml", ".txt", ".md", ".safetensors", ".jinja", ".lock"}  # nothing pickled
     assert not [path for path in tiny_run.rglob(".*")]  # nothing half-written
 
 
