@@ -63,16 +63,16 @@ def plan(options) -> None:
     from ..students import plan_student
     from ..teachers import load_teacher
     from .config import load_recipe
-    from .groups import distill_groups, mixer_parameters
+    from .groups import distill_groups, mixer_parameters, only_these_train
     from .lora import attach
-    from .preflight import what_will_run
+    from .preflight import gpu_name, what_will_run
     from .schedules import check_schedules, never_distilled
 
     console = Console()
     recipe = load_recipe(options.config, options.overrides)
     settings = recipe.teacher
-    dtype = recipe.teacher_dtype(torch.cuda.is_available() and recipe.run.device != "cpu")
-    teacher, _ = load_teacher(settings.source, dtype, trust_remote_code=settings.trust_remote_code)
+    gpu = gpu_name(torch.device("cpu" if recipe.run.device == "cpu" else _device()))
+    teacher, _ = load_teacher(settings.source, settings.dtype, trust_remote_code=settings.trust_remote_code)
     longest = getattr(teacher.config, "max_position_embeddings", None)
     check_schedules(recipe, teacher.config.num_hidden_layers, longest)
     student, transfers = plan_student(teacher, recipe.student)
@@ -85,13 +85,15 @@ def plan(options) -> None:
     console.print(table, transfers.table())
     settings = recipe.distill
     mixer_group = {"name": "mixers", "parameters": mixer_parameters(student), "lr": recipe.align.lr}
-    console.print(what_will_run("align", [mixer_group], student, teacher, recipe), highlight=False)
+    only_these_train(student, [mixer_group])
+    console.print(what_will_run("align", [mixer_group], student, teacher, recipe, device=gpu), highlight=False)
     before, after = (sum(p.numel() for p in model.parameters()) for model in (teacher, student))
     if settings.lora.rank:
         attach(student, settings.lora)
     reads = None if settings.teacher_cache else teacher
     groups = distill_groups(student, settings)
-    console.print(what_will_run("distill", groups, student, reads, recipe), highlight=False)
+    only_these_train(student, groups)
+    console.print(what_will_run("distill", groups, student, reads, recipe, device=gpu), highlight=False)
     console.print(f"parameters: {before:,} in the teacher, {after:,} in the student", highlight=False)
     per_layer = {mixer.layer_idx: mixer for mixer in student.mixer_layers() if mixer is not None}
     one = next(iter(per_layer.values()))
@@ -227,7 +229,7 @@ def figure(options) -> None:
     if Path(path).is_file():
         recipe = load_recipe(path)
         settings = recipe.teacher
-        teacher, _ = load_teacher(settings.source, trust_remote_code=settings.trust_remote_code)
+        teacher, _ = load_teacher(settings.source, settings.dtype, trust_remote_code=settings.trust_remote_code)
         config = plan_student(teacher, recipe.student)[0].config
     else:
         config = HybridConfig.from_pretrained(path)

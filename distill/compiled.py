@@ -12,7 +12,7 @@ from torch import Tensor, nn
 FLEX = "flex_attention"
 SPECIALISED = 64  # kinds of calls that one function is compiled for: layers of a model differ, and so do batches
 SEEN = 3  # times that a kind of batch comes before its passes are recorded; compilers are done by then
-RECORDED = 8  # kinds at most: each holds the memory of its activations
+RECORDED = 8  # kinds at most: each holds the memory of its gradients, and what it needs more than others meanwhile
 
 
 @contextmanager

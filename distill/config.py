@@ -66,9 +66,11 @@ class RunConfig:
 @dataclass
 class TeacherConfig:
     source: str = setting("smollm2-135m", "registry name, random-FAMILY, hub id, folder, or .gguf file")
-    dtype: str = setting(
+    dtype: str = setting("float32", "of the teacher's weights", choices=("float32", "bfloat16", "float16"))
+    training_dtype: str = setting(
         "auto",
-        "of the teacher's weights; auto: bfloat16 on a GPU that multiplies in it (run.precision), else float32",
+        "of the teacher's weights while a stage trains; auto: bfloat16 on a GPU that multiplies in it (run.precision), "
+        "else as dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     share: bool = setting(
@@ -281,11 +283,11 @@ class Recipe:
     cache_teacher: CacheTeacherConfig = field(default_factory=CacheTeacherConfig)
     synthesize: SynthesizeConfig = field(default_factory=SynthesizeConfig)
 
-    def teacher_dtype(self, on_gpu: bool) -> str:
-        """What `teacher.dtype` comes to."""
-        if self.teacher.dtype != "auto":
-            return self.teacher.dtype
-        return "bfloat16" if on_gpu and self.run.precision != "fp32" else "float32"
+    def training_dtype(self, on_gpu: bool) -> str:
+        """What `teacher.training_dtype` comes to."""
+        if self.teacher.training_dtype != "auto":
+            return self.teacher.training_dtype
+        return "bfloat16" if on_gpu and self.run.precision != "fp32" else self.teacher.dtype
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)

@@ -5,7 +5,7 @@ All have one form of training state: every tensor whole, under the parameter's n
 them goes on under any other, and on another number of processes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 
 import torch
@@ -18,6 +18,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from ..students.mamba2 import StateSpace
 from .compiled import Recorded, compiled
+from .run import RunError
 
 ADAM = ("exp_avg", "exp_avg_sq")  # what AdamW keeps for each parameter, besides its count of steps
 UNCOMPILABLE = (TorchDynamoException, FailOnRecompileLimitHit, GuardOnDataDependentSymNode)
@@ -74,12 +75,13 @@ class Engine:
         names = {id(p): name for name, p in objective.named_parameters()}
         self._names = {name: names[id(p)] for name, p in self.parameters.items()}  # ours -> the objective's
         self._passes = 0  # since the last step
+        self._buckets = list(_buckets(self.parameters.values()))
         self._compiled = ExitStack()
         if compile and self._compiles():
             self._compiled.enter_context(compiled(objective))
         self.module, self.optimizer = self._prepare(objective, _adamw(groups, betas))
         self._recorded = None
-        if compile and self._records(objective):
+        if compile and self._records(objective, say):
             trained = list(self.parameters.values())
             self._recorded = Recorded(self._pass, trained, micros > 1, objective.kind, say)
 
@@ -92,8 +94,7 @@ class Engine:
         try:
             found = (self._pass if self._recorded is None else self._recorded)(batch)
         except UNCOMPILABLE as error:
-            line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            self._say(f"layers could not be compiled ({line}): they run as they are")
+            self._say(f"layers could not be compiled ({_line(error)}): they run as they are")
             self.release()
             found = None
         except torch.OutOfMemoryError:
@@ -168,12 +169,16 @@ class Engine:
     def _compiles(self) -> bool:
         return True
 
-    def _records(self, objective: nn.Module) -> bool:
-        # Layers that are computed again look at the state of random generators, which a recording must not.
+    def _records(self, objective: nn.Module, say: Callable[[str], None]) -> bool:
+        if self.accelerator.device.type != "cuda":
+            return False
+        # These look at the state of random generators, which a recording must not, or are fetched by the host.
         again = any(getattr(module, "gradient_checkpointing", False) for module in objective.modules())
-        # Layers that processes hold together are fetched by the host.
         shared = any(isinstance(module, FSDPModule) for model in objective.models() for module in model.modules())
-        return self.accelerator.device.type == "cuda" and not again and not shared
+        for found, what in ((again, "layers that are computed again"), (shared, "layers that processes share")):
+            if found:
+                say(f"{what} cannot be recorded as CUDA graphs: passes are launched from Python")
+        return not (again or shared)
 
     def _prepare(self, objective, optimizer):
         for parameter in self.parameters.values() if self.accelerator.num_processes > 1 else ():
@@ -182,13 +187,8 @@ class Engine:
 
     def _average(self) -> None:
         """Gradients become their means over the processes, where any has one."""
-        device, buckets = self.accelerator.device, [[]]
-        for parameter in self.parameters.values():
-            if buckets[-1] and sum(p.numel() for p in buckets[-1]) + parameter.numel() > BUCKET:
-                buckets.append([])
-            buckets[-1].append(parameter)
-        for bucket in buckets:
-            has = torch.ones(len(bucket), device=device)
+        for bucket in self._buckets:
+            has = torch.ones(len(bucket), device=self.accelerator.device)
             without = [place for place, parameter in enumerate(bucket) if parameter.grad is None]
             for place in without:
                 has[place] = 0
@@ -199,8 +199,9 @@ class Engine:
             *means, has = flat.split([*(p.numel() for p in bucket), len(bucket)])
             for parameter, mean in zip(bucket, means, strict=True):
                 parameter.grad = mean.view_as(parameter)
-            for place in without:  # the host waits only where something is missing
-                if not has[place]:
+            held = has.tolist() if without else ()  # the host waits only where something is missing
+            for place in without:
+                if not held[place]:
                     bucket[place].grad = None
 
     def _set_lr(self, factor: float) -> None:
@@ -231,7 +232,7 @@ class FSDPEngine(Engine):
 
     shards = True
 
-    def _records(self, objective):
+    def _records(self, objective, say):
         return False
 
     def _prepare(self, objective, optimizer):
@@ -244,6 +245,14 @@ class FSDPEngine(Engine):
     def forward_backward(self, batch, last):
         self.module.set_requires_gradient_sync(last)
         return super().forward_backward(batch, last)
+
+    def _pass(self, batch):
+        loss, figures = self.module(batch)
+        try:
+            (loss / self.micros).backward()
+        except UNCOMPILABLE as error:  # parameters are where they were gathered, and cannot be put back
+            raise RunError(f"layers could not be compiled ({_line(error)}): set run.compile=false") from error
+        return loss.detach(), {name: value.detach() for name, value in figures.items()}
 
     def step(self, lr):
         self._passes = 0
@@ -274,7 +283,7 @@ class DeepSpeedEngine(Engine):
 
     shards = True
 
-    def _records(self, objective):
+    def _records(self, objective, say):
         return False
 
     def _compiles(self):
@@ -354,6 +363,22 @@ class DeepSpeedEngine(Engine):
     def close(self):
         self.module.destroy()
         super().close()
+
+
+def _buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Parameters in order, as many at a time as have `BUCKET` numbers, or one that has more."""
+    bucket, count = [], 0
+    for parameter in parameters:
+        if bucket and count + parameter.numel() > BUCKET:
+            yield bucket
+            bucket, count = [], 0
+        bucket.append(parameter)
+        count += parameter.numel()
+    yield bucket
+
+
+def _line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _adamw(groups: list[dict], betas: list[float]) -> torch.optim.AdamW:

@@ -7,7 +7,6 @@ import torch
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..students import HybridForCausalLM
@@ -92,8 +91,11 @@ def what_will_run(
     memory += ADAM_BYTES * trained / shares["optimizer"]
     if teacher is not None:
         parts = processes if recipe.teacher.share else 1
-        layers, whole = (_bytes(module) for module in (teacher.get_decoder().layers, teacher))
-        memory += layers / parts + whole - layers
+        layers, whole = (
+            sum(p.numel() for p in module.parameters()) for module in (teacher.get_decoder().layers, teacher)
+        )
+        number = getattr(torch, recipe.training_dtype(on_gpu=device is not None)).itemsize
+        memory += number * (layers / parts + whole - layers)
     lines = [
         f"{config.steps:,} steps of {config.batch_size} x {recipe.data.length:,} tokens: {config.steps * tokens:,} "
         f"({processes} process{'es' if processes > 1 else ''}, {share // micro} x {micro} sequences a step in each)",
@@ -117,10 +119,6 @@ def gpu_name(device: torch.device) -> str | None:
 
 def _count(groups: list[dict]) -> int:
     return sum(p.numel() for group in groups for p in group["parameters"].values())
-
-
-def _bytes(module: nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in module.parameters())
 
 
 def _size(count: float) -> str:

@@ -1,6 +1,7 @@
 """What the stages of one process share: recipe, accelerate's handle, teacher, tokenizer, text."""
 
 import dataclasses
+import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from accelerate.utils import (
 )
 from rich.console import Console
 from rich.text import Text
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -60,16 +62,11 @@ class Session:
     @cached_property
     def _loaded(self):
         settings = self.recipe.teacher
-        device = self.accelerator.device
-        dtype = self.recipe.teacher_dtype(on_gpu=device.type == "cuda")
-        model, tokenizer = load_teacher(settings.source, dtype, device, settings.trust_remote_code)
+        model, tokenizer = load_teacher(
+            settings.source, settings.dtype, self.accelerator.device, settings.trust_remote_code
+        )
         check_vocabulary(tokenizer, model, "teacher")
         return model.requires_grad_(False), tokenizer
-
-    @property
-    def shares_teacher(self) -> bool:
-        """Whether processes hold the teacher's layers together while a stage trains."""
-        return self.recipe.teacher.share and self.accelerator.num_processes > 1
 
     @property
     def teacher(self) -> PreTrainedModel:
@@ -78,6 +75,12 @@ class Session:
     @property
     def tokenizer(self):
         return self._loaded[1]
+
+    @cached_property
+    def _rows_to_check(self) -> int | None:
+        """Rows of the teacher's embeddings, where its tokenizer has tokens beyond them."""
+        rows = len(self.teacher.get_input_embeddings().weight)
+        return rows if max(self.tokenizer.get_vocab().values()) >= rows else None
 
     @cached_property
     def train_data(self) -> PackedDataset | StreamedDataset:
@@ -91,7 +94,7 @@ class Session:
             text_field=data.text_field,
             messages_field=data.messages_field,
             shuffle_buffer=data.shuffle_buffer,
-            rows=len(self.teacher.get_input_embeddings().weight),
+            rows=self._rows_to_check,
         )
         self.say(f"train text: {dataset.summary()}")
         return dataset
@@ -106,17 +109,31 @@ class Session:
         return cached
 
     @contextmanager
-    def teacher_shared(self) -> Iterator[None]:
-        """Leaves each process a share of the teacher's layers meanwhile, if the recipe says so."""
-        if not self.shares_teacher:
+    def teacher_in_training(self, objective: nn.Module) -> Iterator[None]:
+        """The teacher in the dtype and, where processes share it, the share that training has of it meanwhile.
+
+        If that is not what it was loaded as, whoever asks for the teacher afterwards gets it loaded again, and the
+        objective is without.
+        """
+        settings, device = self.recipe.teacher, self.accelerator.device
+        dtype = self.recipe.training_dtype(on_gpu=device.type == "cuda")
+        shares = settings.share and self.accelerator.num_processes > 1
+        if dtype == settings.dtype and not shares:
             yield
             return
-        share_layers(self.teacher)
+        for parameter in self.teacher.parameters():  # alone: rotary frequencies stay in float32
+            parameter.data = parameter.data.to(getattr(torch, dtype))
+        if shares:
+            share_layers(self.teacher)
         try:
             yield
-        finally:  # whoever asks for the teacher next gets it whole, and loaded again
+        finally:
+            objective.beside = ()
             for name in ("_loaded", "held_out"):
                 self.__dict__.pop(name, None)
+            gc.collect()  # hooks of shared layers refer back to them
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
 
     @contextmanager
     def teacher_off_device(self) -> Iterator[None]:
@@ -146,8 +163,8 @@ class Session:
                 cache=data.cache or self.root / "data",
             )
         # Not while it is tokenised: in a cache that runs share it may come from a run of another teacher.
-        rows = len(self.teacher.get_input_embeddings().weight)
-        check_tokens(corpus.tokens, rows, self.tokenizer, ", ".join(corpus.sources))
+        if self._rows_to_check is not None:
+            check_tokens(corpus.tokens, self._rows_to_check, self.tokenizer, ", ".join(corpus.sources))
         self.say(f"{name} text: {corpus.summary()}")
         return PackedDataset(corpus, data.length)
 

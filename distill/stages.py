@@ -70,7 +70,7 @@ _SETTINGS = {
     "evaluate": ("evaluate", "data"),
 }
 # Of what each stage does. Raise one where the same settings and inputs would give another result.
-_CODE = {"transfer": 1, "calibrate": 1, "align": 1, "distill": 1, "export": 1, "evaluate": 1}
+_CODE = {"transfer": 1, "calibrate": 1, "align": 2, "distill": 2, "export": 1, "evaluate": 1}
 
 
 def run_transfer(session: Session, folder: StageFolder) -> dict:
@@ -344,12 +344,14 @@ def stage_inputs(recipe: Recipe) -> dict[str, dict]:
             own["distill"]["teacher_cache"] = cache_identity(recipe.distill.teacher_cache)
         if "teacher" in own:
             own["teacher"]["files"] = file_identity(recipe.teacher.source)
-            del own["teacher"]["share"]  # which changes nothing in the result
+            for name in ("share", "training_dtype"):
+                del own["teacher"][name]
         if stage in ("align", "distill"):
             # How often something is written down changes nothing in what is trained.
             for name in ("log_every", "checkpoint_every", "keep_checkpoints", "max_skipped"):
                 del own[stage][name]
             own["run"] = {"seed": recipe.run.seed, "precision": recipe.run.precision}
+            own["teacher"] = {"training_dtype": recipe.teacher.training_dtype}
         if before is not None:
             own["after"] = {before: identity(needs[before])}
         needs[stage] = own
@@ -408,9 +410,10 @@ def _trained(
             figures["memory"] = torch.cuda.max_memory_allocated()
         tracking.log(figures)
 
+    del teacher  # or it would be held while it is loaded again
     with (
         at_trans_points(student),
-        session.teacher_off_device() if cached else session.teacher_shared(),
+        session.teacher_off_device() if cached else session.teacher_in_training(objective),
         closing(tracking),
     ):
         trained = train(

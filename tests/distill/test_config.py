@@ -95,7 +95,7 @@ REFUSED = {
     # choices
     "export.format=nativ": "export.format is 'nativ'; expected one of native, custom; did you mean 'native'?",
     "run.device=tpu": "run.device is 'tpu'; expected one of auto, cpu, cuda; did you mean 'cpu'?",
-    "teacher.dtype=int8": "teacher.dtype is 'int8'; expected one of auto, float32, bfloat16, float16",
+    "teacher.dtype=int8": "teacher.dtype is 'int8'; expected one of float32, bfloat16, float16",
     "calibrate.decay=none": "calibrate.decay is 'none'; expected one of fit, lookback",
     # the student's own
     "student.conv_kernel=5": "student.conv_kernel is 5; expected 1 to 4",

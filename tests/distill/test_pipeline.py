@@ -492,3 +492,14 @@ def test_a_bfloat16_teacher_has_a_float32_student(precision, tmp_path, run_tiny)
     run_tiny(tmp_path / "run", "teacher.dtype=bfloat16", *steps, until_stage="distill")
     weights = load_file(tmp_path / "run" / "distill" / "student" / "model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+
+
+def test_a_teacher_in_another_precision_while_a_stage_trains(tiny_copy, run_tiny):
+    """It is transferred and measured as it was loaded; the teacher of training is recognisably rounded."""
+    exact = metrics(tiny_copy, "align")
+    output = run_tiny(tiny_copy, "teacher.training_dtype=bfloat16", until_stage="align")
+    assert "transfer: done before, reused" in output and "calibrate: done before, reused" in output
+    losses, rounded = ([line["loss"] for line in lines] for lines in (exact, metrics(tiny_copy, "align")))
+    assert losses != rounded and rounded == pytest.approx(losses, rel=5e-2)
+    quality = json.loads((tiny_copy / "teacher_quality.json").read_text())
+    assert quality["kl"] == 0 and quality["same_top"] == 1

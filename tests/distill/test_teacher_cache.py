@@ -338,7 +338,7 @@ def test_distill_depends_on_the_targets_of_the_cache_not_on_its_place(cached_run
         (["data.length=16"], r"a cache of another data.length \(32, not 16\)"),
         (["distill.temperature=2"], r"a cache of another distill.temperature \(1.0, not 2.0\)"),
         (["teacher.source=random-qwen2"], "a cache of another teacher.source"),
-        (["teacher.dtype=bfloat16"], r"a cache of another teacher.dtype \(auto, not bfloat16\)"),
+        (["teacher.dtype=bfloat16"], r"a cache of another teacher.dtype \(float32, not bfloat16\)"),
     ],
 )
 def test_a_cache_of_something_else_is_refused(write, folder, overrides, told):
