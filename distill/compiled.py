@@ -84,10 +84,8 @@ class Recorded:
             except RuntimeError as error:
                 self._seen[kind] = -(1 << 62)
                 # The end of a recording fails too, and hides what went wrong before.
-                cause = error.__context__ or error
-                line = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
+                line = first_line(error.__context__ or error)
                 self._say(f"a step could not be recorded as a CUDA graph ({line}): it is launched from Python")
-                del cause
         if kind not in self._graphs:  # out of the handler, whose traceback holds the memory of the recording
             gc.collect()
             torch.cuda.empty_cache()
@@ -122,6 +120,11 @@ class Recorded:
                 parameter.grad = gradient
         self._pool = graph.pool()
         return _Graph(graph, inputs, (loss, figures), gradients)
+
+
+def first_line(error: BaseException) -> str:
+    """Of what an error says, or its kind where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 class _Graph(NamedTuple):

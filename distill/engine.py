@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from ..students.mamba2 import StateSpace
-from .compiled import Recorded, compiled
+from .compiled import Recorded, compiled, first_line
 from .run import RunError
 
 ADAM = ("exp_avg", "exp_avg_sq")  # what AdamW keeps for each parameter, besides its count of steps
@@ -81,7 +81,7 @@ class Engine:
             self._compiled.enter_context(compiled(objective))
         self.module, self.optimizer = self._prepare(objective, _adamw(groups, betas))
         self._recorded = None
-        if compile and self._records(objective, say):
+        if compile and self._records(objective):
             trained = list(self.parameters.values())
             self._recorded = Recorded(self._pass, trained, micros > 1, objective.kind, say)
 
@@ -94,7 +94,7 @@ class Engine:
         try:
             found = (self._pass if self._recorded is None else self._recorded)(batch)
         except UNCOMPILABLE as error:
-            self._say(f"layers could not be compiled ({_line(error)}): they run as they are")
+            self._say(f"layers could not be compiled ({first_line(error)}): they run as they are")
             self.release()
             found = None
         except torch.OutOfMemoryError:
@@ -115,9 +115,12 @@ class Engine:
 
     def _pass(self, batch):
         loss, figures = self.module(batch)
-        (loss / self.micros).backward()
+        self._backward(loss / self.micros)
         # What keeps the graph of a pass alive ties parameters to the stream it ran on: no recording could follow.
         return loss.detach(), {name: value.detach() for name, value in figures.items()}
+
+    def _backward(self, loss: Tensor) -> None:
+        loss.backward()
 
     def step(self, lr: float) -> tuple[Tensor, Tensor]:
         """An optimizer step with `lr` of every group's learning rate, left out where the gradient is not finite.
@@ -169,7 +172,7 @@ class Engine:
     def _compiles(self) -> bool:
         return True
 
-    def _records(self, objective: nn.Module, say: Callable[[str], None]) -> bool:
+    def _records(self, objective: nn.Module) -> bool:
         if self.accelerator.device.type != "cuda":
             return False
         # These look at the state of random generators, which a recording must not, or are fetched by the host.
@@ -177,7 +180,7 @@ class Engine:
         shared = any(isinstance(module, FSDPModule) for model in objective.models() for module in model.modules())
         for found, what in ((again, "layers that are computed again"), (shared, "layers that processes share")):
             if found:
-                say(f"{what} cannot be recorded as CUDA graphs: passes are launched from Python")
+                self._say(f"{what} cannot be recorded as CUDA graphs: passes are launched from Python")
         return not (again or shared)
 
     def _prepare(self, objective, optimizer):
@@ -232,7 +235,7 @@ class FSDPEngine(Engine):
 
     shards = True
 
-    def _records(self, objective, say):
+    def _records(self, objective):
         return False
 
     def _prepare(self, objective, optimizer):
@@ -246,13 +249,11 @@ class FSDPEngine(Engine):
         self.module.set_requires_gradient_sync(last)
         return super().forward_backward(batch, last)
 
-    def _pass(self, batch):
-        loss, figures = self.module(batch)
+    def _backward(self, loss):
         try:
-            (loss / self.micros).backward()
+            loss.backward()
         except UNCOMPILABLE as error:  # parameters are where they were gathered, and cannot be put back
-            raise RunError(f"layers could not be compiled ({_line(error)}): set run.compile=false") from error
-        return loss.detach(), {name: value.detach() for name, value in figures.items()}
+            raise RunError(f"layers could not be compiled ({first_line(error)}): set run.compile=false") from error
 
     def step(self, lr):
         self._passes = 0
@@ -283,7 +284,7 @@ class DeepSpeedEngine(Engine):
 
     shards = True
 
-    def _records(self, objective, say):
+    def _records(self, objective):
         return False
 
     def _compiles(self):
@@ -375,10 +376,6 @@ def _buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]
         bucket.append(parameter)
         count += parameter.numel()
     yield bucket
-
-
-def _line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _adamw(groups: list[dict], betas: list[float]) -> torch.optim.AdamW:

@@ -147,9 +147,12 @@ class Session:
             self.teacher.to(self.accelerator.device)
 
     @cached_property
+    def _held_out_data(self) -> PackedDataset:
+        return self._packed("heldout", self.recipe.data.heldout, self.recipe.data.max_heldout_tokens)
+
+    @cached_property
     def held_out(self) -> HeldOut:
-        dataset = self._packed("heldout", self.recipe.data.heldout, self.recipe.data.max_heldout_tokens)
-        return HeldOut(dataset, self.recipe.evaluate.sequences, self.tokenizer, self.teacher)
+        return HeldOut(self._held_out_data, self.recipe.evaluate.sequences, self.tokenizer, self.teacher)
 
     def _packed(self, name: str, sources: list[str], max_tokens: int | None) -> PackedDataset:
         data = self.recipe.data

@@ -1,7 +1,8 @@
-"""Several processes of the command line without importing everything in each: forked from one that has.
+"""Several processes: of the command line, without importing everything in each, or of one function.
 
-`run_all(jobs)` for tests, in a process of its own: python forked.py < jobs.json. Each job is {"engine": a file of
-configs/accelerate, "arguments": [...], "log": file, "processes": 2}; the environment is what `accelerate launch` sets.
+`in_two(function, ...)` and `run_all(jobs)` are for tests. The latter runs this file in a process of its own:
+python forked.py < jobs.json. Each job is {"engine": a file of configs/accelerate, "arguments": [...], "log": file,
+"processes": 2}; the environment is what `accelerate launch` sets.
 """
 
 import json
@@ -26,6 +27,30 @@ def run_all(jobs: list[dict]) -> list[str]:
     return outputs
 
 
+def in_two(function, *arguments) -> None:
+    """Calls function(rank, *arguments) in two processes that may make a group of two with gloo."""
+    import torch
+
+    torch.multiprocessing.spawn(_as_one_of_two, (_free_port(), function, arguments), nprocs=2)
+
+
+def _as_one_of_two(rank: int, port: int, function, arguments: tuple) -> None:
+    import torch
+
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    os.environ.update({name: str(value) for name, value in ranks.items()})
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true")
+    torch.set_num_threads(1)
+    function(rank, *arguments)
+    torch.distributed.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def environment_of(engine: str, processes: int) -> dict[str, str]:
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
@@ -43,11 +68,8 @@ def _fork(job: dict) -> bool:
     from transpoint.distill.cli import main
 
     processes = job.get("processes", 2)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     environment = environment_of(job["engine"], processes)
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     environment |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
     children = []
     for rank in range(processes):

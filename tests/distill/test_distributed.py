@@ -51,15 +51,11 @@ def launch(engine, arguments):
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
-def at_checkpoints(launches, do):
-    """`do(process)` for each of {run folder: process} as soon as it has a checkpoint."""
-    deadline, waiting = time.monotonic() + 300, dict(launches)
-    while waiting and time.monotonic() < deadline:
-        for folder, process in list(waiting.items()):
-            if list(folder.glob("*/checkpoints/step-*")):
-                do(waiting.pop(folder))
-            else:
-                assert process.poll() is None, process.communicate()[0].decode()[-4000:]
+def wait_for_checkpoint(process, folder):
+    """Until a launch has left a checkpoint in its run folder."""
+    deadline = time.monotonic() + 300
+    while not list(folder.glob("align/checkpoints/step-*")) and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()[0].decode()[-4000:]
         time.sleep(0.002)
 
 
@@ -151,7 +147,8 @@ def test_interrupted_in_one_process_and_resumed_by_two(engine, runs):
 def test_launched_as_a_person_does_killed_and_resumed_by_one_process(runs, run_tiny, tmp_path):
     folder = tmp_path / "run"
     process = launch("zero2", ["configs/tiny.yaml", f"run.dir={folder}", *SMALL, "--until", "distill"])
-    at_checkpoints({folder: process}, kill_all)
+    wait_for_checkpoint(process, folder)
+    kill_all(process)
     process.communicate()
     assert not (folder / "distill" / "done.json").exists()
     output = run_tiny(folder, *SMALL, until_stage="distill")
@@ -166,7 +163,8 @@ def test_a_process_that_dies_ends_the_others_and_the_same_command_goes_on(tmp_pa
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     process = launch("ddp", [*arguments, f"run.dir={killed}"])
     try:
-        at_checkpoints({killed: process}, lambda process: os.kill(workers(process)[1], signal.SIGKILL))
+        wait_for_checkpoint(process, killed)
+        os.kill(workers(process)[1], signal.SIGKILL)
         output = process.communicate(timeout=60)[0].decode()
     finally:
         kill_all(process)

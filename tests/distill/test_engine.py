@@ -1,14 +1,12 @@
 """How an optimizer step runs, apart from what is trained."""
 
-import os
-import socket
-
 import pytest
 import torch
 from accelerate import Accelerator
 from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 
+from forked import in_two
 from transpoint.distill.engine import make_engine
 
 LR, DECAY = 0.1, 0.5
@@ -42,12 +40,7 @@ def engine_of(module, micros=1, clip=1e9, **options):
     return make_engine(module, groups, [0.9, 0.95], clip, micros, Accelerator(cpu=True), **options)
 
 
-def step_of_a_process(rank, port, folder):
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port), ACCELERATE_USE_CPU="true",
-    )  # fmt: skip
-    torch.set_num_threads(1)
+def step_of_a_process(rank, folder):
     module = Products("ab" if rank else "a", a=1.0 + rank, b=1.0, c=1.0)
     engine = engine_of(module)
     assert engine.accelerator.num_processes == 2
@@ -57,14 +50,10 @@ def step_of_a_process(rank, port, folder):
     torch.save({"norm": norm, **{name: p.detach() for name, p in module.named_parameters()}}, f"{folder}/{rank}.pt")
     engine.forward_backward({"x": torch.tensor(float("nan") if rank else 1.0)}, last=True)
     assert engine.step(1.0)[1]  # left out by both
-    torch.distributed.destroy_process_group()
 
 
 def test_processes_average_their_gradients_and_leave_alone_what_none_has(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(step_of_a_process, (port, tmp_path), nprocs=2)
+    in_two(step_of_a_process, tmp_path)
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for name in found[0]:
         assert torch.equal(found[0][name], found[1][name])
