@@ -6,7 +6,7 @@ them goes on under any other, and on another number of processes.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 
 import torch
 from accelerate import Accelerator
@@ -106,10 +106,10 @@ class Engine:
             torch.cuda.empty_cache()
             for parameter in self._trained():
                 parameter.grad = None
-            found = self._pass(batch)
             if self._passes:
                 spoiled = self._trained()[0]
                 spoiled.grad = torch.full_like(spoiled, float("nan"))
+            found = self._pass(batch)
         self._passes += 1
         return found
 
@@ -250,10 +250,8 @@ class FSDPEngine(Engine):
         return super().forward_backward(batch, last)
 
     def _backward(self, loss):
-        try:
+        with _no_way_back():  # parameters are where they were gathered
             loss.backward()
-        except UNCOMPILABLE as error:  # parameters are where they were gathered, and cannot be put back
-            raise RunError(f"layers could not be compiled ({first_line(error)}): set run.compile=false") from error
 
     def step(self, lr):
         self._passes = 0
@@ -288,9 +286,7 @@ class DeepSpeedEngine(Engine):
         return False
 
     def _compiles(self):
-        # ZeRO 1 and 2 keep parameters in one flat buffer, where few are aligned to 16 bytes: what was compiled for the
-        # first layer of its kind takes that for granted of all. ZeRO 3 fetches parameters inside of layers.
-        return False
+        return self.accelerator.state.deepspeed_plugin.zero_stage < 3  # which fetches parameters inside of layers
 
     def _prepare(self, objective, optimizer):
         plugin = self.accelerator.state.deepspeed_plugin
@@ -302,6 +298,8 @@ class DeepSpeedEngine(Engine):
         config["train_batch_size"] = "auto"
         if plugin.zero_stage == 3:
             self._register_external(objective)
+        else:  # what is compiled for the first layer of a kind takes its parameters' alignment for granted of all
+            config["zero_optimization"]["parameter_alignment"] = True
         engine, _ = self.accelerator.prepare(objective, optimizer)
         self._base = engine.optimizer.optimizer
         # Their first step would make the state, and ZeRO 1 and 2 link it to parameters before all groups have one.
@@ -326,12 +324,15 @@ class DeepSpeedEngine(Engine):
             register_external_parameter(objective, objective.student.get_output_embeddings().weight)
 
     def forward_backward(self, batch, last):
-        loss, figures = self.module(batch)
         self.module.set_gradient_accumulation_boundary(last)
-        self.module.backward(loss)  # divides by the number of micro-batches
-        return loss.detach(), {name: value.detach() for name, value in figures.items()}
+        return super().forward_backward(batch, last)
+
+    def _backward(self, loss):
+        with _no_way_back():  # gradients are on their way to other processes
+            self.module.backward(loss, scale_wrt_gas=False)
 
     def step(self, lr):
+        self._passes = 0
         self._set_lr(lr)
         self.module.step()  # leaves itself out where the gradient's norm is not finite
         skipped = bool(self.optimizer.overflow)
@@ -364,6 +365,15 @@ class DeepSpeedEngine(Engine):
     def close(self):
         self.module.destroy()
         super().close()
+
+
+@contextmanager
+def _no_way_back() -> Iterator[None]:
+    """Of a backward pass that cannot run again: one that cannot be compiled stops the run."""
+    try:
+        yield
+    except UNCOMPILABLE as error:
+        raise RunError(f"layers could not be compiled ({first_line(error)}): set run.compile=false") from error
 
 
 def _buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:

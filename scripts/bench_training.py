@@ -31,6 +31,7 @@ from transpoint.distill.preflight import flops_per_token, gpu_name
 from transpoint.distill.session import make_accelerator
 from transpoint.distill.trainer import InPrecision
 from transpoint.students import StudentConfig, build_student
+from transpoint.teachers import share_layers
 
 WINDOWS = 5  # stretches of steps that the median is of
 SHAPES = {
@@ -85,6 +86,8 @@ def measure(options: argparse.Namespace, stage: str, batch: int, accelerator: Ac
     points = {"trans_points": options.trans_points} if options.mixer == "transmamba" else {}
     student = build_student(teacher, StudentConfig(mixer=options.mixer, keep_attention=keep, **points))
     student = student.float().to(device).train()
+    if options.share_teacher:
+        share_layers(teacher)
     settings = Recipe().distill
     settings.teacher_lr = 1e-4
     if stage == "align":
@@ -170,7 +173,7 @@ def table(records: list[dict], options: argparse.Namespace, accelerator: Acceler
 
 def facts(options: argparse.Namespace, accelerator: Accelerator) -> dict:
     """What the figures depend on."""
-    chosen = {name: getattr(options, name) for name in ("shape", "mixer", "length", "steps", "eager")}
+    chosen = {name: getattr(options, name) for name in ("shape", "mixer", "length", "steps", "eager", "share_teacher")}
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     device = gpu_name(accelerator.device) or "CPU"
     return chosen | {"device": device, "processes": accelerator.num_processes} | versions
@@ -207,6 +210,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=5)
     parser.add_argument("--json", type=Path, help="where to write the figures")
     parser.add_argument("--eager", action="store_true", help="nothing compiled, no CUDA graphs")
+    parser.add_argument("--share-teacher", action="store_true", help="each process has a share of the teacher's layers")
     parser.add_argument("--profile", type=Path, help="folder for what each row's time goes into")
     parser.add_argument("--quick", action="store_true", help="a tiny model, short sequences")
     options = parser.parse_args(arguments)

@@ -1,13 +1,17 @@
 """How an optimizer step runs, apart from what is trained."""
 
+import os
+
 import pytest
 import torch
 from accelerate import Accelerator
 from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 
-from forked import in_two
+from forked import environment_of, in_two
+from transpoint.distill.config import Recipe
 from transpoint.distill.engine import make_engine
+from transpoint.distill.session import make_accelerator
 
 LR, DECAY = 0.1, 0.5
 
@@ -15,11 +19,11 @@ LR, DECAY = 0.1, 0.5
 class Products(nn.Module):
     """The loss is the sum of the named parameters times `batch["x"]`; others take no part."""
 
-    def __init__(self, names, **held):
+    def __init__(self, names, side=2, **held):
         super().__init__()
         self.names = names
         for name, value in held.items():
-            self.register_parameter(name, nn.Parameter(torch.full((2, 2), value)))
+            self.register_parameter(name, nn.Parameter(torch.full((side, side), value)))
 
     def forward(self, batch):
         loss = sum((getattr(self, name) * batch["x"]).sum() for name in self.names)
@@ -35,9 +39,9 @@ class Products(nn.Module):
         return ()
 
 
-def engine_of(module, micros=1, clip=1e9, **options):
+def engine_of(module, micros=1, clip=1e9, accelerator=None, **options):
     groups = [{"parameters": dict(module.named_parameters()), "lr": LR, "weight_decay": DECAY}]
-    return make_engine(module, groups, [0.9, 0.95], clip, micros, Accelerator(cpu=True), **options)
+    return make_engine(module, groups, [0.9, 0.95], clip, micros, accelerator or Accelerator(cpu=True), **options)
 
 
 def step_of_a_process(rank, folder):
@@ -62,6 +66,30 @@ def test_processes_average_their_gradients_and_leave_alone_what_none_has(tmp_pat
     for name in "ab":  # of AdamW the first step is the learning rate, after weight decay
         torch.testing.assert_close(found[0][name], torch.full((2, 2), 1 - LR * DECAY - LR))
     assert torch.equal(found[0]["c"], torch.ones(2, 2))
+
+
+def step_under_zero(rank):
+    del os.environ["ACCELERATE_USE_CPU"]
+    os.environ |= {name: value for name, value in environment_of("zero2", 2).items() if name.startswith("ACCELERATE_")}
+    module = Products("abc", side=3, a=1.0, b=2.0, c=3.0)
+    engine = engine_of(module, accelerator=make_accelerator(Recipe()))
+    assert engine.shards and engine.accelerator.num_processes == 2
+    for _ in range(2):
+        assert not any(parameter.data_ptr() % 16 for parameter in module.parameters())
+        engine.forward_backward({"x": torch.tensor(3.0 + 2 * rank)}, last=True)
+        norm, skipped = engine.step(1.0)
+        assert norm.item() == pytest.approx(4 * 27**0.5) and not skipped
+    state = engine.state()
+    for name, value in (("a", 1.0), ("b", 2.0), ("c", 3.0)) if rank == 0 else ():
+        for _ in range(2):
+            value -= value * LR * DECAY + LR
+        torch.testing.assert_close(state[f"parameter.{name}"], torch.full((3, 3), value))
+        assert state[f"optimizer.exp_avg.{name}"].shape == (3, 3)
+
+
+def test_zero_aligns_parameters_as_compiled_layers_take_for_granted():
+    """To 16 bytes, also where those before them have an odd count of numbers."""
+    in_two(step_under_zero)
 
 
 @pytest.mark.parametrize("failing", [0, 1])
