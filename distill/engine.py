@@ -242,7 +242,8 @@ class FSDPEngine(Engine):
         # What is gathered together: a decoder layer, or, where they are trained alone, a mixer.
         layers = getattr(getattr(objective, "student", None), "_no_split_modules", None)
         mixers = {type(module).__name__ for module in objective.modules() if isinstance(module, StateSpace)}
-        objective._no_split_modules = list(layers or mixers)
+        # By an attribute of the objective the plugin would be told in the first stage only.
+        self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = list(layers or mixers)
         return self.accelerator.prepare(objective, optimizer)
 
     def forward_backward(self, batch, last):

@@ -40,15 +40,15 @@ class Alignment(nn.Module):
         layers = {layer: mixer for layer, mixer in enumerate(student.mixer_layers()) if mixer is not None}
         self.mixers = nn.ModuleDict({str(layer): mixer for layer, mixer in layers.items()})
         self.beside = (teacher, [view for view in attention_view(teacher) if view.layer in layers])
-        self.error = mixer_error
+        self.error = relative_error
 
     def models(self) -> list[PreTrainedModel]:
         return [self.beside[0]]
 
     def compilable(self) -> list[tuple[object, str]]:
-        """The mixers' errors, and parts of the teacher's layers: attention is looked into from between them."""
+        """Mixers, their errors, and parts of the teacher's layers: attention is looked into from between them."""
         parts = (part for layer in self.beside[0].get_decoder().layers for part in layer.children())
-        return [(self, "error"), *((part, "forward") for part in parts)]
+        return [(self, "error"), *((part, "forward") for part in (*self.mixers.values(), *parts))]
 
     def kind(self) -> tuple:
         return ()
@@ -69,17 +69,9 @@ class Alignment(nn.Module):
                     where = {"seq_idx": seq_idx, "documents": documents}
                     if spans is not None and trans_point is not None:
                         where["span"] = spans.of(mixer)
-                    error = self.error(mixer, inputs, output, position_embeddings, **where)
-                figures[f"{name}_{view.layer}"] = error
+                    found = mixer(inputs, position_embeddings, **where)[0]
+                figures[f"{name}_{view.layer}"] = self.error(found, output)
         return sum(figures.values()) / len(views), figures
-
-
-def mixer_error(mixer: nn.Module, inputs: Tensor, output: Tensor, position_embeddings, **where) -> Tensor:
-    """The relative error of a mixer's output from attention's, (B, L, hidden) as the inputs.
-
-    where: what the mixer takes by keyword of packed documents.
-    """
-    return relative_error(mixer(inputs, position_embeddings, **where)[0], output)
 
 
 def _forms(mixer: nn.Module) -> tuple[tuple[str, int | float | None], ...]:

@@ -86,8 +86,6 @@ def measure(options: argparse.Namespace, stage: str, batch: int, accelerator: Ac
     points = {"trans_points": options.trans_points} if options.mixer == "transmamba" else {}
     student = build_student(teacher, StudentConfig(mixer=options.mixer, keep_attention=keep, **points))
     student = student.float().to(device).train()
-    if options.share_teacher:
-        share_layers(teacher)
     settings = Recipe().distill
     settings.teacher_lr = 1e-4
     if stage == "align":
@@ -96,6 +94,8 @@ def measure(options: argparse.Namespace, stage: str, batch: int, accelerator: Ac
     else:
         objective, groups = Distillation(teacher, student, settings), distill_groups(student, settings)
     only_these_train(objective, groups)
+    if options.share_teacher:
+        share_layers(teacher)
     flops = flops_per_token(stage, teacher, student, length)
     module = InPrecision(objective, "bf16" if on_gpu else "fp32", device.type)
     engine = make_engine(module, groups, [0.9, 0.95], 1.0, 1, accelerator, on_gpu and not options.eager)
