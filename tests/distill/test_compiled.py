@@ -263,7 +263,7 @@ def test_recorded_steps_are_as_those_launched_from_python(mixer, stage, micros):
     losses, weights, said, recorded = steps("cuda", mixer, stage, True, micros)
     assert not said and recorded == 1
     wanted, wanted_weights, *_ = steps("cuda", mixer, stage, False, micros)
-    for place, rel in [*((micro, 2e-3) for micro in range(micros)), (micros, 5e-3)]:  # losses, then a step's norm
+    for place, rel in [*((micro, 2e-3) for micro in range(micros)), (micros, 2e-2)]:  # losses, then a step's norm
         assert losses[place :: micros + 1] == pytest.approx(wanted[place :: micros + 1], rel=rel)
     untouched = dict(make(mixer=mixer, device="cuda")[1].named_parameters())
     for name, weight in wanted_weights.items():  # AdamW turns rounding in tiny gradients into steps
