@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
         train_teacher(Path(folder) / "teacher", options.teacher_steps)
         for points, rate in SETTINGS:
             for seed in options.seeds:
-                kls = [distill(Path(folder), points, rate, seed, options.steps, f) for f in ("null", "0.5")]
+                kls = [distill(Path(folder), points, rate, seed, options, f) for f in ("null", "0.5")]
                 name = "0, 16, 32, 64 cycled" if points == CYCLED else points
                 print(f"| {name} | {rate} | {seed} | " + " | ".join(f"{kl:.4f}" for kl in kls) + " |", flush=True)
     return 0
@@ -63,7 +63,7 @@ def train_teacher(folder: Path, steps: int) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def distill(folder: Path, points: str, rate: str, seed: int, steps: int, fraction: str) -> float:
+def distill(folder: Path, points: str, rate: str, seed: int, options: argparse.Namespace, fraction: str) -> float:
     """Held-out KL of a student after distillation."""
     AcceleratorState._reset_state(reset_partial_state=True)
     overrides = {
@@ -75,9 +75,9 @@ def distill(folder: Path, points: str, rate: str, seed: int, steps: int, fractio
         "data.length": 128,
         "data.max_train_tokens": 1_000_000,
         "data.max_heldout_tokens": 10_000,
-        "evaluate.sequences": 30,
+        "evaluate.sequences": options.sequences,
         "align.steps": 0,
-        "distill.steps": steps,
+        "distill.steps": options.steps,
         "distill.batch_size": 8,
         "distill.lr": rate,
         "distill.teacher_lr": rate,
@@ -95,6 +95,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of data order")
     parser.add_argument("--steps", type=int, default=100, help="of distillation, 1,024 tokens each")
     parser.add_argument("--teacher-steps", type=int, default=600, help="of the teacher's training, likewise")
+    parser.add_argument("--sequences", type=int, default=30, help="held-out ones that are measured")
     return parser.parse_args(arguments)
 
 

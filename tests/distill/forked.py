@@ -6,11 +6,13 @@ python forked.py < jobs.json. Each job is {"engine": a file of configs/accelerat
 """
 
 import json
+import multiprocessing
 import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,9 +31,11 @@ def run_all(jobs: list[dict]) -> list[str]:
 
 def in_two(function, *arguments) -> None:
     """Calls function(rank, *arguments) in two processes that may make a group of two with gloo."""
-    import torch
+    from torch.multiprocessing import start_processes
 
-    torch.multiprocessing.spawn(_as_one_of_two, (_free_port(), function, arguments), nprocs=2)
+    multiprocessing.set_forkserver_preload(["deepspeed", "transpoint.distill.stages"])
+    with mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES=""):  # there may be one GPU only
+        start_processes(_as_one_of_two, (_free_port(), function, arguments), nprocs=2, start_method="forkserver")
 
 
 def _as_one_of_two(rank: int, port: int, function, arguments: tuple) -> None:
@@ -55,8 +59,8 @@ def environment_of(engine: str, processes: int) -> dict[str, str]:
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
-    file = f"configs/accelerate/{engine}.yaml"
-    words = ["--config_file", file, "--num_processes", str(processes), "train.py"]
+    file = ROOT / "configs" / "accelerate" / f"{engine}.yaml"
+    words = ["--config_file", str(file), "--num_processes", str(processes), "train.py"]
     arguments, defaults, _ = _validate_launch_command(launch_command_parser().parse_args(words))
     if not arguments.use_deepspeed:
         return prepare_multi_gpu_env(arguments)

@@ -79,6 +79,8 @@ def step_under_zero(rank):
         engine.forward_backward({"x": torch.tensor(3.0 + 2 * rank)}, last=True)
         norm, skipped = engine.step(1.0)
         assert norm.item() == pytest.approx(4 * 27**0.5) and not skipped
+    engine.forward_backward({"x": torch.tensor(float("nan") if rank else 1.0)}, last=True)
+    assert engine.step(1.0)[1]
     state = engine.state()
     for name, value in (("a", 1.0), ("b", 2.0), ("c", 3.0)) if rank == 0 else ():
         for _ in range(2):

@@ -508,7 +508,7 @@ def test_a_killed_run_goes_on_to_the_same_result(tiny_copy, tmp_path, run_tiny):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0])
 def test_twenty_kills_at_random_moments_change_no_bit(seed, tmp_path):
-    more = ["align.steps=60", "distill.steps=90", "align.checkpoint_every=5", "distill.checkpoint_every=4"]
+    more = ["align.steps=40", "distill.steps=72", "align.checkpoint_every=5", "distill.checkpoint_every=4"]
     command = [sys.executable, Path(__file__).with_name("kill_often.py")]
     for name, kills in {"whole": 0, "killed": 20}.items():
         arguments = [str(kills), str(seed), "run", "configs/tiny.yaml", f"run.dir={tmp_path / name}", *more]
