@@ -2,6 +2,8 @@
 
 import json
 
+VARIES = {"tokens_per_second", "mfu", "memory"}  # the latter two on GPUs only
+
 
 def done(folder, stage):
     """The record of a finished stage."""
@@ -11,7 +13,7 @@ def done(folder, stage):
 def metrics(folder, stage):
     """The lines of a stage's log, without what differs between two equal runs."""
     lines = [json.loads(line) for line in (folder / stage / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in lines]
+    return [{key: value for key, value in line.items() if key not in VARIES} for line in lines]
 
 
 def student(folder, stage):
