@@ -344,7 +344,7 @@ def _tokenize(
     sources = list(dict.fromkeys(item.source for item in items))
     starts, total, unread = [], 0, []
     with _progress(max_tokens) as show, aside.open("w+b") if aside else nullcontext(io.BytesIO()) as file:
-        for batch in _batches(_texts(items, documents)):
+        for batch in _batches(_texts(items, documents), max_tokens):
             encoded = encode([text for _, _, text in batch], tokenizer)
             for (source, where, _), ids in zip(batch, encoded, strict=True):
                 if not ids:
@@ -378,13 +378,14 @@ def _tokenize(
     )
 
 
-def _batches(texts: Iterator[tuple[str, str, str]]) -> Iterator[list[tuple[str, str, str]]]:
-    """Lists of documents large enough to keep all cores busy, small enough for memory."""
+def _batches(texts: Iterator[tuple[str, str, str]], max_tokens: int | None) -> Iterator[list[tuple[str, str, str]]]:
+    """Lists of documents large enough to keep all cores busy, small enough for memory and for the tokens wanted."""
     batch, characters = [], 0
+    most = 2_000_000 if max_tokens is None else min(2_000_000, 8 * max_tokens)  # few tokens are longer
     for document in texts:
         batch.append(document)
         characters += len(document[2])
-        if len(batch) >= 1024 or characters >= 2_000_000:
+        if len(batch) >= 1024 or characters >= most:
             yield batch
             batch, characters = [], 0
     if batch:

@@ -23,7 +23,6 @@ from transpoint.students import StudentConfig, build_student
 from transpoint.teachers import TeacherInfo
 from transpoint.teachers.random import byte_tokenizer, random_teacher
 
-FIGURES = {"logits": 1e-6, "decode": 2e-6, "scale": 10.0}
 ALL_PARTS = {"conv_kernel": 4, "conv_activation": "silu", "gate": True, "norm": True}
 PLAIN = {"rope": True, "conv_activation": None, "gate": False, "norm": False}
 
@@ -39,12 +38,6 @@ def make(family="llama", keep=(1, 3), options=None, **sizes):
             for name, parameter in mixer.named_parameters():
                 parameter.add_(size.get(name, 0.1) * torch.randn(parameter.shape, generator=generator))
     return student.eval()
-
-
-@pytest.fixture
-def unverified(monkeypatch):
-    """Leaves out export's own check in a fresh process: the test compares more itself."""
-    monkeypatch.setattr(module, "verify", lambda *args: dict(FIGURES))
 
 
 def ids_of(batch=2, length=24):
@@ -89,7 +82,7 @@ NATIVE = {
 def test_native_is_the_student_in_plain_transformers(case, tmp_path, unverified):
     student = make(**NATIVE[case])
     folder = tmp_path / "native"
-    assert export(student, byte_tokenizer(), folder) == FIGURES
+    assert export(student, byte_tokenizer(), folder) == unverified
     assert os.listdir(tmp_path) == ["native"]
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     assert type(model) is GraniteMoeHybridForCausalLM and model.dtype == torch.float32

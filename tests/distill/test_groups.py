@@ -13,6 +13,7 @@ from transpoint.students import StudentConfig, build_student
 from transpoint.teachers.random import random_teacher
 
 TARGETS = ["q_proj", "in_proj", "out_proj", "down_proj"]
+pytestmark = pytest.mark.usefixtures("unverified")
 
 
 def make(family="llama"):

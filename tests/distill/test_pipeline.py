@@ -25,6 +25,7 @@ from transpoint.teachers.random import random_teacher
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 SAMPLE = TINY.parent / "sample"
+pytestmark = pytest.mark.usefixtures("unverified")
 
 
 def files(folder):

@@ -20,6 +20,7 @@ from transpoint.students import StudentError
 
 CONFIG = Path(__file__).parents[2] / "configs" / "tiny-transmamba.yaml"
 OWN = [0, 8, 16, 32]
+pytestmark = pytest.mark.usefixtures("unverified")
 
 
 @pytest.fixture(scope="module")
