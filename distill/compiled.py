@@ -9,6 +9,8 @@ import torch
 import torch._functorch.config
 from torch import Tensor, nn
 
+from .run import one_line
+
 FLEX = "flex_attention"
 SPECIALISED = 64  # kinds of calls that one function is compiled for: layers of a model differ, and so do batches
 SEEN = 3  # times that a kind of batch comes before its passes are recorded; compilers are done by then
@@ -84,7 +86,7 @@ class Recorded:
             except RuntimeError as error:
                 self._seen[kind] = -(1 << 62)
                 # The end of a recording fails too, and hides what went wrong before.
-                line = first_line(error.__context__ or error)
+                line = one_line(error.__context__ or error)
                 self._say(f"a step could not be recorded as a CUDA graph ({line}): it is launched from Python")
         if kind not in self._graphs:  # out of the handler, whose traceback holds the memory of the recording
             gc.collect()
@@ -120,11 +122,6 @@ class Recorded:
                 parameter.grad = gradient
         self._pool = graph.pool()
         return _Graph(graph, inputs, (loss, figures), gradients)
-
-
-def first_line(error: BaseException) -> str:
-    """Of what an error says, or its kind where it says nothing."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 class _Graph(NamedTuple):

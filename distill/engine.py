@@ -17,8 +17,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from ..students.mamba2 import StateSpace
-from .compiled import Recorded, compiled, first_line
-from .run import RunError
+from .compiled import Recorded, compiled
+from .run import RunError, one_line
 
 ADAM = ("exp_avg", "exp_avg_sq")  # what AdamW keeps for each parameter, besides its count of steps
 UNCOMPILABLE = (TorchDynamoException, FailOnRecompileLimitHit, GuardOnDataDependentSymNode)
@@ -94,7 +94,7 @@ class Engine:
         try:
             found = (self._pass if self._recorded is None else self._recorded)(batch)
         except UNCOMPILABLE as error:
-            self._say(f"layers could not be compiled ({first_line(error)}): they run as they are")
+            self._say(f"layers could not be compiled ({one_line(error)}): they run as they are")
             self.release()
             found = None
         except torch.OutOfMemoryError:
@@ -173,7 +173,7 @@ class Engine:
         return True
 
     def _records(self, objective: nn.Module) -> bool:
-        if self.accelerator.device.type != "cuda":
+        if self.shards or self.accelerator.device.type != "cuda":
             return False
         # These look at the state of random generators, which a recording must not, or are fetched by the host.
         again = any(getattr(module, "gradient_checkpointing", False) for module in objective.modules())
@@ -235,9 +235,6 @@ class FSDPEngine(Engine):
 
     shards = True
 
-    def _records(self, objective):
-        return False
-
     def _prepare(self, objective, optimizer):
         # What is gathered together: a decoder layer, or, where they are trained alone, a mixer.
         layers = getattr(getattr(objective, "student", None), "_no_split_modules", None)
@@ -283,11 +280,8 @@ class DeepSpeedEngine(Engine):
 
     shards = True
 
-    def _records(self, objective):
-        return False
-
     def _compiles(self):
-        return self.accelerator.state.deepspeed_plugin.zero_stage < 3  # which fetches parameters inside of layers
+        return self.accelerator.state.deepspeed_plugin.zero_stage < 3  # ZeRO 3 fetches parameters inside of layers
 
     def _prepare(self, objective, optimizer):
         plugin = self.accelerator.state.deepspeed_plugin
@@ -374,7 +368,7 @@ def _no_way_back() -> Iterator[None]:
     try:
         yield
     except UNCOMPILABLE as error:
-        raise RunError(f"layers could not be compiled ({first_line(error)}): set run.compile=false") from error
+        raise RunError(f"layers could not be compiled ({one_line(error)}): set run.compile=false") from error
 
 
 def _buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:

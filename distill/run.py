@@ -33,6 +33,12 @@ class RunError(ValueError):
     """A run folder that cannot be used as asked. One line, naming the thing and the remedy."""
 
 
+def one_line(error: BaseException) -> str:
+    """The first of what an error says, up to 200 characters, or its kind where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
+
+
 @contextmanager
 def alone_in(root: Path) -> Iterator[None]:
     """Keeps other runs out of a run folder meanwhile; a run that dies keeps nobody out.

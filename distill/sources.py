@@ -22,7 +22,7 @@ from typing import Any
 
 import zstandard
 
-from .run import read_json, write_json
+from .run import one_line, read_json, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -317,11 +317,6 @@ def _reading_error(item: Item, rows: int, error: Exception) -> DataError:
         else "it may be truncated or damaged; fetch or write it again"
     )
     return DataError(f"{item}: reading failed after {rows:,} rows ({one_line(error)}): {remedy}")
-
-
-def one_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
 
 
 def source_identity(source: str, sampled: bool = False) -> list:

@@ -29,21 +29,26 @@ def run_all(jobs: list[dict]) -> list[str]:
     return outputs
 
 
-def in_two(function, *arguments) -> None:
-    """Calls function(rank, *arguments) in two processes that may make a group of two with gloo."""
+def in_two(function, *arguments, engine: str = "ddp") -> None:
+    """Calls function(rank, *arguments) in two processes that may make a group of two with gloo.
+
+    engine: a file of configs/accelerate, for `make_accelerator`.
+    """
     from torch.multiprocessing import start_processes
 
     multiprocessing.set_forkserver_preload(["deepspeed", "transpoint.distill.stages"])
     with mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES=""):  # there may be one GPU only
-        start_processes(_as_one_of_two, (_free_port(), function, arguments), nprocs=2, start_method="forkserver")
+        given = (engine, _free_port(), function, arguments)
+        start_processes(_as_one_of_two, given, nprocs=2, start_method="forkserver")
 
 
-def _as_one_of_two(rank: int, port: int, function, arguments: tuple) -> None:
+def _as_one_of_two(rank: int, engine: str, port: int, function, arguments: tuple) -> None:
     import torch
 
+    os.environ.update(environment_of(engine, 2))
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
     os.environ.update({name: str(value) for name, value in ranks.items()})
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     function(rank, *arguments)
     torch.distributed.destroy_process_group()

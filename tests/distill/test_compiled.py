@@ -2,7 +2,6 @@
 
 import copy
 import math
-import os
 from functools import partial
 
 import pytest
@@ -11,7 +10,7 @@ from accelerate import Accelerator
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.attention import flex_attention
 
-from forked import environment_of, in_two
+from forked import in_two
 from transpoint.distill import engine as engine_module
 from transpoint.distill.compiled import SEEN, compiled
 from transpoint.distill.config import DistillConfig, Recipe
@@ -210,8 +209,6 @@ def task(stage, mixer, device="cpu"):
 
 
 def both_stages_under_fsdp2(rank):
-    variables = environment_of("fsdp2", 2)
-    os.environ |= {name: value for name, value in variables.items() if name.startswith(("ACCELERATE_", "FSDP_"))}
     flex_attention._validate_device = lambda *args: None
     engine_module.compiled = partial(compiled, backend="aot_eager")
     accelerator, said = make_accelerator(Recipe()), []
@@ -230,7 +227,7 @@ def both_stages_under_fsdp2(rank):
 
 def test_stages_after_each_other_compile_under_fsdp2():
     """What is gathered together is never part of what is compiled: each stage has its own."""
-    in_two(both_stages_under_fsdp2)
+    in_two(both_stages_under_fsdp2, engine="fsdp2")
 
 
 def steps(device, mixer, stage, compile, micros=1, precision="fp32", count=SEEN + 4):

@@ -1,14 +1,12 @@
 """How an optimizer step runs, apart from what is trained."""
 
-import os
-
 import pytest
 import torch
 from accelerate import Accelerator
 from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 
-from forked import environment_of, in_two
+from forked import in_two
 from transpoint.distill.config import Recipe
 from transpoint.distill.engine import make_engine
 from transpoint.distill.session import make_accelerator
@@ -69,8 +67,6 @@ def test_processes_average_their_gradients_and_leave_alone_what_none_has(tmp_pat
 
 
 def step_under_zero(rank):
-    del os.environ["ACCELERATE_USE_CPU"]
-    os.environ |= {name: value for name, value in environment_of("zero2", 2).items() if name.startswith("ACCELERATE_")}
     module = Products("abc", side=3, a=1.0, b=2.0, c=3.0)
     engine = engine_of(module, accelerator=make_accelerator(Recipe()))
     assert engine.shards and engine.accelerator.num_processes == 2
@@ -91,7 +87,7 @@ def step_under_zero(rank):
 
 def test_zero_aligns_parameters_as_compiled_layers_take_for_granted():
     """To 16 bytes, also where those before them have an odd count of numbers."""
-    in_two(step_under_zero)
+    in_two(step_under_zero, engine="zero2")
 
 
 @pytest.mark.parametrize("failing", [0, 1])
