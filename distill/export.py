@@ -8,7 +8,7 @@ Every export ends by loading the folder in a fresh process in which Transpoint c
 """
 
 import copy
-import importlib.util
+import inspect
 import json
 import logging
 import os
@@ -23,11 +23,14 @@ import transformers
 from packaging.version import Version
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import GraniteMoeHybridConfig, GraniteMoeHybridForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GraniteMoeHybridConfig, GraniteMoeHybridForCausalLM, PreTrainedTokenizerBase
 
 from ..students import HybridForCausalLM, Mamba2Mixer, StudentConfig
+from ..students.build import hybrid_generation_config
+from ..students.configuration_hybrid import AUTO_MAP
 from .card import CardFacts, write_card
 from .run import read_json, write_json
+from .tokenizers import PROBES, first_difference, save_tokenizer, tokenizer_facts
 
 logger = logging.getLogger(__name__)
 
@@ -36,21 +39,6 @@ TOLERANCE = 1e-4  # of logits in float32, relative to the largest
 NATIVE_FAMILIES = ("llama", "mistral", "qwen2")  # what is outside attention is then the same arithmetic
 NATIVE_NEEDS = "5.23"  # transformers before it normalises over all heads at once: silently other logits
 _ONE_FORM = "a layer of it is attention or Mamba-2, not one up to a TransPoint and then the other"
-# What a custom checkpoint carries: the files this project trains with.
-_TRAVELS = tuple(
-    f"students/{name}"
-    for name in (
-        "configuration_hybrid",
-        "configuration_transmamba",
-        "modeling_hybrid",
-        "modeling_transmamba",
-        "mamba2",
-        "cache",
-        "documents",
-        "errors",
-    )
-)
-_TRAVELS += ("kernels/conv_reference", "kernels/norm_reference", "kernels/ssd_reference")
 
 
 class ExportError(ValueError):
@@ -87,14 +75,15 @@ def export(
         raise ExportError(f"format '{format}' is not known; expected one of {', '.join(FORMATS)}")
     if reason := why_not(student, format):
         raise ExportError(f"{format} cannot hold this student: {reason}")
+    student.generation_config = hybrid_generation_config(student.generation_config)  # one of an earlier version may not
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         write = _write_native if format == "native" else _write_custom
         write(student, partial, dtype)
-        tokenizer.save_pretrained(partial)
-        figures = verify(student, partial, dtype)
+        save_tokenizer(tokenizer, partial)
+        figures = verify(student, partial, dtype, tokenizer)
         write_card(partial, student, format, figures, facts or CardFacts())
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -179,8 +168,37 @@ def _too_old() -> str | None:
     )
 
 
-def verify(student: HybridForCausalLM, folder: Path, dtype: torch.dtype = torch.float32) -> dict[str, float]:
-    """Compares the model in `folder`, loaded in a fresh process without Transpoint, with the student, in float32.
+def check_tokenizer(student: HybridForCausalLM, tokenizer: PreTrainedTokenizerBase, format: str) -> None:
+    """Raises ExportError where a tokenizer would not be itself in an export, which needs no weights to be found out."""
+    with tempfile.TemporaryDirectory() as scratch:
+        if format == "custom":
+            config = copy.deepcopy(student.config)
+            config.auto_map = AUTO_MAP
+        else:
+            config = native_config(student)
+        config.save_pretrained(scratch)
+        save_tokenizer(tokenizer, scratch)
+        found = AutoTokenizer.from_pretrained(scratch)
+        _refuse_another(tokenizer, json.loads(json.dumps(tokenizer_facts(found, PROBES))))
+
+
+def _refuse_another(tokenizer: PreTrainedTokenizerBase, found: dict) -> None:
+    own = json.loads(json.dumps(tokenizer_facts(tokenizer, PROBES)))
+    if (name := first_difference(own, found)) is not None:
+        raise ExportError(
+            f"the tokenizer is another one when it is loaded with what was written: its {name} differ; save the "
+            "teacher's tokenizer as PreTrainedTokenizerFast, or use another format"
+        )
+
+
+def verify(
+    student: HybridForCausalLM,
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> dict[str, float]:
+    """Compares the model in `folder`, loaded in a fresh process without Transpoint, with the student, in float32, and
+    its tokenizer with the student's.
 
     A student with TransPoints is compared a second time with early ones, so that every layer passes its own.
 
@@ -195,6 +213,7 @@ def verify(student: HybridForCausalLM, folder: Path, dtype: torch.dtype = torch.
         expected |= {"early": torch.tensor(early), "early_logits": _logits_as_written(student, ids, dtype, early)}
     with tempfile.TemporaryDirectory() as scratch:
         save_file(expected, f"{scratch}/expected.safetensors")
+        write_json(Path(scratch) / "probes.json", PROBES)
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": f"{scratch}/modules"}
         command = [sys.executable, "-c", _VERIFY, str(folder.resolve()), scratch]
         done = subprocess.run(command, cwd=scratch, env=environment, capture_output=True, text=True)
@@ -202,6 +221,8 @@ def verify(student: HybridForCausalLM, folder: Path, dtype: torch.dtype = torch.
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise ExportError(f"what was written does not load without Transpoint: {last}")
         figures = read_json(Path(scratch) / "figures.json")
+        if tokenizer is not None:
+            _refuse_another(tokenizer, read_json(Path(scratch) / "tokenizer.json"))
     bound = TOLERANCE * max(1.0, figures["scale"])
     for name in ("logits", "decode"):
         if not figures[name] <= bound:
@@ -213,7 +234,11 @@ def verify(student: HybridForCausalLM, folder: Path, dtype: torch.dtype = torch.
 
 
 # Runs where Transpoint is not: what a user who has only transformers would see.
-_VERIFY = """
+_VERIFY = (
+    f"""
+{inspect.getsource(tokenizer_facts)}
+"""
+    + """
 import json, sys
 sys.modules["transpoint"] = None
 import torch
@@ -222,15 +247,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 folder, scratch = sys.argv[1:]
 expected = load_file(scratch + "/expected.safetensors")
 model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=True).eval()
-AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+facts = tokenizer_facts(tokenizer, json.load(open(scratch + "/probes.json")))
+json.dump(facts, open(scratch + "/tokenizer.json", "w"))
 ids = expected["ids"]
 @torch.no_grad()
 def compare(logits):
     full = model(ids, use_cache=False).logits
     prefill = model(ids[:, : ids.shape[1] // 2], use_cache=True)
-    cache, steps = prefill.past_key_values, [prefill.logits]
+    name = "cache" if "cache" in prefill else "past_key_values"  # before transformers 5.24
+    cache, steps = prefill[name], [prefill.logits]
     for i in range(ids.shape[1] // 2, ids.shape[1]):
-        steps.append(model(ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits)
+        steps.append(model(ids[:, i : i + 1], **{name: cache}, use_cache=True).logits)
     return (full - logits).abs().max().item(), (torch.cat(steps, dim=1) - full).abs().max().item()
 found = [compare(expected["logits"])]
 if "early" in expected:
@@ -239,6 +267,7 @@ if "early" in expected:
 figures = dict(zip(("logits", "decode"), map(max, zip(*found))), scale=expected["logits"].abs().max().item())
 json.dump(figures, open(scratch + "/figures.json", "w"))
 """
+)
 
 
 @torch.no_grad()
@@ -262,16 +291,9 @@ def _written(name: str, dtype: torch.dtype) -> torch.dtype:
 def _write_custom(student: HybridForCausalLM, folder: Path, dtype: torch.dtype) -> None:
     state = {name: tensor.to(_written(name, dtype)) for name, tensor in student.state_dict().items()}
     student.save_pretrained(folder, state_dict=state)
-    for module in _TRAVELS:
-        spec = importlib.util.find_spec("transpoint." + module.replace("/", "."))
-        shutil.copyfile(spec.origin, folder / Path(spec.origin).name)
-    config = read_json(folder / "config.json")
-    config["dtype"] = str(dtype).removeprefix("torch.")
-    config["auto_map"] = {
-        "AutoConfig": "configuration_hybrid.HybridConfig",
-        "AutoModelForCausalLM": "modeling_hybrid.HybridForCausalLM",
-    }
-    write_json(folder / "config.json", config)
+    config = copy.deepcopy(student.config)
+    config.dtype, config.auto_map = dtype, AUTO_MAP
+    config.save_pretrained(folder)  # with the code
 
 
 def _write_native(student: HybridForCausalLM, folder: Path, dtype: torch.dtype) -> None:

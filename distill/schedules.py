@@ -185,7 +185,7 @@ def cache_bytes(cache: Cache) -> int:
 
 def _seconds(model: PreTrainedModel, ids: torch.Tensor, cache: Cache) -> float:
     begun = time.perf_counter()
-    model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    model(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=1)
     if ids.is_cuda:
         torch.cuda.synchronize(ids.device)
     return time.perf_counter() - begun

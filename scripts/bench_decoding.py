@@ -24,6 +24,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transpoint.distill.models import load_model
 from transpoint.distill.schedules import cache_bytes
 from transpoint.students import StudentConfig, build_student
+from transpoint.students.modeling_hybrid import cache_name
 from transpoint.teachers import load_teacher
 
 CHUNK = 4096  # tokens of context run at once
@@ -64,9 +65,10 @@ def measure(model: PreTrainedModel, length: int, batch: int, tokens: int) -> dic
     ids = torch.randint(model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
     ids = ids.to(model.device)
     cache = model.new_cache() if hasattr(model, "new_cache") else DynamicCache(config=model.config)
+    held_in = {cache_name(type(model.get_decoder())): cache, "use_cache": True}
     begun = _now(model)
     for part in ids.split(CHUNK, dim=1):
-        model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(input_ids=part, **held_in, logits_to_keep=1)
     prefill = _now(model) - begun
     cache.batch_repeat_interleave(batch)
     held = cache_bytes(cache)
@@ -77,7 +79,7 @@ def measure(model: PreTrainedModel, length: int, batch: int, tokens: int) -> dic
     seconds = []
     for i in range(tokens + 3):  # the first ones compile
         begun = _now(model)
-        model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(input_ids=step, **held_in, logits_to_keep=1)
         if i >= 3:
             seconds.append(_now(model) - begun)
     peak = torch.cuda.max_memory_allocated() if model.device.type == "cuda" else None

@@ -3,15 +3,36 @@
 This file travels with exported checkpoints: it imports transformers only.
 """
 
+import importlib.util
+import shutil
 import warnings
+from pathlib import Path
 from typing import Any
 
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+import transformers
+from packaging.version import Version
 
-from .configuration_transmamba import FIXED, parse_trans_points, written
-from .errors import StudentError
+OLDEST = "5.17"  # version of transformers that students are tested with
+if Version(transformers.__version__) < Version(OLDEST):
+    raise ImportError(
+        f"a Transpoint student needs transformers {OLDEST} or later, this is {transformers.__version__}: "
+        "`pip install -U transformers`"
+    )
+
+from transformers import CONFIG_MAPPING, PreTrainedConfig  # noqa: E402
+
+from .configuration_transmamba import FIXED, parse_trans_points, written  # noqa: E402
+from .errors import StudentError  # noqa: E402
 
 MODEL_TYPE = "transpoint_hybrid"
+# What a checkpoint needs that carries its own code, and how transformers finds it there.
+AUTO_MAP = {
+    "AutoConfig": "configuration_hybrid.HybridConfig",
+    "AutoModelForCausalLM": "modeling_hybrid.HybridForCausalLM",
+}
+_TRAVELS = ("configuration_hybrid", "configuration_transmamba", "modeling_hybrid", "modeling_transmamba", "mamba2")
+_TRAVELS = tuple(f"students.{name}" for name in (*_TRAVELS, "cache", "documents", "errors"))
+_TRAVELS += ("kernels.conv_reference", "kernels.norm_reference", "kernels.ssd_reference")
 
 
 class HybridConfig(PreTrainedConfig):
@@ -59,6 +80,14 @@ class HybridConfig(PreTrainedConfig):
             (loaded[0] if isinstance(loaded, tuple) else loaded).set_trans_points(trans_points)
         return loaded
 
+    def save_pretrained(self, save_directory, *args, **kwargs) -> None:
+        """As `PreTrainedConfig.save_pretrained`; the code goes along where there is an `auto_map`, as in an export."""
+        # Where this file itself came with a checkpoint, transformers copies the code.
+        if getattr(self, "auto_map", None) and __name__.startswith("transpoint."):
+            self.auto_map = AUTO_MAP
+            write_code(Path(save_directory))
+        super().save_pretrained(save_directory, *args, **kwargs)
+
     def set_trans_points(self, spec: Any, warn: bool = True) -> list[int | float]:
         """Chooses the TransPoints; returns them, one for each layer, and infinity as `math.inf`.
 
@@ -92,6 +121,14 @@ class HybridConfig(PreTrainedConfig):
         warnings.warn(text, UserWarning, stacklevel=3)
 
 
+def write_code(folder: Path) -> None:
+    """Writes the code of a student, as it is in the project, to a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for module in _TRAVELS:
+        spec = importlib.util.find_spec(f"transpoint.{module}")
+        shutil.copyfile(spec.origin, folder / Path(spec.origin).name)
+
+
 def _name(record: dict) -> str:
     """The TransPoints of a record for people: one entry where all layers are alike, else the schedule's name."""
     points = record["trans_points"]
@@ -116,10 +153,19 @@ def hybrid_config_class(base_model_type: str | None) -> type[HybridConfig]:
     if base_model_type not in _CLASSES:
         if base_model_type not in CONFIG_MAPPING:
             raise ValueError(f"base_model_type '{base_model_type}' is not a model type of this transformers version")
-        fields = {"model_type": MODEL_TYPE, "__module__": __name__}
-        # The name is the public one: saved checkpoints refer to it.
+        # The name is the public one: saved checkpoints refer to it. The other is what pickle looks up, see below.
+        names = {"__module__": __name__, "__qualname__": f"HybridConfig:{base_model_type}"}
+        fields = {"model_type": MODEL_TYPE, **names}
         _CLASSES[base_model_type] = type("HybridConfig", (HybridConfig, CONFIG_MAPPING[base_model_type]), fields)
     return _CLASSES[base_model_type]
+
+
+def __getattr__(name: str) -> type:
+    """The class of a pickled config, in a process that has not made it yet."""
+    word, _, base_model_type = name.partition(":")
+    if word != "HybridConfig" or not base_model_type:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return hybrid_config_class(base_model_type)
 
 
 _CLASSES: dict[str, type[HybridConfig]] = {}

@@ -22,6 +22,22 @@ except ImportError:  # the plain references, which travel beside this file
 GATE_OPEN = 1.2784645  # SiLU is 1 there
 STEP_ONE = 0.5413249  # softplus is 1 there
 PADDING_STEP = -1e4  # softplus is exactly 0 there: a padding token leaves the state as it is
+# What decoders hand to self-attention besides, and what changes nothing in a mixer: positions come with the rotary
+# embedding, documents are in seq_idx, the rest is about outputs and losses, or about kernels of attention.
+UNREAD = {
+    "past_key_values",  # the cache, as it was called before transformers 5.24
+    "position_ids",
+    "cache_position",
+    "use_cache",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "num_items_in_batch",
+    "kernel_options",
+    "documents",
+}
+# How flash attention is told of packed documents; mixers have them in seq_idx.
+PACKED = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
 
 
 class WidenedLinear(nn.Linear):
@@ -49,16 +65,27 @@ class StateSpace(nn.Module):
         self.num_kv_heads = attention.k_proj.out_features // self.head_dim
         self.conv_activation, self.gate, self.rope, self.norm_eps = conv_activation, gate, rope, norm_eps
 
-    def _memory(self, past_key_values, kind: str):
-        """This layer's memory in a cache (None without one); it must have the attribute `kind`."""
-        if past_key_values is None:
+    def _memory(self, cache, others: dict, kind: str, packed: bool):
+        """This layer's memory in a cache (None without one); it must have the attribute `kind`.
+
+        `others`: the keywords besides. Raises TypeError for one that is not known: it may ask for something that a
+        mixer does not do, or be the cache by yet another name.
+        """
+        cache = others.get("past_key_values") if cache is None else cache
+        known = UNREAD | PACKED if packed else UNREAD
+        if unknown := [name for name, value in others.items() if value is not None and name not in known]:
+            raise TypeError(
+                f"layer {self.layer_idx} is a mixer, and does not know the keyword {', '.join(map(repr, unknown))}: "
+                f"leave it out; if this version of transformers hands it to each layer, use another one"
+            )
+        if cache is None:
             return None
-        layers = past_key_values.layers
-        memory = layers[self.layer_idx] if self.layer_idx < len(layers) else past_key_values
+        layers = cache.layers
+        memory = layers[self.layer_idx] if self.layer_idx < len(layers) else cache
         if not hasattr(memory, kind):
             raise TypeError(
                 f"layer {self.layer_idx} is a mixer, but the cache holds a {type(memory).__name__} for it: "
-                "pass `past_key_values=model.new_cache()`, or none"
+                "pass `cache=model.new_cache()`, or none"
             )
         return memory
 
@@ -171,25 +198,28 @@ class Mamba2Mixer(StateSpace):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values=None,
+        cache=None,
         padding_mask: Tensor | None = None,
         seq_idx: Tensor | None = None,
-        **kwargs,
+        **others,
     ) -> tuple[Tensor, None]:
         """Mixes hidden states (B,L,hidden) along L.
 
         Args:
             position_embeddings: cos and sin (B or 1, L, R), used with `rope`.
             attention_mask: of the attention layers; not read.
-            past_key_values: a `HybridCache`, updated.
+            cache: a `HybridCache`, updated; `past_key_values` is the same.
             padding_mask: (B, at least L), 1 for tokens and 0 for padding; its last L columns belong to these tokens.
             seq_idx: (B or 1, L) document index of packed sequences: the convolution and the state start anew at each.
 
         Returns:
             The output (B,L,hidden), and None where attention has its weights.
+
+        Raises:
+            TypeError: a keyword that is not known; or the cache is one without a state for this layer.
         """
         batch, length, _ = hidden_states.shape
-        memory = self._memory(past_key_values, "ssm_state")
+        memory = self._memory(cache, others, "ssm_state", packed=seq_idx is not None)
         if seq_idx is not None:
             seq_idx = seq_idx.expand(batch, -1)
         stepping, padding, pads = self._padding(memory, padding_mask, length)

@@ -5,18 +5,20 @@ becomes, for each teacher, a class that is both itself and the teacher's class. 
 checkpoints: it imports torch and transformers only.
 """
 
-from typing import Any
+import inspect
+from functools import partial
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from .cache import HybridCache
+from .cache import HybridCache, StateLayer
 from .configuration_hybrid import MODEL_TYPE, HybridConfig
 from .configuration_transmamba import FIXED
 from .documents import Documents, Spans, document_index
-from .mamba2 import Mamba2Mixer
+from .mamba2 import Mamba2Mixer, StateSpace
 from .modeling_transmamba import TransMambaMixer
 
 # Keywords of `from_pretrained` that say where a checkpoint is and how to get at it.
@@ -43,9 +45,11 @@ class HybridForCausalLM:
                 layer.self_attn = MIXERS[mixer](layer.self_attn, **config.mixer_options)
         if config.trans_points is not None:
             self.set_trans_points(config.trans_points, warn=False)
-        self.get_decoder().register_forward_pre_hook(_tell_mixers, with_kwargs=True)
-        for layer in self.get_decoder().layers:
-            layer.register_forward_pre_hook(_tell_own_span, with_kwargs=True)
+        decoder = self.get_decoder()
+        decoder.register_forward_pre_hook(partial(_tell_mixers, cache_name(type(decoder))), with_kwargs=True)
+        decoder.register_forward_hook(_check_mixers, with_kwargs=True)
+        for layer in decoder.layers:
+            layer.register_forward_pre_hook(_tell_mixer, with_kwargs=True)
 
     @classmethod
     def from_pretrained(
@@ -100,67 +104,143 @@ class HybridForCausalLM:
                 mixer.set_trans_point(point)
 
     def new_cache(self) -> HybridCache:
-        """An empty cache for this model, to be passed as `past_key_values`."""
+        """An empty cache for this model, to be passed as `cache` (`past_key_values` before transformers 5.24)."""
         return HybridCache(self.config)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
+        name = cache_name(type(self.get_decoder()))
+        if generation_config.use_cache is not False and model_kwargs.get(name) is None:
             if generation_config.cache_implementation not in (None, "dynamic"):
                 raise ValueError(
                     f"cache_implementation='{generation_config.cache_implementation}' is not possible for a hybrid: "
                     "its mixer layers keep a state, not keys and values; leave it out"
                 )
-            model_kwargs["past_key_values"] = self.new_cache()
+            model_kwargs[name] = self.new_cache()
             return None
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
 
-def _tell_mixers(decoder, args, kwargs):
+CACHE_NAMES = ("cache", "past_key_values")  # since transformers 5.24, and before
+
+
+def cache_name(decoder_class: type) -> str:
+    """The keyword by which a decoder takes its cache. Raises TypeError where it has yet another name."""
+    if decoder_class not in _CACHE_NAMES:
+        taken = inspect.signature(decoder_class.forward).parameters
+        _CACHE_NAMES[decoder_class] = next((name for name in CACHE_NAMES if name in taken), None)
+    if _CACHE_NAMES[decoder_class] is None:
+        raise TypeError(
+            f"{decoder_class.__name__} takes no cache by the name of {' or '.join(CACHE_NAMES)}: this version of "
+            "transformers is not known, use an earlier one"
+        )
+    return _CACHE_NAMES[decoder_class]
+
+
+_CACHE_NAMES: dict[type, str | None] = {}
+
+
+class _Told(NamedTuple):
+    """What the mixers of a pass are told besides what any attention is told, and what came of it.
+
+    keywords: for each mixer. spans: those of single mixers. cache: the one in use, and how many columns it had seen.
+    reached: layers that were told.
+    """
+
+    keywords: dict
+    spans: dict
+    cache: HybridCache | None
+    seen: list[int]
+    reached: set
+
+
+def _tell_mixers(cache_name: str, decoder, args, kwargs):
     """Before the teacher's own decoder runs: a cache with states in it, and by keyword what the mixers need besides."""
+    caches = [kwargs.pop(name) for name in CACHE_NAMES if kwargs.get(name) is not None]
     if kwargs.get("use_cache") is None:
         kwargs["use_cache"] = decoder.config.use_cache and not decoder.training
-    if kwargs["use_cache"] and kwargs.get("past_key_values") is None:
-        kwargs["past_key_values"] = HybridCache(decoder.config)
-    mixers = [layer.self_attn for layer in decoder.layers if isinstance(layer.self_attn, TransMambaMixer)]
+    if kwargs["use_cache"] and not caches:
+        caches = [HybridCache(decoder.config)]
+    cache = kwargs[cache_name] = caches[0] if caches else None
     mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
-    packed = isinstance(mask, BlockMask) and positions is not None and kwargs.get("past_key_values") is None
+    keywords, spans = {}, {}
+    packed = isinstance(mask, BlockMask) and positions is not None and cache is None
     if mask is not None and not packed:
         if not (isinstance(mask, Tensor) and mask.ndim == 2):
             found = f"of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"that is a {type(mask).__name__}"
             raise ValueError(
                 f"mixer layers know padding alone: expected an attention_mask of shape (batch, tokens), got one {found}"
             )
-        kwargs["padding_mask"] = mask
-    elif kwargs.get("past_key_values") is None and positions is not None:
+        keywords["padding_mask"] = mask
+    elif cache is None and positions is not None:
         # transformers reads packed documents off position ids under the same condition, for attention layers
-        kwargs["seq_idx"] = document_index(positions)
+        keywords["seq_idx"] = document_index(positions)
+        mixers = [layer.self_attn for layer in decoder.layers if isinstance(layer.self_attn, TransMambaMixer)]
         if mixers:
             inputs = [*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
             batch = next(len(tensor) for tensor in inputs if tensor is not None)
-            seq_idx = kwargs["seq_idx"].expand(batch, -1)
+            seq_idx = keywords["seq_idx"].expand(batch, -1)
             if decoder.config._attn_implementation == "flex_attention":
-                spans = Spans(seq_idx)
-                kwargs["spans"] = {mixer: spans.of(mixer) for mixer in mixers}
+                made = Spans(seq_idx)
+                spans = {mixer: made.of(mixer) for mixer in mixers}
             else:
-                kwargs["documents"] = Documents(seq_idx)
+                keywords["documents"] = Documents(seq_idx)
+    states = [] if cache is None else _states(cache)
+    kwargs["told"] = _Told(keywords, spans, cache, [state.seen for state in states], set())
     return args, kwargs
 
 
-def _tell_own_span(layer, args, kwargs):
+def _tell_mixer(layer, args, kwargs):
     """Before a layer runs. From outside of it, so that layers that do the same are compiled once."""
-    span = kwargs.pop("spans", {}).get(layer.self_attn)
-    return args, kwargs if span is None else kwargs | {"span": span}
+    told = kwargs.pop("told", None)
+    if told is None:
+        return args, kwargs
+    told.reached.add(layer)
+    if isinstance(layer.self_attn, StateSpace):
+        span = told.spans.get(layer.self_attn)
+        kwargs = kwargs | told.keywords | ({} if span is None else {"span": span})
+    return args, kwargs
+
+
+def _check_mixers(decoder, args, kwargs, output):
+    """After a pass: that the mixers were told, and remember what they saw where a cache is in use. A decoder of another
+    version of transformers may hand on less, and nothing else would show it."""
+    told = kwargs["told"]
+    missed = not told.reached
+    forgot = told.cache is not None and any(
+        state.seen == seen for state, seen in zip(_states(told.cache), told.seen, strict=True)
+    )
+    if missed or forgot:
+        raise RuntimeError(
+            f"{type(decoder).__name__} hands its layers {'no keywords' if missed else 'no cache, though one is in use'}"
+            ": their mixers would compute something else; use another version of transformers"
+        )
+
+
+def _states(cache) -> list[StateLayer]:
+    """The memories of the mixers. A cache of another kind is refused by the mixers themselves."""
+    return [layer for layer in getattr(cache, "layers", ()) if isinstance(layer, StateLayer)]
 
 
 def hybrid_model_class(config: HybridConfig) -> type[PreTrainedModel]:
     """The class that is both `HybridForCausalLM` and the teacher's class (one class for each config class)."""
     key = type(config)
     if key not in _CLASSES:
-        teacher_class = MODEL_FOR_CAUSAL_LM_MAPPING[_teacher_config_class(key)]
-        # The name is the public one: saved checkpoints refer to it.
-        fields = {"config_class": key, "__module__": __name__}
+        teacher_config = _teacher_config_class(key)
+        teacher_class = MODEL_FOR_CAUSAL_LM_MAPPING[teacher_config]
+        # The name is the public one: saved checkpoints refer to it. The other is what pickle looks up, see below.
+        names = {"__module__": __name__, "__qualname__": f"HybridForCausalLM:{teacher_config.model_type}"}
+        fields = {"config_class": key, **names}
         _CLASSES[key] = type("HybridForCausalLM", (HybridForCausalLM, teacher_class), fields)
     return _CLASSES[key]
+
+
+def __getattr__(name: str) -> type:
+    """The class of a pickled student, in a process that has not made it yet."""
+    word, _, base_model_type = name.partition(":")
+    if word != "HybridForCausalLM" or not base_model_type:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    made = (one for one in _CLASSES.values() if one.__qualname__ == name)
+    return next(made, None) or hybrid_model_class(HybridConfig(base_model_type=base_model_type))
 
 
 def _teacher_config_class(config_class: type[HybridConfig]) -> type:

@@ -126,19 +126,19 @@ class TransMambaMixer(StateSpace):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values=None,
+        cache=None,
         padding_mask: Tensor | None = None,
         seq_idx: Tensor | None = None,
         documents: Documents | None = None,
         span: Span | None = None,
-        **kwargs,
+        **others,
     ) -> tuple[Tensor, None]:
         """Mixes hidden states (B,L,hidden) along L.
 
         Args:
             position_embeddings: cos and sin (B or 1, L, R); None for a teacher without rotary embedding.
             attention_mask: of the attention layers; not read.
-            past_key_values: a `HybridCache`, updated.
+            cache: a `HybridCache`, updated; `past_key_values` is the same.
             padding_mask: (B, at least L), 1 for tokens and 0 for padding; its last L columns belong to these tokens.
             seq_idx: (B or 1, L) document index of packed sequences, without a cache or padding.
             documents: those of seq_idx, if they are already known.
@@ -148,10 +148,11 @@ class TransMambaMixer(StateSpace):
             The output (B,L,hidden), and None where attention has its weights.
 
         Raises:
+            TypeError: a keyword that is not known; or the cache is one without a memory for this layer.
             ValueError: the cache was filled with another TransPoint; or documents are packed and there is a cache.
         """
         batch = hidden_states.shape[0]
-        memory = self._memory(past_key_values, "trans_point")
+        memory = self._memory(cache, others, "trans_point", packed=seq_idx is not None)
         if seq_idx is not None:
             if memory is not None or padding_mask is not None:
                 raise ValueError("packed documents take neither a cache nor padding: leave out seq_idx, or the others")

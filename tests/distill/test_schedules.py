@@ -153,7 +153,7 @@ def test_cost_follows_the_schedule(student):
 def test_cache_bytes_counts_memory_not_views(student):
     cache = student.new_cache()
     assert cache_bytes(cache) == 0
-    student(torch.arange(3, 43)[None], past_key_values=cache, use_cache=True)
+    student(torch.arange(3, 43)[None], cache=cache, use_cache=True)
     held = cache_bytes(cache)
     cache.layers[1].keys = cache.layers[1].keys[:, :, :5]  # a view holds on to all of it
     assert cache_bytes(cache) == held

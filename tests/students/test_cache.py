@@ -19,7 +19,7 @@ def tokens(batch=2, length=9, seed=0):
 
 @torch.no_grad()
 def feed(student, ids, cache):
-    return student(ids, past_key_values=cache).logits
+    return student(ids, cache=cache).logits
 
 
 def filled(student, ids):
@@ -182,7 +182,7 @@ def prefix(student, length=9):
     ids, mask, cache = tokens(length=length), torch.ones(2, length, dtype=torch.long), student.new_cache()
     mask[1, :4] = 0
     with torch.no_grad():
-        student(ids, attention_mask=mask, past_key_values=cache)
+        student(ids, attention_mask=mask, cache=cache)
     return cache, mask
 
 
@@ -192,7 +192,7 @@ def go_on(student, cache, mask, seed, rows=2, length=21):
     found, ids = [], tokens(rows, length, seed)
     for t in range(length):
         mask = torch.cat((mask, torch.ones(rows, 1, dtype=torch.long)), 1)
-        found.append(student(ids[:, t : t + 1], attention_mask=mask, past_key_values=cache).logits)
+        found.append(student(ids[:, t : t + 1], attention_mask=mask, cache=cache).logits)
     return torch.cat(found, 1)
 
 
@@ -240,7 +240,7 @@ def test_a_fork_shares_no_memory(make_student):
 def test_a_cache_filled_with_gradients_can_be_forked_and_saved(make_student, tmp_path):
     student, ids = make_student(mixer="transmamba", trans_points=4), tokens()
     cache = student.new_cache()
-    student(ids, past_key_values=cache)
+    student(ids, cache=cache)
     assert cache.fork().layers[0].ssm_state.requires_grad
     cache.save(tmp_path / "cache.safetensors")
 

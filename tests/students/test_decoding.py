@@ -35,7 +35,7 @@ def in_pieces(student, ids, sizes, mask=None):
     for size in sizes:
         end = start + size
         seen = None if mask is None else mask[:, :end]
-        found.append(student(ids[:, start:end], past_key_values=cache, attention_mask=seen).logits)
+        found.append(student(ids[:, start:end], cache=cache, attention_mask=seen).logits)
         start = end
     assert start == ids.shape[1] and cache.get_seq_length() == start
     return torch.cat(found, 1)
@@ -208,7 +208,7 @@ def test_no_token_waits_for_the_device_once_all_rows_have_begun(make_student, mo
     student = make_student(keep_attention=())
     ids, mask = padded(rows_of(8, 14), "left")
     cache, read = student.new_cache(), []
-    student(ids[:, :7], past_key_values=cache, attention_mask=mask[:, :7])
+    student(ids[:, :7], cache=cache, attention_mask=mask[:, :7])
     assert [layer.tokens for layer in cache.layers] == [[1, 7]] * 4
     for name in ("item", "tolist", "__bool__", "__int__", "__index__", "nonzero"):
         method = getattr(torch.Tensor, name)
@@ -218,7 +218,7 @@ def test_no_token_waits_for_the_device_once_all_rows_have_begun(make_student, mo
     for t in range(7, 14):
         hidden = student.model.embed_tokens(ids[:, t : t + 1])
         for mixer in student.mixer_layers():
-            mixer(hidden, past_key_values=cache, padding_mask=mask[:, : t + 1])
+            mixer(hidden, cache=cache, padding_mask=mask[:, : t + 1])
     assert not read and [layer.tokens for layer in cache.layers] == [[8, 14]] * 4
 
 

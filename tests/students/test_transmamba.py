@@ -386,7 +386,7 @@ def test_packed_documents_take_no_cache_and_no_padding():
     student = build("llama", 5)
     mixer, hidden = student.mixer_layers()[0], torch.randn(1, 4, 64).double()
     rotary, seq_idx = student.model.rotary_emb(hidden, torch.arange(4)[None]), torch.tensor([[0, 0, 1, 1]])
-    for more in ({"past_key_values": student.new_cache()}, {"padding_mask": torch.ones(1, 4)}):
+    for more in ({"cache": student.new_cache()}, {"padding_mask": torch.ones(1, 4)}):
         with pytest.raises(ValueError, match="packed documents take neither a cache nor padding"):
             mixer(hidden, rotary, seq_idx=seq_idx, **more)
 

@@ -60,7 +60,7 @@ def in_pieces(student, ids, sizes, mask=None, cache=None):
         if mask is not None:  # positions as generate() gives them
             kwargs["attention_mask"] = mask[:, :end]
             kwargs["position_ids"] = (mask[:, :end].cumsum(-1) - 1).clamp(min=0)[:, start:]
-        found.append(student(ids[:, start:end], past_key_values=cache, **kwargs).logits)
+        found.append(student(ids[:, start:end], cache=cache, **kwargs).logits)
         start = end
     assert start == ids.shape[1]
     return torch.cat(found, 1)
@@ -189,7 +189,7 @@ def test_rows_that_pass_their_points_at_different_steps_can_be_rearranged(change
     for t in range(9):
         seen = mask[:, : 12 + t]
         positions = seen.sum(1, keepdim=True) - 1
-        step = {"attention_mask": seen, "position_ids": positions, "past_key_values": cache}
+        step = {"attention_mask": seen, "position_ids": positions, "cache": cache}
         found.append(student(more[:, t : t + 1], **step).logits)
     for i, row in enumerate(rows):
         expected = logits(student, torch.cat((prompts[row], more[i]))[None])
@@ -219,7 +219,7 @@ def test_keys_and_values_are_held_up_to_the_trans_point_and_a_state_after_it():
     student, ids = build("llama", [0, 5, 9, "inf"]), tokens(length=14)
     cache = student.new_cache()
     for t in range(14):
-        student(ids[:, t : t + 1], past_key_values=cache)
+        student(ids[:, t : t + 1], cache=cache)
         seen = t + 1
         held = [bytes_held(layer) for layer in cache.layers]
         expected = [STATE if seen >= point else seen * COLUMN for point in (0, 5, 9)]
@@ -233,10 +233,10 @@ def test_memory_is_constant_over_4096_tokens_after_the_trans_point():
     sizes |= {"num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 8192}
     student = build("llama", [0, 32], sizes, **ALL_PARTS)
     cache, ids = student.new_cache(), tokens(1, 4096 + 33)
-    student(ids[:, :32], past_key_values=cache)
+    student(ids[:, :32], cache=cache)
     sizes = set()
     for t in range(32, ids.shape[1]):
-        student(ids[:, t : t + 1], past_key_values=cache)
+        student(ids[:, t : t + 1], cache=cache)
         sizes.add(sum(bytes_held(layer) for layer in cache.layers))
     state, tail = 2 * 8 * 8 * 8, (2 + 2) * 8 * 3 * 8
     assert sizes == {2 * (state + tail)} and cache.get_seq_length() == ids.shape[1]
@@ -247,7 +247,7 @@ def test_a_window_bounds_the_keys_of_layers_without_a_trans_point():
     student, ids = build("mistral", "inf"), tokens(length=40)
     cache = student.new_cache()
     for start in range(0, 40, 4):
-        student(ids[:, start : start + 4], past_key_values=cache)
+        student(ids[:, start : start + 4], cache=cache)
         assert [layer.keys.shape[1] for layer in cache.layers] == [min(start + 4, 15)] * 4
     assert cache.get_seq_length() == 40
 
@@ -257,11 +257,11 @@ def test_keys_of_a_batch_are_held_until_its_last_row_has_reached_the_trans_point
     student = build("llama", 6)
     ids, mask = padded([tokens(1, 7)[0], tokens(1, 4)[0]])
     cache, held = student.new_cache(), []
-    student(ids, past_key_values=cache, attention_mask=mask)
+    student(ids, cache=cache, attention_mask=mask)
     for t in range(4):
         layer = cache.layers[2]
         held.append((layer.tokens, layer.keys is not None, layer.dt is not None, layer.ssm_state is not None))
-        student(tokens(2, 1, seed=t), past_key_values=cache, attention_mask=torch.cat((mask, torch.ones(2, t + 1)), 1))
+        student(tokens(2, 1, seed=t), cache=cache, attention_mask=torch.cat((mask, torch.ones(2, t + 1)), 1))
     assert held == [([7, 4], True, False, True), ([8, 5], True, False, True)] + [
         ([n, n - 3], False, False, True) for n in (9, 10)
     ]
@@ -274,7 +274,7 @@ def test_no_token_after_the_prefill_waits_for_the_device(monkeypatch):
     mask = torch.ones(2, 14, dtype=torch.long)
     mask[0, :2] = 0
     with torch.no_grad():
-        student(ids[:, :4], past_key_values=cache, attention_mask=mask[:, :4])
+        student(ids[:, :4], cache=cache, attention_mask=mask[:, :4])
     read = []
     for name in ("item", "tolist", "__bool__", "__int__", "__index__", "nonzero"):
         method = getattr(torch.Tensor, name)
@@ -287,7 +287,7 @@ def test_no_token_after_the_prefill_waits_for_the_device(monkeypatch):
             hidden = student.model.embed_tokens(ids[:, t : t + 1])
             rotary = student.model.rotary_emb(hidden, torch.tensor([[t]]))
             for mixer in mixers:
-                mixer(hidden, rotary, past_key_values=cache, padding_mask=mask[:, : t + 1])
+                mixer(hidden, rotary, cache=cache, padding_mask=mask[:, : t + 1])
     assert not read and [layer.tokens for layer in cache.layers] == [[12, 14]] * 4
 
 
