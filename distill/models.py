@@ -1,4 +1,4 @@
-"""Models and tokenizers from anywhere, with one line where they cannot be loaded."""
+"""Models and tokenizers from anywhere, with one line where they cannot be loaded; how they are to generate."""
 
 import os
 from collections.abc import Iterator
@@ -6,7 +6,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from ..students import HybridForCausalLM
 from .run import RunError, read_json
@@ -49,6 +55,22 @@ def _naming(path: str | Path) -> Iterator[None]:
     except Exception as error:
         line = (str(error).strip().splitlines() or [""])[0]
         raise RunError(f"model '{path}' cannot be loaded: {type(error).__name__}: {line}") from error
+
+
+@contextmanager
+def generating(model: PreTrainedModel, **settings) -> Iterator[None]:
+    """Meanwhile `model.generate` knows no settings but these, and the model's own special tokens.
+
+    transformers fills up what is not said with the model's generation config, and many released models have one with
+    penalties, sampling or beams.
+    """
+    own = model.generation_config
+    tokens = {f"{name}_token_id": getattr(own, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    model.generation_config = GenerationConfig(**tokens | settings)
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def has_trans_points(model: PreTrainedModel) -> bool:

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .data import DataError, PackedDataset, check_tokens
+from .models import generating
 
 CHUNK = 512  # tokens whose logits are held at a time
 
@@ -99,7 +100,8 @@ def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: s
         inputs = tokenizer(prompt, return_tensors="pt")
     check_tokens(inputs["input_ids"], len(model.get_input_embeddings().weight), tokenizer, f"prompt {prompt!r}")
     inputs = {key: inputs[key].to(model.device) for key in ("input_ids", "attention_mask")}
-    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    with generating(model, max_new_tokens=max_new_tokens, do_sample=False):
+        output = model.generate(**inputs)
     return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
 

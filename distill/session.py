@@ -31,6 +31,7 @@ from .run import RunError, StageFolder, identity
 from .sources import source_identity
 from .streaming import StreamedDataset
 from .teacher_cache import CachedTargets
+from .tokenizers import save_tokenizer
 
 _DISTRIBUTED = (
     DistributedType.NO,
@@ -180,7 +181,7 @@ class Session:
     def save(self, student: HybridForCausalLM, folder: StageFolder) -> None:
         if self.accelerator.is_main_process:
             student.save_pretrained(folder / "student")
-            self.tokenizer.save_pretrained(folder / "student")
+            save_tokenizer(self.tokenizer, folder / "student")
 
     @cached_property
     def measured_on(self) -> str:

@@ -25,7 +25,7 @@ from .card import write_card
 from .config import Recipe
 from .data import collate
 from .engine import cut_up
-from .export import export, why_no_student, why_not
+from .export import check_tokenizer, export, why_no_student, why_not
 from .flops import peak_flops
 from .groups import distill_groups, mixer_parameters, only_these_train
 from .lora import attach, merge
@@ -82,6 +82,8 @@ def run_transfer(session: Session, folder: StageFolder) -> dict:
     student = build_student(session.teacher, recipe.student)
     if session.exports and (reason := why_not(student, recipe.export.format)):
         raise RunError(f"export.format={recipe.export.format} cannot hold this student: {reason}")
+    if session.exports:
+        check_tokenizer(student, session.tokenizer, recipe.export.format)
     if line := never_distilled(recipe, student.config.mixers, longest):
         session.say(f"transfer: {line}")
     session.save(student, folder)

@@ -22,10 +22,11 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from rich.console import Console
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import Recipe
 from .data import check_tokens
+from .models import generating
 from .progress import Progress
 from .run import RunError, file_identity, read_json, sha256, write_json
 from .sources import DataError, place, read, resolve, source_identity
@@ -73,10 +74,8 @@ def synthesize(
     prompts = _prompts(recipe, tokenizer, record["skipped_prompts"])
     _check_length(prompts, recipe, teacher)
     batches = -(-settings.samples // settings.batch_size)
-    with (
-        _Sampler(teacher, tokenizer, recipe) as sampler,
-        Progress(console, "synthesize", settings.samples, record["sampled"], settings.max_new_tokens) as progress,
-    ):
+    sampler = _Sampler(teacher, tokenizer, recipe)
+    with Progress(console, "synthesize", settings.samples, record["sampled"], settings.max_new_tokens) as progress:
         for first in range(record["batches"], batches, accelerator.num_processes):
             mine, found = first + accelerator.process_index, []
             if mine < batches:
@@ -106,35 +105,16 @@ def describe(folder: str | Path, record: dict) -> str:
 
 
 class _Sampler:
-    """The teacher, with no settings of generation but the recipe's. A context manager: afterwards it has its own."""
+    """The teacher, with no settings of generation but the recipe's."""
 
     def __init__(self, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe):
         self.teacher, self.tokenizer, self.recipe = teacher, tokenizer, recipe
-        self.own = teacher.generation_config
-        ends = self.own.eos_token_id
+        ends = teacher.generation_config.eos_token_id
         ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
         if tokenizer.eos_token_id is not None:
             ends = sorted({*ends, tokenizer.eos_token_id})
         self.ends = ends
         self.pad = 0  # any will do, unattended and cut off; the tokenizer's own may lack an embedding
-
-    def __enter__(self) -> "_Sampler":
-        settings = self.recipe.synthesize
-        sampling = {"do_sample": False}
-        if settings.temperature > 0:
-            sampling = {"do_sample": True, "temperature": settings.temperature}
-            sampling |= {"top_k": settings.top_k, "top_p": settings.top_p}
-        self.teacher.generation_config = GenerationConfig(
-            max_new_tokens=settings.max_new_tokens,
-            eos_token_id=self.ends or None,
-            pad_token_id=self.pad,
-            bos_token_id=self.own.bos_token_id,
-            **sampling,
-        )
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self.teacher.generation_config = self.own
 
     def rows(self, batch: int, prompts: list[Prompt]) -> tuple[list[dict], dict[str, int]]:
         """The rows of a batch, and counts."""
@@ -177,8 +157,14 @@ class _Sampler:
         width = max(len(prompt.ids) for prompt in prompts)
         ids = torch.tensor([[self.pad] * (width - len(prompt.ids)) + prompt.ids for prompt in prompts])
         attended = torch.tensor([[0] * (width - len(prompt.ids)) + [1] * len(prompt.ids) for prompt in prompts])
-        device = self.teacher.device
-        output: Tensor = self.teacher.generate(input_ids=ids.to(device), attention_mask=attended.to(device))
+        device, settings = self.teacher.device, self.recipe.synthesize
+        sampling = {"do_sample": False}
+        if settings.temperature > 0:
+            sampling = {"do_sample": True, "temperature": settings.temperature}
+            sampling |= {"top_k": settings.top_k, "top_p": settings.top_p}
+        sampling |= {"eos_token_id": self.ends or None, "pad_token_id": self.pad}
+        with generating(self.teacher, max_new_tokens=settings.max_new_tokens, **sampling):
+            output: Tensor = self.teacher.generate(input_ids=ids.to(device), attention_mask=attended.to(device))
         found = []
         for row in output[:, width:].tolist():
             end = next((place for place, token in enumerate(row) if token in self.ends), None)

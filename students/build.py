@@ -1,5 +1,7 @@
 """From a teacher and a config to a student with the teacher's weights."""
 
+import logging
+
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -9,6 +11,8 @@ from .configuration_hybrid import HybridConfig
 from .errors import StudentError
 from .modeling_hybrid import HybridForCausalLM, hybrid_model_class
 from .transfer import TransferPlan, transfer_plan
+
+logger = logging.getLogger(__name__)
 
 
 def build_student(teacher: PreTrainedModel, config: StudentConfig) -> HybridForCausalLM:
@@ -25,9 +29,38 @@ def build_student(teacher: PreTrainedModel, config: StudentConfig) -> HybridForC
     student.tie_weights()
     plan.execute(teacher, student)
     _restore_buffers(student, teacher)
-    student.generation_config = GenerationConfig.from_dict(teacher.generation_config.to_dict())
+    student.generation_config = hybrid_generation_config(teacher.generation_config)
     student.transfer_plan = plan
     return student.train(teacher.training)
+
+
+def hybrid_generation_config(generation: GenerationConfig) -> GenerationConfig:
+    """The same without what no hybrid can do, what has no effect, and what transformers would not save.
+
+    A state cannot be rolled back, as drafts need it, and has no fixed size to be filled. What samples has no effect
+    where nothing is sampled, and is not saved there; many released models have it.
+    """
+    drop = {name for name in vars(generation) if name.startswith(_NO_HYBRID)}
+    if not generation.do_sample:
+        drop |= _SAMPLING
+    kept = {name: value for name, value in generation.to_dict().items() if name not in drop}
+    try:
+        found = GenerationConfig.from_dict(kept)
+        found.validate(strict=True)
+    except ValueError as error:
+        logger.warning("of the teacher's generation config only its tokens are taken over: %s", _one_line(error))
+        found = GenerationConfig(**{name: kept.get(name) for name in _TOKENS})
+    return found
+
+
+_NO_HYBRID = ("cache_", "max_cache", "prompt_lookup", "assistant", "is_assistant", "num_assistant", "target_look")
+_NO_HYBRID += ("max_matching", "speculation", "use_mtp", "dola", "penalty_alpha", "compile", "continuous_batching")
+_SAMPLING = {"temperature", "top_k", "top_p", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"}
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def plan_student(teacher: PreTrainedModel, config: StudentConfig) -> tuple[HybridForCausalLM, TransferPlan]:

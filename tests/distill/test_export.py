@@ -19,7 +19,7 @@ from transpoint.distill.config import Recipe
 from transpoint.distill.data import Corpus, PackedDataset
 from transpoint.distill.export import ExportError, export
 from transpoint.distill.quality import HeldOut
-from transpoint.students import StudentConfig, build_student
+from transpoint.students import HybridForCausalLM, StudentConfig, build_student
 from transpoint.teachers import TeacherInfo
 from transpoint.teachers.random import byte_tokenizer, random_teacher
 
@@ -192,11 +192,11 @@ for name, path in (("first", folder), ("second", again)):
         assert "cache_implementation='static' is not possible for a hybrid" in str(error), error
     cache = model.new_cache()
     with torch.no_grad():
-        model(given["ids"][:, :12], past_key_values=cache)
+        model(given["ids"][:, :12], cache=cache)
         cache.save(scratch + "/cache.safetensors")
         loaded = type(cache).load(scratch + "/cache.safetensors", model.config)
         for way, held in {"fork": cache.fork(), "loaded": loaded}.items():
-            found[f"{name}.{way}"] = model(given["ids"][:, 12:], past_key_values=held).logits
+            found[f"{name}.{way}"] = model(given["ids"][:, 12:], cache=held).logits
     if name == "first":
         model.save_pretrained(again)
         AutoTokenizer.from_pretrained(folder).save_pretrained(again)
@@ -284,6 +284,67 @@ def test_native_refuses_trans_points_before_and_after_training(tmp_path):
     config = StudentConfig(mixer="transmamba")
     assert module.why_no_student("native", config) == f"{reason}; use export.format=custom"
     assert module.why_no_student("custom", config) is None and module.why_no_student("native", StudentConfig()) is None
+
+
+# The tokenizer
+
+
+def left_padding():
+    tokenizer = byte_tokenizer()
+    tokenizer.padding_side = tokenizer.truncation_side = "left"
+    return tokenizer
+
+
+@pytest.mark.parametrize("format", ["native", "custom"])
+def test_the_tokenizer_is_the_students(format, tmp_path, unverified):
+    tokenizer = left_padding()
+    export(make(), tokenizer, tmp_path / "out", format)
+    found = AutoTokenizer.from_pretrained(tmp_path / "out")
+    batch = ["a bc", "a longer prompt", "<|im_start|>"]
+    assert dict(found(batch, padding=True)) == dict(tokenizer(batch, padding=True))
+    assert found.truncation_side == "left" and found.chat_template == tokenizer.chat_template
+    assert found.special_tokens_map == tokenizer.special_tokens_map
+
+
+@pytest.mark.parametrize(
+    "change, what",
+    [
+        ({"padding_side": "right"}, "padding side"),
+        ({"chat_template": "{{ messages }}"}, "chat template"),
+        ({"eos_token": "<|endoftext|>"}, "ids"),
+    ],
+)
+def test_a_tokenizer_that_is_another_one_when_it_is_loaded_is_refused(change, what, tmp_path, monkeypatch):
+    real = module.save_tokenizer
+
+    def changed(tokenizer, folder):
+        other = copy.deepcopy(tokenizer)
+        for name, value in change.items():
+            setattr(other, name, value)
+        real(other, folder)
+
+    monkeypatch.setattr(module, "save_tokenizer", changed)
+    reason = f"the tokenizer is another one when it is loaded with what was written: its {what} differ"
+    with pytest.raises(ExportError, match=reason):
+        module.check_tokenizer(make(), left_padding(), "native")
+    if what == "padding side":
+        with pytest.raises(ExportError, match=reason):
+            export(make(), left_padding(), tmp_path / "out")
+        assert not os.listdir(tmp_path)
+
+
+def test_an_export_that_the_project_loads_and_saves_again_carries_its_code(tmp_path, unverified):
+    student = make(options={"mixer": "transmamba", "trans_points": 5})
+    export(student, byte_tokenizer(), tmp_path / "first", "custom")
+    HybridForCausalLM.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "again")
+    first, again = ({path.name for path in (tmp_path / name).glob("*.py")} for name in ("first", "again"))
+    assert first == again and len(first) == 11
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "again", trust_remote_code=True)
+    assert not type(model).__module__.startswith("transpoint.")
+    with torch.no_grad():
+        assert_equal(model.eval()(ids_of()).logits, student(ids_of()).logits)
+    student.save_pretrained(tmp_path / "plain")
+    assert not list((tmp_path / "plain").glob("*.py"))
 
 
 # What is refused

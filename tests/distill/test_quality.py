@@ -189,6 +189,25 @@ def test_answers_are_greedy_and_do_not_repeat_the_question(chat, student, tokeni
     assert len(ids[0]) > len(tokenizer(text)["input_ids"])
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"repetition_penalty": 5.0, "min_new_tokens": 12},
+        {"num_beams": 3},
+        {"do_sample": True, "temperature": 9.0},
+        {"return_dict_in_generate": True},
+        {"suppress_tokens": [97, 98, 99], "max_length": 5},
+    ],
+)
+def test_answers_are_greedy_whatever_the_model_came_with(settings, student, tokenizer):
+    plain = answer(student, tokenizer, "What is it?", 12)
+    model = copy.deepcopy(student)
+    model.generation_config.update(**settings)
+    own = model.generation_config.to_dict()
+    assert answer(model, tokenizer, "What is it?", 12) == plain != ""
+    assert model.generation_config.to_dict() == own
+
+
 @pytest.mark.parametrize("chat", [True, False])
 def test_a_prompt_with_a_token_that_the_model_lacks_is_named(chat, student, tokenizer):
     tokenizer = copy.deepcopy(tokenizer)

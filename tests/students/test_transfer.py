@@ -269,6 +269,44 @@ def test_a_kept_layer_computes_what_the_teachers_does():
     assert not torch.allclose(*(model(ids).logits for model in (teacher, student)))
 
 
+IMPOSSIBLE = [
+    {"cache_implementation": "static", "max_cache_len": 64},
+    {"cache_implementation": "quantized", "cache_config": {"backend": "quanto"}},
+    {"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 2},
+    {"is_assistant": True, "num_assistant_tokens": 4, "assistant_confidence_threshold": 0.4},
+    {"dola_layers": "high"},
+]
+UNSAVED = [
+    {"temperature": 0.9, "top_p": 0.6},
+    {"top_k": 20, "min_p": 0.1, "typical_p": 0.5, "epsilon_cutoff": 0.1, "eta_cutoff": 0.1},
+    {"num_return_sequences": 3},
+    {"length_penalty": 2.0, "early_stopping": True},
+]
+
+
+@pytest.mark.parametrize("settings", IMPOSSIBLE + UNSAVED)
+@pytest.mark.parametrize("options", [{}, {"mixer": "transmamba", "trans_points": 4}])
+def test_what_a_teacher_asks_of_generation_and_no_hybrid_can_do_is_left_out(settings, options, tmp_path):
+    teacher = teacher_of("4 heads over 2")
+    vars(teacher.generation_config).update(settings)  # unchecked, as a file is read
+    student = build_student(teacher, StudentConfig(**options))
+    ids = torch.arange(3, 13)[None]
+    greedy = student.generate(ids, max_new_tokens=4, do_sample=False)
+    student.save_pretrained(tmp_path)
+    loaded = type(student).from_pretrained(tmp_path)
+    assert torch.equal(loaded.generate(ids, max_new_tokens=4, do_sample=False), greedy)
+    for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        assert getattr(loaded.generation_config, field) == getattr(teacher.generation_config, field)
+
+
+def test_what_a_teacher_asks_of_generation_and_a_hybrid_can_do_is_kept():
+    teacher = teacher_of("4 heads over 2")
+    settings = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.1, "max_new_tokens": 5}
+    teacher.generation_config.update(**settings)
+    kept = build(teacher).generation_config.to_dict()
+    assert {name: kept[name] for name in settings} == settings
+
+
 def test_a_student_follows_its_teachers_mode_dtype_and_generation_config():
     teacher = teacher_of("4 heads over 2")
     teacher.generation_config.max_new_tokens = 7
