@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from ..kernels.kl import linear_kl
 from ..students import HybridForCausalLM
 from ..students.documents import Documents, Spans, document_index, document_mask, flex_options
-from ..teachers import attention_view
+from ..teachers import attention_view, output_head
 from .compiled import FLEX
 from .config import DistillConfig
 
@@ -126,13 +126,8 @@ class Distillation(nn.Module):
         with torch.no_grad():
             target = hidden_states(teacher, inputs, every=settings.hidden_weight > 0)
         found = hidden_states(self.student, inputs, every=settings.hidden_weight > 0)
-        divergence = partial(
-            linear_kl,
-            found[-1],
-            self.student.get_output_embeddings().weight,
-            target[-1],
-            teacher.get_output_embeddings().weight,
-        )
+        head, operands = output_head(self.student, check=False), output_head(teacher, check=False).operands(target[-1])
+        divergence = partial(linear_kl, *head.operands(found[-1]), *operands, softcap=head.softcap)
         loss, figures = predictions_loss(divergence, settings, batch)
         if settings.hidden_weight > 0:
             pairs = zip(found, target, strict=True)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..teachers import output_head
 from .data import DataError, PackedDataset, check_tokens
 from .models import generating
 
@@ -46,11 +47,12 @@ class HeldOut:
         # Hidden states are small; the teacher's logits come again from them, a chunk at a time.
         self.targets = [_hidden(teacher, item) for item in self.items] if teacher is not None else None
         self.teacher = teacher
+        self.head = output_head(teacher) if teacher is not None else None
 
     @torch.no_grad()
     def measure(self, model: PreTrainedModel, late: int | None = None) -> Quality:
         """The model's quality on these sequences. late: how many first tokens of each document `late_kl` leaves out."""
-        training = model.training
+        training, head = model.training, output_head(model)
         model.eval()
         nll = kl = late_kl = same = 0.0
         predicted = tokens = late_tokens = 0
@@ -59,12 +61,12 @@ class HeldOut:
             labels = item["input_ids"][0, 1:]
             for first in range(0, hidden.shape[0], CHUNK):
                 part = slice(first, first + CHUNK)
-                logprobs = _logprobs(model, hidden[part])
+                logprobs = head.logits(hidden[part]).log_softmax(-1)
                 target = labels[part].to(logprobs.device)  # the last token predicts nothing that is here
                 nll += F.nll_loss(logprobs[: len(target)], target, reduction="sum").item()
                 predicted += len(target)
                 if self.targets is not None:
-                    reference = _logprobs(self.teacher, self.targets[i][part])
+                    reference = self.head.logits(self.targets[i][part])
                     width = min(logprobs.shape[-1], reference.shape[-1])  # vocabularies may be padded differently
                     p, q = (t[:, :width].log_softmax(-1) for t in (reference, logprobs.to(reference.device)))
                     by_token = F.kl_div(q, p, reduction="none", log_target=True).sum(-1)
@@ -110,11 +112,6 @@ def _hidden(model: PreTrainedModel, item: dict[str, Tensor]) -> Tensor:
     """The decoder's last hidden states (L, hidden) of one sequence."""
     item = {key: value.to(model.device) for key, value in item.items()}
     return model.get_decoder()(**item, use_cache=False).last_hidden_state[0]
-
-
-def _logprobs(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    scale = getattr(model.config, "logits_scaling", 1.0)  # Granite divides its logits
-    return (model.get_output_embeddings()(hidden).float() / scale).log_softmax(-1)
 
 
 def _documents(sequence: dict[str, Tensor]) -> list[dict[str, Tensor]]:

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from ..students import HybridForCausalLM
-from ..teachers import load_teacher, share_layers
+from ..teachers import load_teacher, output_head, share_layers
 from .config import Recipe
 from .data import Corpus, PackedDataset, check_tokens, tokenize_corpus
 from .preflight import check_vocabulary
@@ -106,7 +106,7 @@ class Session:
         # One process reads all of the cache to find out whether it is whole.
         folder, main = self.recipe.distill.teacher_cache, self.accelerator.is_main_process
         cached = CachedTargets(self.train_data, folder, verify=main)
-        cached.check(self.recipe)
+        cached.check(self.recipe, output_head(self.teacher, check=False))
         return cached
 
     @contextmanager

@@ -3,6 +3,7 @@
 Each stage is a function of the `Session` (recipe, accelerate handle, teacher and data loaded once) and its folder.
 """
 
+import copy
 import dataclasses
 import math
 import time
@@ -20,6 +21,7 @@ from rich.text import Text
 
 from ..students import HybridForCausalLM, build_student
 from ..students.configuration_transmamba import written
+from ..teachers import output_head
 from .calibrate import calibrate
 from .card import write_card
 from .config import Recipe
@@ -125,7 +127,7 @@ def run_distill(session: Session, folder: StageFolder) -> dict:
         cached = session.cached_targets
         session.say(f"distill: the teacher is read from {settings.teacher_cache}: {cached.summary}")
         # A copy, which stays when the teacher leaves the device.
-        head = session.teacher.get_output_embeddings().weight.clone() if cached.index["hidden"] else None
+        head = copy.deepcopy(output_head(session.teacher, check=False)) if cached.index["hidden"] else None
         objective = CachedDistillation(student, settings, cached.index["vocab_size"], head)
     else:
         objective = Distillation(session.teacher, student, settings)

@@ -32,8 +32,9 @@ from transformers import PreTrainedModel
 
 from ..kernels.kl import linear_kl
 from ..kernels.kl_cached import cached_kl
-from ..kernels.kl_reference import CHUNK_BYTES, _matmul
+from ..kernels.kl_reference import CHUNK_BYTES, _matmul, capped
 from ..students import HybridForCausalLM
+from ..teachers import OutputHead, output_head
 from .config import CacheTeacherConfig, DistillConfig, Recipe
 from .data import PackedDataset, batch_indices, collate
 from .objectives import attention_share, compilable_layers, decoder_inputs, predictions_loss, trans_point_pattern
@@ -92,14 +93,17 @@ class CachedTargets(torch.utils.data.Dataset):
         """As `PackedDataset.spread`, without the teacher's predictions: the cache may not have those."""
         return self.dataset.spread(count)
 
-    def check(self, recipe: Recipe) -> None:
-        """Raises RunError where this is not the cache of the recipe's teacher on the sequences that distill takes."""
+    def check(self, recipe: Recipe, head: OutputHead) -> None:
+        """Raises RunError where this is not the cache of the recipe's teacher on the sequences that distill takes.
+
+        `head`: the teacher's.
+        """
         if recipe.distill.hidden_weight > 0:
             raise RunError(
                 "distill.hidden_weight needs the hidden states of all layers, which no cache has: set it to 0, or "
                 "distill.teacher_cache=null"
             )
-        _refuse_another(self.folder, self.index["targets"], targets_of(recipe, self.dataset))
+        _refuse_another(self.folder, self.index["targets"], targets_of(recipe, self.dataset, head))
         needed = torch.tensor(items_of_distill(recipe, len(self)), dtype=torch.long)
         if missing := int((self._places[needed, 0] < 0).sum()):
             raise RunError(f"{self.folder} lacks {missing:,} of the {len(needed):,} sequences of distill: {_REMEDY}")
@@ -114,15 +118,15 @@ class CachedDistillation(nn.Module):
     """What `Distillation` is, from what `CachedTargets` adds to a batch in place of the teacher.
 
     With the teacher's k most likely tokens its divergence is `cached_kl`, a lower bound. With its last hidden states,
-    where they are cached, and `head`, its (V, D) output matrix, it is `linear_kl`, the divergence itself. Hidden states
-    of all layers are not cached: `hidden_weight` is left out (and refused by `CachedTargets.check`).
+    where they are cached, and its own `head`, it is `linear_kl`, the divergence itself. Hidden states of all layers are
+    not cached: `hidden_weight` is left out (and refused by `CachedTargets.check`).
 
     Args:
         vocab_size: of the teacher; rows of the student's output matrix past it are left out.
     """
 
     def __init__(
-        self, student: HybridForCausalLM, settings: DistillConfig, vocab_size: int, head: Tensor | None = None
+        self, student: HybridForCausalLM, settings: DistillConfig, vocab_size: int, head: OutputHead | None = None
     ):
         super().__init__()
         self.student = student
@@ -142,12 +146,14 @@ class CachedDistillation(nn.Module):
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         (head,), settings = self.beside, self.settings
         hidden = self.student.get_decoder()(**decoder_inputs(batch, self.student)).last_hidden_state
-        weight = self.student.get_output_embeddings().weight
+        own = output_head(self.student, check=False)
+        hidden, weight = own.operands(hidden)
         if head is not None:
-            divergence = partial(linear_kl, hidden, weight, batch["teacher_hidden"], head)
+            divergence = partial(linear_kl, hidden, weight, *head.operands(batch["teacher_hidden"]))
         else:
             targets = (batch[f"teacher_{name}"] for name in ("ids", "logprobs", "rest"))
             divergence = partial(cached_kl, hidden, weight[: self.vocab_size], *targets)
+        divergence = partial(divergence, softcap=own.softcap)
         loss, figures = predictions_loss(divergence, settings, batch)
         return loss, figures | attention_share(self.student, batch)
 
@@ -173,10 +179,11 @@ def cache_teacher(
     if recipe.distill.teacher_cache is None:
         raise RunError("distill.teacher_cache is null: set it to the folder that the cache should be in")
     folder = Path(recipe.distill.teacher_cache)
-    vocab_size = len(teacher.get_output_embeddings().weight)
+    head = output_head(teacher)
+    vocab_size = len(head.weight)
     if settings.k > vocab_size:
         raise RunError(f"cache_teacher.k is {settings.k}; the teacher's vocabulary has {vocab_size:,} tokens")
-    index = _begin(folder, recipe, dataset, vocab_size, accelerator, console, precision)
+    index = _begin(folder, recipe, dataset, head, accelerator, console, precision)
     present = {i for shard in index["shards"] for i in _opened(folder / shard["file"]).get_tensor("items").tolist()}
     missing = [item for item in items_of_distill(recipe, len(dataset)) if item not in present]
     size = _sequence_bytes(settings, dataset.tokens_per_item, teacher)
@@ -228,9 +235,11 @@ def items_of_distill(recipe: Recipe, n_items: int) -> Sequence[int]:
     return sorted({i for step in range(steps) for i in batch_indices(n_items, batch_size, recipe.run.seed, step)})
 
 
-def targets_of(recipe: Recipe, dataset: PackedDataset) -> dict:
+def targets_of(recipe: Recipe, dataset: PackedDataset, head: OutputHead) -> dict:
     """Everything the teacher's predictions depend on, but the precision of products."""
-    return {
+    # Of a teacher without, caches of earlier versions are right, and of one with, they are wrong.
+    extras = {"teacher.logits": head.extras} if head.extras else {}
+    return extras | {
         "teacher.source": file_identity(recipe.teacher.source),
         "teacher.dtype": recipe.teacher.dtype,
         "data.length": recipe.data.length,
@@ -286,10 +295,10 @@ def _refuse_another(folder: Path, cached: dict, wanted: dict) -> None:
         raise RunError(f"{folder} is a cache of another {', '.join(words)}: {_OTHER}")
 
 
-def _begin(folder, recipe, dataset, vocab_size, accelerator, console, precision) -> dict:
+def _begin(folder, recipe, dataset, head, accelerator, console, precision) -> dict:
     """The index to add to; shards that are damaged are no longer in it."""
-    settings = recipe.cache_teacher
-    targets = targets_of(recipe, dataset)
+    settings, vocab_size = recipe.cache_teacher, len(head.weight)
+    targets = targets_of(recipe, dataset, head)
     own = {"k": settings.k, "dtype": settings.dtype, "hidden": settings.hidden, "vocab_size": vocab_size}
     with accelerator.main_process_first():
         try:
@@ -324,14 +333,13 @@ def _targets(
     show: Callable[[int], None],
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """The tensors of a shard; the sums over its tokens of the KL that truncation costs, and of the mass of the rest."""
-    parts, kl, rest_mass = [], 0.0, 0.0
+    parts, kl, rest_mass, head = [], 0.0, 0.0, output_head(teacher, check=False)
     for first in range(0, len(items), settings.batch_size):
         batch = collate([dataset[i] for i in items[first : first + settings.batch_size]])
         batch = {key: value.to(device) for key, value in batch.items()}
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             hidden = teacher.get_decoder()(**batch, use_cache=False).last_hidden_state
-        weight = teacher.get_output_embeddings().weight
-        tensors, sums = _truncated(hidden, weight, settings, temperature, precision)
+        tensors, sums = _truncated(hidden, head, settings, temperature, precision)
         parts.append(tensors | ({"hidden": hidden.to(getattr(torch, settings.dtype)).cpu()} if settings.hidden else {}))
         for name, tensor in parts[-1].items():
             if name != "rest" and not tensor.float().isfinite().all():
@@ -346,13 +354,15 @@ def _targets(
     return {"items": torch.tensor(items), **tensors}, {"kl": kl, "rest_mass": rest_mass}
 
 
-def _truncated(hidden, weight, settings, temperature, precision) -> tuple[dict[str, Tensor], tuple[float, float]]:
+def _truncated(hidden, head, settings, temperature, precision) -> tuple[dict[str, Tensor], tuple[float, float]]:
+    leading, (hidden, weight) = hidden.shape[:-1], head.operands(hidden)
     product_dtype = torch.bfloat16 if precision == "bf16" else torch.promote_types(hidden.dtype, weight.dtype)
     stored, matrix, vocab_size = getattr(torch, settings.dtype), weight.to(product_dtype), len(weight)
     flat, parts, kl, rest_mass = hidden.flatten(0, -2).to(product_dtype), [], 0.0, 0.0
     chunk = max(1, CHUNK_BYTES // (4 * vocab_size))
     for first in range(0, len(flat), chunk):
-        log = _matmul(flat[first : first + chunk], matrix.mT, torch.float32).div_(temperature).log_softmax(-1)
+        logits, _ = capped(_matmul(flat[first : first + chunk], matrix.mT, torch.float32), head.softcap)
+        log = logits.div_(temperature).log_softmax(-1)
         logprobs, ids = log.topk(settings.k)
         rest = log.scatter(1, ids, -math.inf).logsumexp(-1)
         parts.append((ids, logprobs.to(stored), rest.to(stored)))
@@ -368,7 +378,7 @@ def _truncated(hidden, weight, settings, temperature, precision) -> tuple[dict[s
     ids, logprobs, rest = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     ids = ids.to(torch.uint16 if vocab_size <= 2**16 else torch.int32)
     tensors = {"ids": ids, "logprobs": logprobs, "rest": rest}
-    return {name: t.unflatten(0, hidden.shape[:-1]).cpu() for name, t in tensors.items()}, (kl, rest_mass)
+    return {name: t.unflatten(0, leading).cpu() for name, t in tensors.items()}, (kl, rest_mass)
 
 
 def _show(progress: Progress, done: int, sequences: int) -> None:

@@ -20,6 +20,7 @@ def linear_kl(
     labels=None,
     ce_weight=1.0,
     ce_over="labels",
+    softcap=None,
     chunk_size=None,
     return_parts=False,
     backend="auto",
@@ -63,10 +64,12 @@ def linear_kl(
         ce_over: what the cross-entropy is a mean over: "labels", the tokens whose label counts, or "tokens", all tokens
             that count, as the divergence is. With "tokens" it is a sum over a number that does not depend on how many
             labels count, so that gradients of micro-batches with as many tokens add up.
+        softcap: c > 0 where both models' logits are c tanh(z / c) of the products z (Gemma 2, arXiv 2408.00118,
+            section 2); None where they are the products.
         chunk_size: tokens handled at a time; None takes as many as fit a fixed number of bytes.
         return_parts: also return the two terms, for a log.
         backend: "auto" | "triton" | "torch"; auto takes the Triton kernels on NVIDIA GPUs. They need D_s and D_t to be
-            multiples of 16 bytes.
+            multiples of 16 bytes, and no softcap.
 
     Returns:
         A scalar in float32 (or float64); zero, with zero gradients, if no token counts. With return_parts, a tuple
@@ -74,16 +77,16 @@ def linear_kl(
         cross-entropy is zero without labels.
 
     Raises:
-        ValueError: a shape, divergence, beta, temperature, ce_over, chunk_size or backend does not fit.
+        ValueError: a shape, divergence, beta, temperature, ce_over, softcap, chunk_size or backend does not fit.
         RuntimeError: in a backward pass with create_graph=True.
     """
     options = dict(divergence=divergence, beta=beta, temperature=temperature, mask=mask, labels=labels)
-    options.update(ce_over=ce_over, chunk_size=chunk_size)
+    options.update(ce_over=ce_over, softcap=softcap, chunk_size=chunk_size)
     tensors = (student_hidden, student_weight, teacher_hidden, teacher_weight)
     check_arguments(*tensors, **options)
     options.update(ce_weight=ce_weight)
     dtypes = common_dtype(student_hidden, student_weight), common_dtype(teacher_hidden, teacher_weight)
-    if not use_triton(backend, student_hidden, _unsupported(tensors, dtypes)):
+    if not use_triton(backend, student_hidden, _unsupported(tensors, dtypes, softcap)):
         return kl_reference.linear_kl(*tensors, **options, return_parts=return_parts)
 
     from .kl_triton import linear_kl as op
@@ -109,8 +112,10 @@ def linear_kl(
     return (loss, *parts.detach().unbind()) if return_parts else loss
 
 
-def _unsupported(tensors, dtypes):
+def _unsupported(tensors, dtypes, softcap):
     """Why the Triton kernels cannot take these tensors, or None."""
+    if softcap is not None:
+        return "the kernels know no softcap"
     for dtype, hidden in zip(dtypes, tensors[::2], strict=True):
         if dtype not in (torch.float16, torch.bfloat16, torch.float32):
             return f"the kernels compute in float16, bfloat16 and float32, not {dtype}"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .custom_op import CustomOp, once
-from .kl_reference import CHUNK_BYTES, _cross_entropy, _matmul, check_options, common_dtype
+from .kl_reference import CHUNK_BYTES, _cross_entropy, _matmul, capped, check_options, common_dtype
 
 # In place of log 0: finite, so that 0 log 0 is 0 and not NaN.
 _LOG_ZERO = -1e30
@@ -30,6 +30,7 @@ def cached_kl(
     labels=None,
     ce_weight=1.0,
     ce_over="labels",
+    softcap=None,
     chunk_size=None,
     return_parts=False,
 ):
@@ -67,6 +68,7 @@ def cached_kl(
         ce_weight: factor of the cross-entropy.
         ce_over: what the cross-entropy is a mean over: "labels", the tokens whose label counts, or "tokens", all tokens
             that count (see `linear_kl`).
+        softcap: c > 0 where the student's logits are c tanh(z / c) of the product z; None where they are the product.
         chunk_size: tokens handled at a time; None takes as many as fit a fixed number of bytes.
         return_parts: also return the two terms, for a log.
 
@@ -76,7 +78,7 @@ def cached_kl(
         cross-entropy is zero without labels.
 
     Raises:
-        ValueError: a shape, divergence, beta, temperature, ce_over or chunk_size does not fit.
+        ValueError: a shape, divergence, beta, temperature, ce_over, softcap or chunk_size does not fit.
         RuntimeError: a second derivative is taken.
     """
     tokens = hidden.shape[:-1]
@@ -99,7 +101,7 @@ def cached_kl(
     for name, tensor in (("ids", ids), ("labels", labels)):
         if tensor is not None and (tensor.is_floating_point() or tensor.dtype == torch.bool):
             raise ValueError(f"{name}: expected integers, got {tensor.dtype}")
-    check_options(divergence, beta, temperature, ce_over, chunk_size)
+    check_options(divergence, beta, temperature, ce_over, softcap, chunk_size)
     grad = torch.is_grad_enabled()
     loss, parts, *_ = _cached_kl(
         hidden.reshape(-1, hidden.shape[-1]),
@@ -115,6 +117,7 @@ def cached_kl(
         temperature,
         ce_weight,
         ce_over,
+        softcap,
         chunk_size or max(1, CHUNK_BYTES // (4 * len(weight))),
         grad and hidden.requires_grad,
         grad and weight.requires_grad,
@@ -136,6 +139,7 @@ def cached_kl_forward(
     temperature: float,
     ce_weight: float,
     ce_over: str,
+    softcap: float | None,
     chunk_size: int,
     hidden_grad: bool,
     weight_grad: bool,
@@ -163,7 +167,7 @@ def cached_kl_forward(
             if mask is not None:
                 keep = mask[chunk, None]
                 inputs = inputs.masked_fill(~keep, 0)  # it may be NaN, which a zero gradient would not stop
-            logits = _matmul(inputs, matrix.mT, dtype)
+            logits, slope = capped(_matmul(inputs, matrix.mT, dtype), softcap)
             value, d = _divergence(
                 logits / temperature, ids[chunk], logprobs[chunk], rest[chunk], divergence, beta, keep
             )
@@ -172,6 +176,8 @@ def cached_kl_forward(
                 chunk_ce, d_ce = _cross_entropy(logits, labels[chunk])
                 ce += chunk_ce
                 d = d_ce.mul_(ce_share).add_(d)
+            if slope is not None:
+                d = d * slope
             if hidden_grad or weight_grad:
                 d = d.to(product_dtype)
                 if hidden_grad:
@@ -244,13 +250,13 @@ def _save(ctx, inputs, output):
 
 def _backward(ctx, d_loss, *_):
     if d_loss is None:
-        return (None,) * 16
+        return (None,) * 17
     *kept, factor = ctx.saved_tensors
     grads = [
         _kept_gradient(d_loss, grad, factor, dtype) if wanted else None
         for grad, dtype, wanted in zip(kept, ctx.dtypes, ctx.wanted, strict=True)
     ]
-    return *grads, *[None] * 14
+    return *grads, *[None] * 15
 
 
 _kept_gradient = CustomOp(

@@ -27,6 +27,7 @@ def linear_kl(
     labels=None,
     ce_weight=1.0,
     ce_over="labels",
+    softcap=None,
     chunk_size=None,
     return_parts=False,
 ):
@@ -42,6 +43,7 @@ def linear_kl(
         mask=mask,
         labels=labels,
         ce_over=ce_over,
+        softcap=softcap,
         chunk_size=chunk_size,
     )
     if chunk_size is None:
@@ -66,6 +68,7 @@ def linear_kl(
         temperature,
         ce_weight,
         ce_over,
+        softcap,
         chunk_size,
         grad and student_hidden.requires_grad,
         grad and student_weight.requires_grad,
@@ -85,6 +88,7 @@ def check_arguments(
     mask,
     labels,
     ce_over,
+    softcap,
     chunk_size,
 ):
     """Raise ValueError, naming the argument, if a shape or a value does not fit."""
@@ -105,10 +109,10 @@ def check_arguments(
             raise ValueError(f"{name}: expected shape {tuple(tokens)}, got {tuple(tensor.shape)}")
     if labels is not None and (labels.is_floating_point() or labels.dtype == torch.bool):
         raise ValueError(f"labels: expected integers, got {labels.dtype}")
-    check_options(divergence, beta, temperature, ce_over, chunk_size)
+    check_options(divergence, beta, temperature, ce_over, softcap, chunk_size)
 
 
-def check_options(divergence, beta, temperature, ce_over, chunk_size):
+def check_options(divergence, beta, temperature, ce_over, softcap, chunk_size):
     """Raise ValueError, naming the argument, if a value does not fit."""
     if divergence not in DIVERGENCES:
         raise ValueError(f'divergence: expected "forward", "reverse" or "jsd", got {divergence!r}')
@@ -118,6 +122,8 @@ def check_options(divergence, beta, temperature, ce_over, chunk_size):
         raise ValueError(f"temperature: expected a positive number, got {temperature}")
     if ce_over not in CE_OVER:
         raise ValueError(f'ce_over: expected "labels" or "tokens", got {ce_over!r}')
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap: expected a positive number or None, got {softcap}")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size: expected a positive integer, got {chunk_size}")
 
@@ -147,6 +153,7 @@ class _LinearKL(torch.autograd.Function):
         temperature,
         ce_weight,
         ce_over,
+        softcap,
         chunk_size,
         hidden_grad,
         weight_grad,
@@ -169,8 +176,8 @@ class _LinearKL(torch.autograd.Function):
         with torch.autocast(s_hidden.device.type, enabled=False):
             for start in range(0, len(s_hidden), chunk_size):
                 chunk = slice(start, start + chunk_size)
-                s_logits = _matmul(s_hidden[chunk], s_weight.mT, dtype)
-                t_logits = _matmul(t_hidden[chunk], t_weight.mT, dtype)
+                s_logits, slope = capped(_matmul(s_hidden[chunk], s_weight.mT, dtype), softcap)
+                t_logits, _ = capped(_matmul(t_hidden[chunk], t_weight.mT, dtype), softcap)
                 chunk_total, d = _divergence(s_logits[:, :vocab], t_logits, divergence, beta, temperature)
                 total += chunk_total
                 if labels is not None:
@@ -179,6 +186,8 @@ class _LinearKL(torch.autograd.Function):
                     d_ce *= ce_share
                     d_ce[:, :vocab] += d
                     d = d_ce
+                if slope is not None:
+                    d = d * slope[:, : d.shape[1]]
                 if hidden_grad or weight_grad:
                     # The gradient is T / count times d; that factor is left to the backward pass, after the products
                     # and the loss scale: here it could underflow in float16.
@@ -209,7 +218,15 @@ class _LinearKL(torch.autograd.Function):
             d_hidden = d_hidden * scale
         if d_weight is not None:
             d_weight = (d_weight * scale).to(ctx.weight_dtype)
-        return d_hidden, d_weight, *[None] * 11
+        return d_hidden, d_weight, *[None] * 12
+
+
+def capped(logits, softcap):
+    """softcap * tanh(logits / softcap), and its derivative; the logits as they are, and None, without a cap."""
+    if softcap is None:
+        return logits, None
+    ratio = torch.tanh(logits / softcap)
+    return softcap * ratio, 1 - ratio**2
 
 
 def _divergence(s_logits, t_logits, divergence, beta, temperature):

@@ -3,9 +3,10 @@
 import logging
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from ..teachers import attention_view
+from ..teachers import attention_view, output_head
 from .config import StudentConfig, layer_plan
 from .configuration_hybrid import HybridConfig
 from .errors import StudentError
@@ -22,7 +23,7 @@ def build_student(teacher: PreTrainedModel, config: StudentConfig) -> HybridForC
 
     Raises:
         StudentError: the config is impossible for this teacher.
-        TeacherError: the teacher's attention is not understood.
+        TeacherError: the teacher's attention, or how its logits come about, is not understood.
     """
     student, plan = plan_student(teacher, config)
     student = student.to_empty(device=teacher.device)
@@ -67,7 +68,9 @@ def plan_student(teacher: PreTrainedModel, config: StudentConfig) -> tuple[Hybri
     """The student on the meta device (no memory, no weights), and the plan that would fill it."""
     config.check()
     views = attention_view(teacher)
+    output_head(teacher)  # refused now rather than when it is first measured or trained
     mixers = layer_plan(config, len(views))
+    _check_memory(teacher)
     windows = [view.layer for view in views if view.window is not None and mixers[view.layer] == "mamba2"]
     fields = teacher.config.to_dict()
     for name in ("model_type", "architectures", "auto_map", "transformers_version", "quantization_config"):
@@ -88,6 +91,16 @@ def plan_student(teacher: PreTrainedModel, config: StudentConfig) -> tuple[Hybri
             parameter.data = parameter.data.float()
     student.windows_given_up = windows
     return student, transfer_plan(teacher, student)
+
+
+def _check_memory(teacher: PreTrainedModel) -> None:
+    """Raises StudentError where layers remember more than keys and values: a student's cache would not hold it."""
+    held = {type(layer) for layer in DynamicCache(config=teacher.config).layers}
+    if others := sorted(kind.__name__ for kind in held - {DynamicLayer, DynamicSlidingWindowLayer}):
+        raise StudentError(
+            f"no student can be made of a {type(teacher).__name__}: its layers remember more than keys and values "
+            f"({', '.join(others)})"
+        )
 
 
 @torch.no_grad()

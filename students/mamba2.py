@@ -5,6 +5,8 @@ values x, and the output projection stays. x and B keep the teacher's key/value 
 heads. This file travels with exported checkpoints: it imports torch only.
 """
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -38,6 +40,18 @@ UNREAD = {
 }
 # How flash attention is told of packed documents; mixers have them in seq_idx.
 PACKED = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
+
+
+class MixerMask(NamedTuple):
+    """What a mixer is told of its tokens, by keyword or, in a model, in the place of the attention mask.
+
+    Some families' layers hand on no keywords but their own, and all hand on a mask.
+    """
+
+    padding_mask: Tensor | None = None
+    seq_idx: Tensor | None = None
+    documents: Any = None
+    span: Any = None
 
 
 class WidenedLinear(nn.Linear):
@@ -207,7 +221,7 @@ class Mamba2Mixer(StateSpace):
 
         Args:
             position_embeddings: cos and sin (B or 1, L, R), used with `rope`.
-            attention_mask: of the attention layers; not read.
+            attention_mask: a `MixerMask`, in place of the keywords of its names; another one is not read.
             cache: a `HybridCache`, updated; `past_key_values` is the same.
             padding_mask: (B, at least L), 1 for tokens and 0 for padding; its last L columns belong to these tokens.
             seq_idx: (B or 1, L) document index of packed sequences: the convolution and the state start anew at each.
@@ -218,6 +232,8 @@ class Mamba2Mixer(StateSpace):
         Raises:
             TypeError: a keyword that is not known; or the cache is one without a state for this layer.
         """
+        if isinstance(attention_mask, MixerMask):
+            padding_mask, seq_idx, *_ = attention_mask
         batch, length, _ = hidden_states.shape
         memory = self._memory(cache, others, "ssm_state", packed=seq_idx is not None)
         if seq_idx is not None:

@@ -18,7 +18,7 @@ from .cache import HybridCache, StateLayer
 from .configuration_hybrid import MODEL_TYPE, HybridConfig
 from .configuration_transmamba import FIXED
 from .documents import Documents, Spans, document_index
-from .mamba2 import Mamba2Mixer, StateSpace
+from .mamba2 import Mamba2Mixer, MixerMask, StateSpace
 from .modeling_transmamba import TransMambaMixer
 
 # Keywords of `from_pretrained` that say where a checkpoint is and how to get at it.
@@ -142,11 +142,11 @@ _CACHE_NAMES: dict[type, str | None] = {}
 class _Told(NamedTuple):
     """What the mixers of a pass are told besides what any attention is told, and what came of it.
 
-    keywords: for each mixer. spans: those of single mixers. cache: the one in use, and how many columns it had seen.
+    mask: of all mixers. spans: those of single mixers. cache: the one in use, and how many columns it had seen.
     reached: layers that were told.
     """
 
-    keywords: dict
+    mask: MixerMask
     spans: dict
     cache: HybridCache | None
     seen: list[int]
@@ -154,7 +154,7 @@ class _Told(NamedTuple):
 
 
 def _tell_mixers(cache_name: str, decoder, args, kwargs):
-    """Before the teacher's own decoder runs: a cache with states in it, and by keyword what the mixers need besides."""
+    """Before the teacher's own decoder runs: a cache with states in it, and what the mixers need besides."""
     caches = [kwargs.pop(name) for name in CACHE_NAMES if kwargs.get(name) is not None]
     if kwargs.get("use_cache") is None:
         kwargs["use_cache"] = decoder.config.use_cache and not decoder.training
@@ -162,7 +162,7 @@ def _tell_mixers(cache_name: str, decoder, args, kwargs):
         caches = [HybridCache(decoder.config)]
     cache = kwargs[cache_name] = caches[0] if caches else None
     mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
-    keywords, spans = {}, {}
+    told, spans = MixerMask(), {}
     packed = isinstance(mask, BlockMask) and positions is not None and cache is None
     if mask is not None and not packed:
         if not (isinstance(mask, Tensor) and mask.ndim == 2):
@@ -170,22 +170,22 @@ def _tell_mixers(cache_name: str, decoder, args, kwargs):
             raise ValueError(
                 f"mixer layers know padding alone: expected an attention_mask of shape (batch, tokens), got one {found}"
             )
-        keywords["padding_mask"] = mask
+        told = MixerMask(padding_mask=mask)
     elif cache is None and positions is not None:
         # transformers reads packed documents off position ids under the same condition, for attention layers
-        keywords["seq_idx"] = document_index(positions)
+        told = MixerMask(seq_idx=document_index(positions))
         mixers = [layer.self_attn for layer in decoder.layers if isinstance(layer.self_attn, TransMambaMixer)]
         if mixers:
             inputs = [*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
             batch = next(len(tensor) for tensor in inputs if tensor is not None)
-            seq_idx = keywords["seq_idx"].expand(batch, -1)
+            seq_idx = told.seq_idx.expand(batch, -1)
             if decoder.config._attn_implementation == "flex_attention":
                 made = Spans(seq_idx)
                 spans = {mixer: made.of(mixer) for mixer in mixers}
             else:
-                keywords["documents"] = Documents(seq_idx)
+                told = told._replace(documents=Documents(seq_idx))
     states = [] if cache is None else _states(cache)
-    kwargs["told"] = _Told(keywords, spans, cache, [state.seen for state in states], set())
+    kwargs["told"] = _Told(told, spans, cache, [state.seen for state in states], set())
     return args, kwargs
 
 
@@ -196,8 +196,7 @@ def _tell_mixer(layer, args, kwargs):
         return args, kwargs
     told.reached.add(layer)
     if isinstance(layer.self_attn, StateSpace):
-        span = told.spans.get(layer.self_attn)
-        kwargs = kwargs | told.keywords | ({} if span is None else {"span": span})
+        kwargs["attention_mask"] = told.mask._replace(span=told.spans.get(layer.self_attn))
     return args, kwargs
 
 

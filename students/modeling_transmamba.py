@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .cache import TransPointLayer, by_row
 from .documents import Documents, Span, take
-from .mamba2 import GATE_OPEN, PADDING_STEP, STEP_ONE, StateSpace, WidenedLinear, rotate, ssd_scan
+from .mamba2 import GATE_OPEN, PADDING_STEP, STEP_ONE, MixerMask, StateSpace, WidenedLinear, rotate, ssd_scan
 
 
 def memory_converter(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *, dt_bias: Tensor | None = None) -> Tensor:
@@ -137,7 +137,7 @@ class TransMambaMixer(StateSpace):
 
         Args:
             position_embeddings: cos and sin (B or 1, L, R); None for a teacher without rotary embedding.
-            attention_mask: of the attention layers; not read.
+            attention_mask: a `MixerMask`, in place of the keywords of its names; another one is not read.
             cache: a `HybridCache`, updated; `past_key_values` is the same.
             padding_mask: (B, at least L), 1 for tokens and 0 for padding; its last L columns belong to these tokens.
             seq_idx: (B or 1, L) document index of packed sequences, without a cache or padding.
@@ -151,6 +151,8 @@ class TransMambaMixer(StateSpace):
             TypeError: a keyword that is not known; or the cache is one without a memory for this layer.
             ValueError: the cache was filled with another TransPoint; or documents are packed and there is a cache.
         """
+        if isinstance(attention_mask, MixerMask):
+            padding_mask, seq_idx, documents, span = attention_mask
         batch = hidden_states.shape[0]
         memory = self._memory(cache, others, "trans_point", packed=seq_idx is not None)
         if seq_idx is not None:

@@ -25,6 +25,7 @@ from transpoint.distill.session import Session
 from transpoint.distill.stages import run_recipe
 from transpoint.distill.teacher_cache import CachedDistillation, CachedTargets, cache_teacher, items_of_distill
 from transpoint.students import StudentConfig, build_student
+from transpoint.teachers import output_head
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 VOCAB = 259  # of the tiny teacher
@@ -76,7 +77,7 @@ def test_items_hold_the_teachers_predictions(write, folder, dtype, tolerance):
         f"cache_teacher.dtype={dtype}", "cache_teacher.k=7", "distill.temperature=2", "cache_teacher.hidden=true"
     )
     cached = CachedTargets(session.train_data, folder)
-    cached.check(session.recipe)
+    cached.check(session.recipe, output_head(session.teacher))
     assert len(cached) == 43 and cached.tokens_per_item == 32
     for i in (0, 21, 42):
         item, plain = cached[i], session.train_data[i]
@@ -139,13 +140,13 @@ def test_only_what_distill_takes_is_cached_and_more_is_added(write, folder):
     with pytest.raises(
         RunError, match="lacks 20 of the 32 sequences of distill: `transpoint cache-teacher CONFIG` again"
     ):
-        cached.check(longer.recipe)
+        cached.check(longer.recipe, output_head(longer.teacher))
     with pytest.raises(RunError, match="lacks sequence"):
         cached.batch(5, 4, 0, range(4))
     session, _ = write(*more)
     after = shards(folder)
     assert before.items() < after.items()
-    CachedTargets(session.train_data, folder).check(session.recipe)
+    CachedTargets(session.train_data, folder).check(session.recipe, output_head(session.teacher))
     items = [load_file(folder / name)["items"] for name in after]
     assert sorted(torch.cat(items).tolist()) == list(items_of_distill(session.recipe, 43))
     assert len(items_of_distill(load_recipe(TINY, ["distill.steps=100"]), 43)) == 43
@@ -196,7 +197,7 @@ def test_whole_predictions_give_the_loss_and_gradients_of_the_teacher(write, fol
     session, _ = write(whole, "cache_teacher.dtype=float32", "distill.temperature=1.5", *extra)
     settings = session.recipe.distill
     cached, student = CachedTargets(session.train_data, folder), make(session)
-    head = session.teacher.get_output_embeddings().weight if "hidden" in whole else None
+    head = output_head(session.teacher) if "hidden" in whole else None
     found = []
     for objective, items in (
         (Distillation(session.teacher, student, settings), session.train_data.batch(0, 4, 0, range(4))),
