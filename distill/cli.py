@@ -187,6 +187,7 @@ def evaluate(options) -> None:
         tokenizer,
         text_field=data.text_field,
         messages_field=data.messages_field,
+        bos=data.bos,
         max_tokens=data.max_heldout_tokens,
     )
     for one in (teacher, model) if teacher else (model,):

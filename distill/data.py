@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from copy import copy
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import groupby
@@ -50,6 +51,13 @@ class DataConfig:
     messages_field: str = field(
         default="messages", metadata={"help": "field of a row that holds a chat: a list of {role, content}"}
     )
+    bos: bool = field(
+        default=True,
+        metadata={
+            "help": "whether texts begin as the teacher's tokenizer begins one: with its beginning token, if it adds "
+            "one (chats begin as the chat template has it)"
+        },
+    )
     length: int = field(default=1024, metadata={"help": "tokens per packed sequence", "minimum": 2})
     max_train_tokens: int | None = field(
         default=None, metadata={"help": "stop reading train at this many tokens; null reads everything", "minimum": 1}
@@ -75,8 +83,8 @@ class Corpus:
     """Tokenised documents, one after another.
 
     tokens: (T,) uint16 where the vocabulary fits, else int32. starts: (documents,) int64, offset of each document.
-    skipped: reason -> rows. examples_of_skipped: reason -> the first place. unread: sources not reached because
-    `max_tokens` was. fingerprint: SHA-256 of everything the tokens depend on.
+    begin: the tokens that a text begins with. skipped: reason -> rows. examples_of_skipped: reason -> the first place.
+    unread: sources not reached because `max_tokens` was. fingerprint: SHA-256 of everything the tokens depend on.
     """
 
     tokens: torch.Tensor
@@ -86,6 +94,7 @@ class Corpus:
     skipped: dict[str, int] = field(default_factory=dict)
     examples_of_skipped: dict[str, str] = field(default_factory=dict)
     unread: list[str] = field(default_factory=list)
+    begin: list[int] = field(default_factory=list)
 
     @property
     def documents(self) -> int:
@@ -107,14 +116,15 @@ def tokenize_corpus(
     *,
     text_field: str = "text",
     messages_field: str = "messages",
+    bos: bool = True,
     max_tokens: int | None = None,
     cache: str | os.PathLike | None = None,
 ) -> Corpus:
     """Tokenise `sources` with a transformers tokenizer, or load the result of an earlier call from folder `cache`.
 
-    Texts are tokenised without special tokens, chats as the chat template writes them; each document ends with the
-    tokenizer's eos if it has one. Reading stops at `max_tokens`, cutting the last document. The cache key covers the
-    contents of the sources, so a changed file is tokenised again and a moved one is not. Safe to call from several
+    With `bos` texts begin as the tokenizer begins one, chats as the chat template writes them; each document ends with
+    the tokenizer's eos if it has one. Reading stops at `max_tokens`, cutting the last document. The cache key covers
+    the contents of the sources, so a changed file is tokenised again and a moved one is not. Safe to call from several
     processes at once, but each of them does the work: let one go first.
 
     Raises DataError for sources that are missing, unreadable or without a usable document.
@@ -124,8 +134,8 @@ def tokenize_corpus(
     if max_tokens is not None and max_tokens < 1:
         raise DataError(f"the token limit is {max_tokens}: give a positive number, or null to read everything")
     items = [item for source in sources for item in resolve(source)]
-    fingerprint = _fingerprint(items, tokenizer, text_field, messages_field, max_tokens)
-    documents = Documents(tokenizer, text_field, messages_field)
+    documents = Documents(tokenizer, text_field, messages_field, bos)
+    fingerprint = _fingerprint(items, documents, max_tokens)
     if cache is None:
         return _tokenize(items, documents, max_tokens, fingerprint, None)
     corpus = _load(Path(cache), fingerprint)
@@ -141,7 +151,9 @@ class PackedDataset(torch.utils.data.Dataset):
     """A corpus cut into consecutive windows of `length` tokens that do not overlap; the last partial one is dropped.
 
     Item i is {"input_ids": (length,) int64, "position_ids": (length,) int64}. Positions restart at 0 with each document
-    and each window: that is how models and mixers know the documents in a window apart.
+    and each window: that is how models and mixers know the documents in a window apart. A window that begins inside of
+    a document begins as a document does, and leaves out as many tokens at its end: models that were trained with a
+    beginning token lean on it, wherever a text is cut.
     """
 
     def __init__(self, corpus: Corpus, length: int):
@@ -168,7 +180,13 @@ class PackedDataset(torch.utils.data.Dataset):
         offsets = np.arange(first, first + self.tokens_per_item)
         document = np.searchsorted(starts, offsets, side="right") - 1
         positions = offsets - np.maximum(starts[document], first)
-        return {"input_ids": tokens.long(), "position_ids": torch.from_numpy(positions)}
+        begin, tokens = self.corpus.begin, tokens.long()
+        if begin and first != starts[document[0]] and len(begin) < self.tokens_per_item:
+            tokens = torch.cat((torch.tensor(begin), tokens[: -len(begin)]))
+            same = document == document[0]
+            kept = positions[: -len(begin)] + len(begin) * same[: -len(begin)]
+            positions = np.concatenate((np.arange(len(begin)), kept))
+        return {"input_ids": tokens, "position_ids": torch.from_numpy(positions)}
 
     def batch(self, step: int, batch_size: int, seed: int, slots: range) -> list[dict[str, torch.Tensor]]:
         """The items of batch `step` (from 0) at some of its `batch_size` places: those of one process, say."""
@@ -208,16 +226,21 @@ def _permutation(n_items: int, seed: int, epoch: int) -> np.ndarray:
 # Rows -> documents -> tokens
 
 
-class Documents:
-    """Turns rows into texts, and counts those it cannot use.
+class Chat(str):
+    """A document that a chat template has written, its beginning too."""
 
-    skipped: reason -> rows. examples_of_skipped: reason -> the first place.
+
+class Documents:
+    """Turns rows into texts and these into tokens, and counts the rows it cannot use.
+
+    begin: the tokens that a text begins with. skipped: reason -> rows. examples_of_skipped: reason -> the first place.
     """
 
-    def __init__(self, tokenizer, text_field: str, messages_field: str):
+    def __init__(self, tokenizer, text_field: str, messages_field: str, bos: bool = True):
         self.tokenizer = tokenizer
         self.text_field = text_field
         self.messages_field = messages_field
+        self.begin = beginning(tokenizer) if bos else []
         self.skipped: dict[str, int] = {}
         self.examples_of_skipped: dict[str, str] = {}
 
@@ -229,12 +252,34 @@ class Documents:
             self.skip(where, skip)
             return None
 
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """The tokens of each document, the tokenizer's eos at its end if it has one; none for a text without tokens."""
+        tokenizer, begin, eos = self.tokenizer, self.begin, self.tokenizer.eos_token_id
+        encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        found = []
+        for text, ids in zip(texts, encoded, strict=True):
+            if ids and not isinstance(text, Chat) and ids[: len(begin)] != begin:
+                ids = begin + ids
+            found.append([*ids, eos] if ids and eos is not None and ids[-1] != eos else ids)
+        return found
+
     def skip(self, where: str, skip: Skip) -> None:
         self.skipped[skip.reason] = self.skipped.get(skip.reason, 0) + 1
         self.examples_of_skipped.setdefault(skip.reason, where + skip.cause)
 
+    def uncounted(self) -> "Documents":
+        """One that does the same, and counts for itself."""
+        other = copy(self)
+        other.skipped, other.examples_of_skipped = {}, {}
+        return other
+
     def skips_in_words(self) -> str:
         return _skips_in_words(self.skipped, self.examples_of_skipped)
+
+    @property
+    def fields(self) -> list:
+        """What of it the tokens depend on, besides the tokenizer: as earlier versions had it where nothing begins."""
+        return [self.text_field, self.messages_field, *([self.begin] if self.begin else [])]
 
     @property
     def no_field(self) -> str:
@@ -262,7 +307,7 @@ class Documents:
             raise Skip("empty text")
         return text
 
-    def _chat(self, messages) -> str:
+    def _chat(self, messages) -> Chat:
         if not self.tokenizer.chat_template:
             raise DataError(
                 f"rows hold chats ({self.messages_field}) but the tokenizer has no chat template: "
@@ -271,7 +316,7 @@ class Documents:
         if not isinstance(messages, list):
             raise Skip("messages is not a list")
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False)
+            return Chat(self.tokenizer.apply_chat_template(messages, tokenize=False))
         except Exception as error:  # a template is code of its own
             raise Skip("chat template failed", error) from error
 
@@ -302,11 +347,11 @@ class FieldCheck:
             )
 
 
-def encode(texts: list[str], tokenizer) -> list[list[int]]:
-    """The tokens of each document, the tokenizer's eos at its end if it has one; none for a text without tokens."""
-    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-    eos = tokenizer.eos_token_id
-    return [[*ids, eos] if ids and eos is not None and ids[-1] != eos else ids for ids in encoded]
+def beginning(tokenizer) -> list[int]:
+    """The tokens that a tokenizer puts before every text, as `generate` has it: its beginning token, or none."""
+    plain, whole = (tokenizer.encode("a", add_special_tokens=special) for special in (False, True))
+    places = range(len(whole) - len(plain) + 1)
+    return whole[: next((place for place in places if whole[place : place + len(plain)] == plain), 0)]
 
 
 def check_tokens(ids: list[int] | torch.Tensor, rows: int, tokenizer, where: str) -> None:
@@ -346,7 +391,7 @@ def _tokenize(
     starts, total, unread = [], 0, []
     with _progress(max_tokens) as show, aside.open("w+b") if aside else nullcontext(io.BytesIO()) as file:
         for batch in _batches(_texts(items, documents), max_tokens):
-            encoded = encode([text for _, _, text in batch], tokenizer)
+            encoded = documents.encode([text for _, _, text in batch])
             for (source, where, _), ids in zip(batch, encoded, strict=True):
                 if not ids:
                     documents.skip(where, Skip("no tokens"))
@@ -376,6 +421,7 @@ def _tokenize(
         documents.skipped,
         documents.examples_of_skipped,
         unread,
+        documents.begin,
     )
 
 
@@ -412,9 +458,9 @@ def _skips_in_words(skipped: dict[str, int], examples: dict[str, str]) -> str:
 # Cache: KEY.safetensors (tokens, starts) and KEY.json (everything else and the first file's checksum)
 
 
-def _fingerprint(items: list[Item], tokenizer, text_field: str, messages_field: str, max_tokens: int | None) -> str:
-    contents = [[item.kind, content_hash(item)] for item in items]
-    parts = [FORMAT, contents, _tokenizer_identity(tokenizer), text_field, messages_field, max_tokens]
+def _fingerprint(items: list[Item], documents: Documents, max_tokens: int | None) -> str:
+    contents, fields = [[item.kind, content_hash(item)] for item in items], documents.fields
+    parts = [FORMAT, contents, _tokenizer_identity(documents.tokenizer), *fields[:2], max_tokens, *fields[2:]]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

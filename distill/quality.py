@@ -66,7 +66,7 @@ class HeldOut:
                 nll += F.nll_loss(logprobs[: len(target)], target, reduction="sum").item()
                 predicted += len(target)
                 if self.targets is not None:
-                    reference = self.head.logits(self.targets[i][part])
+                    reference = self.head.logits(self.targets[i][part]).log_softmax(-1)
                     width = min(logprobs.shape[-1], reference.shape[-1])  # vocabularies may be padded differently
                     p, q = (t[:, :width].log_softmax(-1) for t in (reference, logprobs.to(reference.device)))
                     by_token = F.kl_div(q, p, reduction="none", log_target=True).sum(-1)

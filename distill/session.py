@@ -24,7 +24,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from ..students import HybridForCausalLM
 from ..teachers import load_teacher, output_head, share_layers
 from .config import Recipe
-from .data import Corpus, PackedDataset, check_tokens, tokenize_corpus
+from .data import Corpus, PackedDataset, beginning, check_tokens, tokenize_corpus
 from .preflight import check_vocabulary
 from .quality import HeldOut
 from .run import RunError, StageFolder, identity
@@ -94,6 +94,7 @@ class Session:
             data.length,
             text_field=data.text_field,
             messages_field=data.messages_field,
+            bos=data.bos,
             shuffle_buffer=data.shuffle_buffer,
             rows=self._rows_to_check,
         )
@@ -163,6 +164,7 @@ class Session:
                 self.tokenizer,
                 text_field=data.text_field,
                 messages_field=data.messages_field,
+                bos=data.bos,
                 max_tokens=max_tokens,
                 cache=data.cache or self.root / "data",
             )
@@ -189,6 +191,7 @@ class Session:
         data = self.recipe.data
         sources = [source_identity(source) for source in data.heldout]
         fields = [data.text_field, data.messages_field, data.length, data.max_heldout_tokens]
+        fields += [data.bos] if beginning(self.tokenizer) else []
         return identity({"text": sources, "fields": fields, "sequences": self.recipe.evaluate.sequences})
 
     def measure(self, student: PreTrainedModel, stage: str, late: int | None = None) -> dict:

@@ -24,7 +24,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 import torch
 
-from .data import Documents, FieldCheck, check_tokens, encode
+from .data import Documents, FieldCheck, check_tokens
 from .sources import DataError, HubDatasets, Item, Skip, place, read, resolve, shards, size
 
 logger = logging.getLogger(__name__)
@@ -57,6 +57,7 @@ class StreamedDataset:
         *,
         text_field: str = "text",
         messages_field: str = "messages",
+        bos: bool = True,
         shuffle_buffer: int = 1000,
         rows: int | None = None,
     ):
@@ -67,7 +68,7 @@ class StreamedDataset:
         self.tokens_per_item = length
         self.shuffle_buffer = shuffle_buffer
         self.rows = rows
-        self.documents = Documents(tokenizer, text_field, messages_field)
+        self.documents = Documents(tokenizer, text_field, messages_field, bos)
         self._hub = HubDatasets()
         self._items = [resolve(source) for source in sources]
         self._sources  # noqa: B018 - opens hub datasets: better an error now than after the teacher's first forward pass
@@ -153,7 +154,7 @@ class StreamedDataset:
         length, names = self.tokens_per_item, ", ".join(source.name for source in self._sources)
         while short := [lane for lane in lanes if lane.ready < length]:
             drawn = [(lane, *entry) for lane in short for entry in lane.draw(AHEAD * CHARACTERS * length)]
-            encoded = encode([text for *_, text in drawn], self.documents.tokenizer)
+            encoded = self.documents.encode([text for *_, text in drawn])
             for (lane, at, _), ids in zip(drawn, encoded, strict=True):
                 if self.rows is not None:
                     check_tokens(ids, self.rows, self.documents.tokenizer, names)
@@ -164,7 +165,7 @@ class StreamedDataset:
         """`alone`: it shares no reading with the lanes of the batch, and its skips are not counted."""
         documents = self.documents
         if alone:
-            documents = Documents(documents.tokenizer, documents.text_field, documents.messages_field)
+            documents = documents.uncounted()
         shares = [source.share(slot, batch_size) for source in self._sources]
         rows = self._read if alone else partial(self._read_together, slot)
         return _Lane(f"{slot} of {batch_size}", seed, shares, documents, self.shuffle_buffer, rows, state)
@@ -210,8 +211,7 @@ class StreamedDataset:
     @cached_property
     def _identity(self) -> str:
         text = [[[item.kind, item.hub] for item in s.items] + [s.sizes] for s in self._sources]
-        fields = [self.documents.text_field, self.documents.messages_field]
-        parts = [text, fields, self.tokens_per_item, self.shuffle_buffer]
+        parts = [text, self.documents.fields, self.tokens_per_item, self.shuffle_buffer]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
@@ -389,18 +389,19 @@ class _Lane:
             self.documents.skip(f"sequence {self.name} in a batch", Skip("no tokens"))
 
     def take(self, length: int) -> dict[str, torch.Tensor]:
-        """The next window; `ready` must be at least `length`."""
-        pieces, missing = [], length
+        """The next window; `ready` must be at least `length`. The rest of a document begins as a document does."""
+        again = self.documents.begin if self.offset and length > len(self.documents.begin) else []
+        pieces, missing = [], length - len(again)
+        self.ready -= missing
         while missing:
             at, ids = self.queue[0]
             piece = ids[self.offset : self.offset + missing]
-            pieces.append(piece)
+            pieces.append(piece if pieces else np.array([*again, *piece], np.int64))
             missing -= len(piece)
             self.at, self.offset = at, self.offset + len(piece)
             if self.offset == len(ids):
                 self.queue.popleft()
                 self.at, self.offset = replace(at, index=at.index + 1), 0
-        self.ready -= length
         self.windows += 1
         positions = np.concatenate([np.arange(len(piece)) for piece in pieces])
         return {"input_ids": torch.from_numpy(np.concatenate(pieces)), "position_ids": torch.from_numpy(positions)}

@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import Recipe
-from .data import check_tokens
+from .data import beginning, check_tokens
 from .models import generating
 from .progress import Progress
 from .run import RunError, file_identity, read_json, sha256, write_json
@@ -67,7 +67,7 @@ def synthesize(
     folder = Path(settings.out or Path(recipe.run.dir) / "synthetic")
     main = accelerator.is_main_process
     with accelerator.main_process_first():
-        record = _begin(folder, recipe, write=main)
+        record = _begin(folder, recipe, beginning(tokenizer) if recipe.data.bos else [], write=main)
     if record["sha256"]:
         console.print(f"{folder}: sampled before", highlight=False, markup=False, soft_wrap=True)
         return record
@@ -209,7 +209,9 @@ def _prompt(row, source: str, recipe: Recipe, tokenizer: PreTrainedTokenizerBase
     text, messages = row.get(data.text_field), row.get(data.messages_field)
     if isinstance(text, str) and text.strip():
         if not settings.chat:
-            ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][: settings.max_prompt_tokens]
+            begin = beginning(tokenizer) if data.bos else []
+            ids = begin + tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            ids = ids[: settings.max_prompt_tokens]
             return Prompt(ids, tokenizer.decode(ids, skip_special_tokens=True), source)
         messages = [{"role": "user", "content": text}]
     try:
@@ -253,7 +255,7 @@ def _check_length(prompts: list[Prompt], recipe: Recipe, teacher: PreTrainedMode
 # Files
 
 
-def _begin(folder: Path, recipe: Recipe, write: bool) -> dict:
+def _begin(folder: Path, recipe: Recipe, begin: list[int], write: bool) -> dict:
     """The record to go on from."""
     settings = asdict(recipe.synthesize)
     del settings["out"], settings["prompts"]  # not where they are but what is in them
@@ -266,7 +268,7 @@ def _begin(folder: Path, recipe: Recipe, write: bool) -> dict:
         "seed": recipe.run.seed,
         "settings": settings,
         "prompts": [source_identity(source) for source in recipe.synthesize.prompts],
-        "fields": [recipe.data.text_field, recipe.data.messages_field],
+        "fields": [recipe.data.text_field, recipe.data.messages_field, *([begin] if begin else [])],
     }
     record = read_json(folder / "synthesis.json")
     if record is None:

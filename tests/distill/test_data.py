@@ -17,7 +17,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from transpoint.distill import data, sources
@@ -625,3 +625,58 @@ def test_the_sample_loads_and_is_free(tokenizer):
     }
     assert not paragraphs["train"] & paragraphs["heldout"]
     assert sum(path.stat().st_size for path in SAMPLE.iterdir()) < 2_000_000
+
+
+# How a document begins
+
+
+def with_bos(**kwargs):
+    """A tokenizer that begins texts with a token of its own, as `generate` takes them."""
+    tokenizer = make_tokenizer(**kwargs)
+    tokenizer.add_special_tokens({"bos_token": "<bos>"})
+    number = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", number)]
+    )
+    return tokenizer
+
+
+def test_texts_begin_as_the_tokenizer_begins_one(tmp_path):
+    tokenizer = with_bos(template="{{ bos_token }}" + TEMPLATE)
+    own = "<bos>one that begins so already"
+    rows = [*rows_of([*TEXTS, own]), {"messages": CHAT}]
+    path = str(write(tmp_path / "a.jsonl", "jsonl", [row.get("text") for row in rows[:-1]]))
+    chat = tmp_path / "chat.jsonl"
+    chat.write_bytes(jsonl(rows[-1:]))
+    corpus = tokenize_corpus([path, str(chat)], tokenizer)
+    wanted = [f"<bos>{text}<eos>" for text in TEXTS] + [
+        f"{own}<eos>",
+        "<bos><|user|>hello<eos><|assistant|>one two<eos>",
+    ]
+    assert documents(corpus, tokenizer) == wanted
+    for i, text in enumerate(TEXTS):
+        first = corpus.starts[i]
+        assert corpus.tokens[first : corpus.starts[i + 1] - 1].tolist() == tokenizer(text)["input_ids"]
+    plain = tokenize_corpus([path, str(chat)], tokenizer, bos=False)
+    assert documents(plain, tokenizer) == [text.removeprefix("<bos>") for text in wanted[:4]] + wanted[4:]
+    assert plain.fingerprint != corpus.fingerprint
+    assert tokenize_corpus([path, str(chat)], make_tokenizer(template=TEMPLATE)).begin == []
+
+
+def test_a_tokenizer_that_begins_nothing_has_the_caches_it_had(tmp_path, tokenizer):
+    path = str(write(tmp_path / "a.jsonl", "jsonl", TEXTS))
+    both = [tokenize_corpus([path], tokenizer, bos=bos) for bos in (True, False)]
+    assert both[0].fingerprint == both[1].fingerprint and equal(*both)
+
+
+def test_a_window_inside_of_a_document_begins_as_one(tmp_path):
+    tokens, starts = torch.arange(10, 40), torch.tensor([0, 3, 22])
+    dataset = PackedDataset(Corpus(tokens, starts, "", begin=[7]), 10)
+    plain = PackedDataset(Corpus(tokens, starts, ""), 10)
+    assert dataset[0]["input_ids"].equal(plain[0]["input_ids"])  # it begins with a document
+    assert dataset[0]["position_ids"].equal(plain[0]["position_ids"])
+    assert dataset[1]["input_ids"].tolist() == [7, *range(20, 29)]
+    assert dataset[1]["position_ids"].tolist() == list(range(10))
+    assert dataset[2]["input_ids"].tolist() == [7, *range(30, 39)]
+    assert dataset[2]["position_ids"].tolist() == [0, 1, 2, *range(7)]
+    assert PackedDataset(Corpus(tokens, starts, "", begin=[7]), 1)[5]["input_ids"].tolist() == [15]

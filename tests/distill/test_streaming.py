@@ -1,5 +1,6 @@
 """Streamed training text: the same batches for any processes and interruptions, every document once an epoch."""
 
+import copy
 import json
 import logging
 from collections import Counter
@@ -14,7 +15,7 @@ import torch
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from run_files import metrics, student
@@ -476,7 +477,7 @@ def test_no_usable_document(row, tmp_path):
 
 
 def test_documents_without_tokens(tmp_path, monkeypatch):
-    monkeypatch.setattr("transpoint.distill.streaming.encode", lambda texts, tokenizer: [[] for _ in texts])
+    monkeypatch.setattr("transpoint.distill.data.Documents.encode", lambda self, texts: [[] for _ in texts])
     path = write(tmp_path / "a.jsonl", range(1, 9))
     assert "no tokens (first: sequence 0 of 1 in a batch)" in message(lambda: batches(streamed([path]), [0], 1))
 
@@ -609,3 +610,25 @@ def test_what_streaming_does_not_go_with(override):
     with pytest.raises(ConfigError) as caught:
         load_recipe(TINY, ["data.max_train_tokens=null", "data.streaming=true", override])
     assert str(caught.value).startswith(f"{key} is {value}; expected null with data.streaming=true: ")
+
+
+def test_documents_and_what_is_cut_off_of_them_begin_as_the_tokenizer_begins_a_text(tmp_path):
+    path = write(tmp_path / "a.jsonl", range(1, 9), lambda number: 6)
+    begins = copy.deepcopy(TOKENIZER)
+    begins.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="1999 $A", special_tokens=[("1999", 1999)]
+    )
+    dataset = StreamedDataset([path], begins, 5, shuffle_buffer=1)
+    found = [dataset.batch(step, 1, 0, range(1))[0] for step in range(12)]
+    assert all(item["input_ids"][0] == 1999 and len(item["input_ids"]) == 5 for item in found)
+    firsts = [number for item in found for number in item["input_ids"][item["position_ids"] == 0].tolist()]
+    assert set(firsts) == {1999}
+    kept = [number for item in found for number in item["input_ids"].tolist() if number not in (1999, EOS)]
+    plain = StreamedDataset([path], begins, 5, shuffle_buffer=1, bos=False)
+    expected = [n for step in range(12) for n in plain.batch(step, 1, 0, range(1))[0]["input_ids"].tolist() if n != EOS]
+    assert len(kept) > 30 and kept == expected[: len(kept)]  # nothing is left out
+    state = StreamedDataset([path], begins, 5, shuffle_buffer=1)
+    state.batch(0, 1, 0, range(1))
+    again = StreamedDataset([path], begins, 5, shuffle_buffer=1)
+    again.load_state_dict(state.state_dict(range(1)))
+    assert rows_of(again.batch(1, 1, 0, range(1))) == rows_of([found[1]])
