@@ -75,6 +75,8 @@ def plan_student(teacher: PreTrainedModel, config: StudentConfig) -> tuple[Hybri
     fields = teacher.config.to_dict()
     for name in ("model_type", "architectures", "auto_map", "transformers_version", "quantization_config"):
         fields.pop(name, None)
+    # As it is, whatever its config says: some checkpoints have an output matrix of their own all the same.
+    fields["tie_word_embeddings"] = teacher.get_output_embeddings().weight is teacher.get_input_embeddings().weight
     options = config.mixer_options | {"norm_eps": fields.get("rms_norm_eps", 1e-5)}
     if config.mixer == "transmamba":
         fields["trans_points"] = config.trans_points

@@ -111,17 +111,27 @@ class TransferPlan:
 
 
 def transfer_plan(teacher: nn.Module, student: nn.Module) -> TransferPlan:
-    """The plan that turns this teacher into this student (of `hybrid_model_class`, weights not read)."""
-    plan = TransferPlan()
+    """The plan that turns this teacher into this student (of `hybrid_model_class`, weights not read).
+
+    Raises StudentError where something of the teacher would be in no tensor of the student.
+    """
+    plan, dropped = TransferPlan(), []
     modules = dict(student.named_modules())
     for view in attention_view(teacher):
         mixer = modules[view.name]
+        if getattr(mixer, "q_norm", None) is None:  # by choice, see `student.qk_norm`
+            dropped += [f"{view.name}.q_norm.", f"{view.name}.k_norm."]
         if isinstance(mixer, Mamba2Mixer):
             plan.transfers += _mamba2_transfers(view, mixer)
         elif isinstance(mixer, TransMambaMixer):
             plan.transfers += _transmamba_transfers(view, mixer)
     planned = {transfer.target for transfer in plan.transfers}
     plan.kept = sum(name not in planned for name, _ in student.named_parameters())
+    used = student.state_dict().keys() | {transfer.source for transfer in plan.transfers}
+    if lost := [name for name in teacher.state_dict() if name not in used and not name.startswith(tuple(dropped))]:
+        raise StudentError(
+            f"the student has no place for the teacher's {', '.join(lost[:3])}: it would be another model"
+        )
     return plan
 
 

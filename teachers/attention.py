@@ -101,11 +101,20 @@ def attention_view(model: PreTrainedModel) -> list[AttentionView]:
     names = {id(module): name for name, module in model.named_modules()}
     views = []
     for index, layer in enumerate(decoder_layers(model)):
-        if not hasattr(layer, "self_attn"):
+        if getattr(layer, "self_attn", None) is None:
             raise TeacherError(f"layer {index} ({type(layer).__name__}) is not understood: it has no `self_attn`")
-        view = _view(model, index, layer.self_attn, names[id(layer.self_attn)])
-        if view.q_proj.weight.device.type != "meta":
-            _check(model, view)  # of each layer: some families leave out the rotary embedding in every fourth
+        try:
+            view = _view(model, index, layer.self_attn, names[id(layer.self_attn)])
+            if view.q_proj.weight.device.type != "meta":
+                _check(model, view)  # of each layer: some families leave out the rotary embedding in every fourth
+        except TeacherError:
+            raise
+        except Exception as error:  # what a family asks for or lacks may be anything
+            what = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise TeacherError(
+                f"layer {index} ({type(layer.self_attn).__name__}) is not understood: seen as other families' "
+                f"attention, it fails with {what}"
+            ) from error
         views.append(view)
     return views
 

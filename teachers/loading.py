@@ -6,6 +6,7 @@ code that travels with a checkpoint runs only with `trust_remote_code=True`.
 
 import difflib
 import importlib.util
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import TeacherError
+from .gguf_files import complete, refuse_part
 from .random import RANDOM_FAMILIES, random_teacher
 
 # Teachers with a short name. `package` is a Python package that carries the weights as a GGUF file; it is found, never
@@ -66,13 +68,26 @@ def load_teacher(
     folder, gguf = _locate(source)
     kwargs = {"trust_remote_code": trust_remote_code} | ({"gguf_file": gguf} if gguf else {})
     try:
-        # `use_safetensors`: a pickled checkpoint is refused, never opened.
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, **kwargs, **({} if gguf else {"use_safetensors": True})
+        if gguf:
+            refuse_part(Path(folder) / gguf)
+        # `use_safetensors`: a pickled checkpoint is refused, never opened. Of other sizes, `_check_whole` says which.
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **kwargs,
+            **({} if gguf else {"use_safetensors": True}),
         )
+        _check_whole(source, model, info)
+        if gguf:
+            complete(model, Path(folder) / gguf)
         tokenizer = AutoTokenizer.from_pretrained(folder, **kwargs)
+    except TeacherError:
+        raise
     except Exception as error:
         raise TeacherError(f"teacher '{source}' cannot be loaded: {_one_line(error)}") from error
+    _say_whether_tied(model)
     if gguf:
         _forget_quantization(model)
         _name_special_tokens(tokenizer, model)
@@ -147,6 +162,44 @@ def _locate_registered(name: str) -> tuple[str, str | None]:
     raise TeacherError(
         f"teacher '{name}' needs its weights: `{entry['install']}`, or give the hub id {entry['hub']} instead"
     )
+
+
+# Tensors of a checkpoint that a causal language model rightly has no use for.
+_HARMLESS = (
+    r"\.rotary_emb\.inv_freq$",  # computed from the config
+    r"\.(masked_bias|attn\.bias)$",  # causal masks of older models
+    r"(^|\.)mtp(\.|_)",  # heads for further tokens, which only speculative decoding reads
+)
+
+
+def _check_whole(source: str, model: PreTrainedModel, info: dict) -> None:
+    """Raises TeacherError unless every tensor of the model was in the checkpoint, and every one there was of use.
+
+    transformers fills up what is missing with random numbers.
+    """
+    unexpected = [name for name in info["unexpected_keys"] if not any(re.search(known, name) for known in _HARMLESS)]
+    mismatched = [name if isinstance(name, str) else name[0] for name in info["mismatched_keys"]]
+    wrong = [
+        f"{len(names)} tensors {what} ({', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''})"
+        for names, what in (
+            (info["missing_keys"], "are missing in it"),
+            (unexpected, "of it have no place in the model"),
+            (mismatched, "have another shape there"),
+        )
+        if names
+    ]
+    if wrong or info.get("error_msgs"):
+        raise TeacherError(
+            f"teacher '{source}' is no whole {type(model).__name__}: {'; '.join(wrong or info['error_msgs'])}: check "
+            "that it is the checkpoint of a causal language model, saved under its own names, and fetch it again"
+        )
+
+
+def _say_whether_tied(model: PreTrainedModel) -> None:
+    """Some configs say that the output matrix is the embedding's, while the file has one of its own, which counts."""
+    head = model.get_output_embeddings()
+    if head is not None and head.weight is not model.get_input_embeddings().weight:
+        model.config.tie_word_embeddings = False
 
 
 def _forget_quantization(model: PreTrainedModel) -> None:

@@ -269,6 +269,15 @@ def test_a_kept_layer_computes_what_the_teachers_does():
     assert not torch.allclose(*(model(ids).logits for model in (teacher, student)))
 
 
+def test_a_tensor_of_the_teacher_without_a_place_in_the_student_is_named():
+    teacher = teacher_of("biases")
+    teacher.model.layers[1].mlp.register_parameter("gain", nn.Parameter(torch.ones(1)))
+    with pytest.raises(StudentError, match="no place for the teacher's model.layers.1.mlp.gain"):
+        build(teacher)
+    with pytest.raises(StudentError, match="no place for the teacher's model.layers.1.mlp.gain"):
+        build_student(teacher, StudentConfig(mixer="transmamba"))
+
+
 IMPOSSIBLE = [
     {"cache_implementation": "static", "max_cache_len": 64},
     {"cache_implementation": "quantized", "cache_config": {"backend": "quanto"}},

@@ -61,8 +61,11 @@ def permuted(weight, heads):
     return weight.reshape(heads, 2, weight.shape[0] // heads // 2, -1).transpose(1, 2).reshape(weight.shape)
 
 
-def write_gguf(path, license="apache-2.0", seed=5):
-    """A GGUF file as llama.cpp writes it, of a tiny random llama; returns the model."""
+def write_gguf(path, license="apache-2.0", seed=5, rope=None, more=lambda writer: None, without=()):
+    """A GGUF file as llama.cpp writes it, of a tiny random llama; returns the model.
+
+    rope: its rotary parameters. more: what else to write. without: words of tensors that are left out.
+    """
     tokens, types = gguf_tokens()
     model, _ = random_teacher(
         "random-llama",
@@ -70,7 +73,7 @@ def write_gguf(path, license="apache-2.0", seed=5):
         vocab_size=len(tokens),
         tie_word_embeddings=False,
         rms_norm_eps=1e-4,
-        rope_parameters={"rope_type": "default", "rope_theta": 700.0},
+        rope_parameters={"rope_type": "default", "rope_theta": 700.0} | (rope or {}),
     )
     config = model.config
     writer = gguf.GGUFWriter(str(path), "llama")
@@ -94,7 +97,10 @@ def write_gguf(path, license="apache-2.0", seed=5):
     writer.add_eos_token_id(config.eos_token_id)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    more(writer)
     for name, weight in model.state_dict().items():
+        if any(word in name for word in without):
+            continue
         part = name.split(".")[-2]
         weight = permuted(weight, heads[part]) if part in heads else weight
         writer.add_tensor(names.get_name(name, (".weight",)), weight.numpy().astype(np.float32))
@@ -175,6 +181,154 @@ def test_a_gguf_file_gives_the_logits_of_the_model_it_was_written_from(gguf_file
     assert [tokens[i] for i in tokenizer("hello").input_ids] == ["hello"]
     assert tokenizer.decode(tokenizer(TEXT).input_ids) == TEXT
     assert tokenizer.eos_token == "<|im_end|>" and tokenizer.eos_token_id == source.config.eos_token_id
+
+
+SCALED = {
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
+    "llama3": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    | {"original_max_position_embeddings": 8192, "rope_theta": 500000.0},
+}
+
+
+def say_scaling(kind, rope):
+    """Has a writer write a scaling of the rotary embedding as llama.cpp's converter does."""
+
+    def write(writer):
+        if kind == "llama3":  # the divisors alone
+            scaled, _ = random_teacher("random-llama", rope_parameters=rope)
+            plain, _ = random_teacher("random-llama", rope_parameters=rope | {"rope_type": "default"})
+            divisors = plain.model.rotary_emb.inv_freq / scaled.model.rotary_emb.inv_freq
+            writer.add_tensor("rope_freqs.weight", divisors.numpy())
+            return
+        writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
+        writer.add_rope_scaling_factor(rope["factor"])
+        if "original_max_position_embeddings" in rope:
+            writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+
+    return write
+
+
+@pytest.mark.parametrize("kind", SCALED)
+def test_a_gguf_teacher_has_the_rotary_scaling_of_its_file(kind, tmp_path):
+    rope = SCALED[kind]
+    model = write_gguf(tmp_path / "scaled.gguf", rope=rope, more=say_scaling(kind, rope))
+    loaded, _ = load_teacher(str(tmp_path))
+    torch.testing.assert_close(logits(loaded, 200), logits(model, 200), rtol=1e-4, atol=1e-4)
+    plain = write_gguf(tmp_path / "plain.gguf", rope=rope | {"rope_type": "default"})
+    assert (logits(plain, 200) - logits(model, 200)).abs().max() > 1e-2  # it makes a difference
+    loaded.save_pretrained(tmp_path / "saved")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(again, 200), logits(loaded, 200))
+
+
+UNKNOWN = {
+    "rope.scaling.type = 'longrope'": lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE),
+    "attention.sliding_window = 8": lambda writer: writer.add_sliding_window(8),
+    "attention.scale = 0.5": lambda writer: writer.add_attention_scale(0.5),
+    "final_logit_softcapping = 30.0": lambda writer: writer.add_final_logit_softcapping(30.0),
+    "logit_scale = 0.25": lambda writer: writer.add_logit_scale(0.25),
+    "embedding_scale = 12.0": lambda writer: writer.add_embedding_scale(12.0),
+    "residual_scale = 0.5": lambda writer: writer.add_residual_scale(0.5),
+    "rope.scaling.type = 'yarn'": say_scaling("yarn", {"factor": 4.0}),
+    "blk.0.attn_sinks.weight": lambda writer: writer.add_tensor("blk.0.attn_sinks.weight", np.ones(4, np.float32)),
+    "blk.9.attn_norm.weight": lambda writer: writer.add_tensor("blk.9.attn_norm.weight", np.ones(64, np.float32)),
+    "rope.scaling.type = 'none'": lambda writer: writer.add_tensor(
+        "rope_freqs.weight", np.linspace(1, 3, 8, dtype=np.float32)
+    ),
+}
+
+
+@pytest.mark.parametrize("what", UNKNOWN)
+def test_a_gguf_file_that_says_what_the_model_would_not_have_is_refused(what, tmp_path):
+    write_gguf(tmp_path / "odd.gguf", more=UNKNOWN[what])
+    assert what in fails(tmp_path)
+
+
+@pytest.mark.parametrize("without", ["layers.2.", "model.norm", "q_proj"])
+def test_a_gguf_file_that_lacks_tensors_is_refused(without, tmp_path):
+    write_gguf(tmp_path / "part.gguf", without=[without])
+    assert "is no whole LlamaForCausalLM" in fails(tmp_path) and "are missing in it" in fails(tmp_path)
+
+
+def test_a_part_of_a_gguf_model_is_refused(tmp_path):
+    path = tmp_path / "tiny-00001-of-00002.gguf"
+    write_gguf(path, more=lambda writer: writer.add_uint16("split.count", 2), without=["layers.3."])
+    assert "is one of 2 parts of a model: put them together first" in fails(path)
+
+
+# What is in a checkpoint
+
+
+BROKEN = {
+    "names of a compiled model": (lambda w: {f"_orig_mod.{n}": t for n, t in w.items()}, "are missing in it"),
+    "names of a wrapped model": (lambda w: {f"module.{n}": t for n, t in w.items()}, "_orig|module.lm_head"),
+    "names of an adapter's base": (lambda w: {f"base_model.model.{n}": t for n, t in w.items()}, "have no place"),
+    "no output matrix": (lambda w: {n: t for n, t in w.items() if "lm_head" not in n}, "missing in it .lm_head.weight"),
+    "no last norm": (lambda w: {n: t for n, t in w.items() if n != "model.norm.weight"}, "1 tensors are missing"),
+    "no layer 2": (lambda w: {n: t for n, t in w.items() if ".layers.2." not in n}, "9 tensors are missing in it"),
+    "one layer more": (
+        lambda w: w | {"model.layers.4.self_attn.q_proj.weight": torch.zeros(2)},
+        "1 tensors of it have",
+    ),
+    "a sink": (lambda w: w | {"model.layers.0.self_attn.sinks": torch.zeros(4)}, "no place in the model .*sinks"),
+    "another width": (lambda w: w | {"model.norm.weight": torch.ones(7)}, "another shape there .model.norm.weight"),
+    "a classifier": (
+        lambda w: {n.replace("lm_head", "score"): t for n, t in w.items()},
+        "missing in it .lm_head.weight.*no place in the model .score.weight",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_checkpoint_that_is_not_just_the_model_is_refused(what, tmp_path):
+    """transformers would fill up what is missing with random numbers."""
+    change, reason = BROKEN[what]
+    model, tokenizer = random_teacher("random-llama", tie_word_embeddings=False)
+    model.save_pretrained(tmp_path, state_dict=change(model.state_dict()))
+    tokenizer.save_pretrained(tmp_path)
+    message = fails(tmp_path)
+    assert "is no whole LlamaForCausalLM: " in message and re.search(reason, message)
+
+
+def test_a_base_model_is_refused_and_names_without_its_prefix_are_taken(tmp_path):
+    model, tokenizer = random_teacher("random-llama", tie_word_embeddings=False)
+    model.model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert "1 tensors are missing in it (lm_head.weight)" in fails(tmp_path)
+    bare = {name.removeprefix("model."): tensor for name, tensor in model.state_dict().items()}
+    model.save_pretrained(tmp_path, state_dict=bare)
+    assert torch.equal(logits(load_teacher(str(tmp_path))[0]), logits(model))
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    model, tokenizer = random_teacher("random-llama")
+    model.save_pretrained(tmp_path, max_shard_size="100KB")
+    tokenizer.save_pretrained(tmp_path)
+    assert torch.equal(logits(load_teacher(str(tmp_path))[0]), logits(model))
+    shard = sorted(tmp_path.glob("model-*.safetensors"))[1]
+    shard.unlink()
+    assert shard.name in fails(tmp_path)
+
+
+def test_rotary_frequencies_of_older_checkpoints_are_no_weights(tmp_path):
+    model, tokenizer = random_teacher("random-llama")
+    more = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(8) for i in range(4)}
+    model.save_pretrained(tmp_path, state_dict=model.state_dict() | more)
+    tokenizer.save_pretrained(tmp_path)
+    assert torch.equal(logits(load_teacher(str(tmp_path))[0]), logits(model))
+
+
+def test_an_output_matrix_of_its_own_counts_whatever_the_config_says(tmp_path):
+    model, tokenizer = random_teacher("random-llama", tie_word_embeddings=False)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    teacher, _ = load_teacher(str(tmp_path))
+    assert torch.equal(logits(teacher), logits(model)) and not teacher.config.tie_word_embeddings
+    teacher.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(load_teacher(str(tmp_path))[0]), logits(model))
 
 
 def test_a_gguf_teacher_can_be_saved_and_loaded_again(gguf_file, tmp_path):

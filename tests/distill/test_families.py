@@ -1,0 +1,179 @@
+"""Every family of transformers: one that converts is right in all that is built on it, the others are refused.
+
+The families are those of the installed version, so that a new one is tried the day it appears.
+"""
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from transpoint.distill.config import DistillConfig
+from transpoint.distill.objectives import Distillation
+from transpoint.students import HybridForCausalLM, StudentConfig, StudentError, build_student
+from transpoint.teachers import TeacherError, output_head
+
+SIZES = {
+    "vocab_size": 259,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.15,  # far from uniform predictions, so that a KL has something to measure
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+EXPERTS = {"num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2}
+EXPERTS |= {"moe_intermediate_size": 64, "n_group": 1, "topk_group": 1}
+LARGEST = 3e6  # parameters: of families that need other settings to be tiny, nothing is tried
+# What logits have besides a matrix, where the defaults have none of it.
+LOGITS = {"granite": {"logits_scaling": 8.0}, "granitemoe": {"logits_scaling": 0.5}, "cohere": {"logit_scale": 0.25}}
+# They have converted, and must.
+CONVERT = {"apertus", "arcee", "gemma", "granite", "llama", "mistral", "mixtral", "nemotron", "olmo", "qwen2", "qwen3"}
+CONVERT |= {"qwen3_moe", "seed_oss", "stablelm", "starcoder2"}
+
+
+def tiny_teacher(family):
+    """A tiny random model of a family, or None where it cannot be made tiny in this way."""
+    try:
+        config = AutoConfig.for_model(family, **SIZES, **EXPERTS, **LOGITS.get(family, {}))
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        if sum(parameter.numel() for parameter in model.parameters()) > LARGEST:
+            return None
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config)
+    except Exception:  # its config wants something else: any error of transformers
+        return None
+    with torch.no_grad():  # biases start at 0 and norms at 1, which would hide mistakes with them
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def convert(family, **options):
+    """Teacher and student, or None where there is no teacher, or it is refused: in one line."""
+    teacher = tiny_teacher(family)
+    if teacher is None:
+        return None
+    try:
+        return teacher, build_student(teacher, StudentConfig(**options))
+    except (TeacherError, StudentError) as error:
+        assert str(error) and "\n" not in str(error)
+        return None
+
+
+def tokens(length, seed=0, batch=1):
+    return torch.randint(3, 259, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def converted():
+    found = {family: convert(family, keep_attention=[1]) for family in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)}
+    return {family: pair for family, pair in found.items() if pair is not None}
+
+
+@pytest.mark.parametrize(
+    "family, reason",
+    [
+        ("granitemoehybrid", "GraniteMoeHybridDecoderLayer. is not understood: it has no `self_attn`"),
+        ("ministral3", "layer 0 .Ministral3Attention. is not understood: .* fails with TypeError: .*position_ids"),
+        ("falcon_h1", "FalconH1ForCausalLM: its layers remember more than keys and values"),
+        ("phi3", "is not understood: it lacks k_proj, q_proj, v_proj and has o_proj, qkv_proj"),
+    ],
+)
+def test_families_that_are_refused(family, reason):
+    with pytest.raises((TeacherError, StudentError), match=reason):
+        build_student(tiny_teacher(family), StudentConfig())
+
+
+def failures(converted, check):
+    """What `check(teacher, student)` says of each family, where it says something or fails."""
+    found = {}
+    for family, pair in converted.items():
+        try:
+            said = check(*pair)
+        except Exception as error:
+            said = f"{type(error).__name__}: {error}".splitlines()[0]
+        if said:
+            found[family] = said
+    return found
+
+
+def differ(found, expected):
+    """Says by how much, relative to the largest expected, where that is more than rounding."""
+    error = (found - expected).abs().max() / expected.abs().max()
+    return None if error < 1e-4 else f"off by {error:.1e}"
+
+
+def test_families_that_have_converted_still_do(converted):
+    assert converted.keys() >= CONVERT
+
+
+@torch.no_grad()
+def test_the_loss_is_the_kl_of_the_models_own_logits(converted):
+    ids = tokens(24, batch=2)
+    batch = {"input_ids": ids, "position_ids": torch.arange(24).expand(2, -1)}
+
+    def check(teacher, student):
+        p, q = (model(ids).logits.double().log_softmax(-1) for model in (teacher, student))
+        wanted = (p.exp() * (p - q)).sum(-1).mean()
+        return differ(Distillation(teacher, student, DistillConfig())(batch)[0].double(), wanted)
+
+    assert failures(converted, check) == {}
+    assert output_head(converted["granite"][0]).extras == {"scale": 0.125}
+
+
+@torch.no_grad()
+def test_a_student_that_keeps_attention_up_to_the_end_is_its_teacher(converted):
+    ids = tokens(24)
+    pairs = {family: convert(family, mixer="transmamba", trans_points="teacher") for family in converted}
+    pairs = {family: pair for family, pair in pairs.items() if pair is not None}  # some are refused as such
+    assert pairs.keys() >= CONVERT
+    assert failures(pairs, lambda teacher, student: differ(student(ids).logits, teacher(ids).logits)) == {}
+
+
+@torch.no_grad()
+def test_decoding_with_a_cache_is_decoding_without(converted):
+    ids = tokens(20)
+
+    def check(teacher, student):
+        cache = student.new_cache()
+        parts = [student(part, cache=cache).logits for part in (ids[:, :12], *ids[:, 12:].split(1, 1))]
+        return differ(torch.cat(parts, 1), student(ids, use_cache=False).logits)
+
+    assert failures(converted, check) == {}
+
+
+@torch.no_grad()
+def test_packed_documents_and_padding_reach_the_mixers(converted):
+    first, second, zeros = tokens(9), tokens(15, seed=1), torch.zeros(1, 6, dtype=torch.long)
+    positions = torch.cat((torch.arange(9), torch.arange(15)))[None]
+    mask = torch.cat((zeros, torch.ones_like(first)), 1)
+
+    def check(teacher, student):
+        alone = [student(ids, use_cache=False).logits for ids in (first, second)]
+        packed = student(torch.cat((first, second), 1), position_ids=positions, use_cache=False).logits
+        padded = student(
+            torch.cat((zeros, first), 1), attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)
+        )
+        return differ(packed, torch.cat(alone, 1)) or differ(padded.logits[:, 6:], alone[0])
+
+    assert failures(converted, check) == {}
+
+
+@torch.no_grad()
+def test_a_student_is_saved_and_loaded(converted, tmp_path):
+    ids = tokens(12)
+
+    def check(teacher, student):
+        student.save_pretrained(tmp_path / student.config.base_model_type)
+        loaded = HybridForCausalLM.from_pretrained(tmp_path / student.config.base_model_type)
+        return None if torch.equal(loaded(ids).logits, student(ids).logits) else "differs"
+
+    assert failures(converted, check) == {}
