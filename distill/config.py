@@ -2,14 +2,19 @@
 
 `load_recipe("configs/tiny.yaml", ["align.steps=10"])`. A file may begin with `defaults: [other.yaml, ...]`, files it
 builds on, in order. A relative path in a file is looked up beside that file first, one on the command line in the
-current directory. `Recipe` below documents every key; `transpoint keys` prints them.
+current directory; what is written (`run.dir`) is relative to the current directory in any case. `~` is the home folder.
+Text is taken as it is written: `2024`, `yes` and `${x}` are no numbers, answers or references where text is wanted.
+`Recipe` below documents every key; `transpoint keys` prints them.
 """
 
 import dataclasses
 import difflib
 import glob
 import math
+import os
+import re
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ..students import StudentConfig, StudentError
+from ..teachers import REGISTRY
 from .data import DataConfig
 
 
@@ -27,14 +33,14 @@ class ConfigError(ValueError):
 
 
 def setting(default: Any, help: str, **metadata) -> Any:
-    """A dataclass field with its documentation; `metadata` may hold `choices`, `minimum`, `maximum`, `above`,
-    `below`."""
+    """A dataclass field with its documentation; `metadata` may hold `choices`, `minimum`, `maximum`, `above`, `below`,
+    and `path`: "read" or "written"."""
     return field(default=default, metadata={"help": help, **metadata})
 
 
 @dataclass
 class RunConfig:
-    dir: str = setting("runs/default", "folder of the run: everything the recipe produces")
+    dir: str = setting("runs/default", "folder of the run: everything the recipe produces", path="written")
     seed: int = setting(0, "of data order and initialisation", minimum=0)
     device: str = setting("auto", "auto (a GPU where there is one), cpu or cuda", choices=("auto", "cpu", "cuda"))
     precision: str = setting(
@@ -50,7 +56,8 @@ class RunConfig:
     reuse: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "folders of other runs: a stage they have finished that depends on just the same is taken over"
+            "help": "folders of other runs: a stage they have finished that depends on just the same is taken over",
+            "path": "read",
         },
     )
     trackers: list[str] = field(
@@ -65,7 +72,7 @@ class RunConfig:
 
 @dataclass
 class TeacherConfig:
-    source: str = setting("smollm2-135m", "registry name, random-FAMILY, hub id, folder, or .gguf file")
+    source: str = setting("smollm2-135m", "registry name, random-FAMILY, hub id, folder, or .gguf file", path="read")
     dtype: str = setting("float32", "of the teacher's weights", choices=("float32", "bfloat16", "float16"))
     training_dtype: str = setting(
         "auto",
@@ -191,7 +198,9 @@ class DistillConfig(TrainConfig):
         0.0, "of the hidden states' relative squared error that is added, a mean over layers", minimum=0
     )
     teacher_cache: str | None = setting(
-        None, "folder of the teacher's cached predictions, read in its place; `transpoint cache-teacher` writes it"
+        None,
+        "folder of the teacher's cached predictions, read in its place; `transpoint cache-teacher` writes it",
+        path="written",
     )
     anneal: AnnealConfig = field(default_factory=AnnealConfig)
     sample_schedules: list[Any] = field(
@@ -221,10 +230,13 @@ class CacheTeacherConfig:
 
 @dataclass
 class SynthesizeConfig:
-    out: str | None = setting(None, "folder for the sampled text; null: synthetic, in the run folder")
+    out: str | None = setting(None, "folder for the sampled text; null: synthetic, in the run folder", path="written")
     prompts: list[str] = field(
         default_factory=list,
-        metadata={"help": "sources of prompts, as in data.train; none: samples start from the beginning of text"},
+        metadata={
+            "help": "sources of prompts, as in data.train; none: samples start from the beginning of text",
+            "path": "read",
+        },
     )
     chat: bool = setting(
         False,
@@ -293,7 +305,11 @@ class Recipe:
         return dataclasses.asdict(self)
 
     def save(self, path: Path) -> None:
-        path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+        """Writes it so that it can be run from any folder."""
+        values, here = self.to_dict(), Path.cwd()
+        absolute = {"read": lambda value: _beside(value, here), "written": os.path.abspath}
+        _map_paths(values, Recipe, lambda value, use: absolute[use](value))
+        path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
@@ -309,14 +325,15 @@ def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
         if not separator or not key:
             raise ConfigError(f"'{override}' is no override; expected key=value, as in align.steps=100")
         try:
-            parsed = yaml.safe_load(value) if value else None
+            nested, texts = (_load(value, loader) if value else None for loader in (_Loader, _TextLoader))
         except yaml.YAMLError as error:
             raise ConfigError(f"{key}: '{value}' is not a YAML value ({_one_line(error)})") from error
-        nested: Any = parsed
         for part in reversed(key.split(".")):
-            nested = {part: nested}
+            nested, texts = {part: nested}, {part: texts}
         _check_keys(nested, Recipe, "")
+        _as_written(nested, texts, Recipe)
         values = _merge(values, nested)
+    _map_paths(values, Recipe, lambda value, _: os.path.expanduser(value))
     recipe = _typed(values)
     _check_values(recipe, "")
     try:
@@ -368,7 +385,7 @@ def _read(path: Path, chain: tuple[Path, ...]) -> dict:
     if path.resolve() in chain:
         raise ConfigError(f"{path}: its defaults lead back to itself")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values, texts = (_load(path.read_text(encoding="utf-8"), loader) for loader in (_Loader, _TextLoader))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not readable as YAML: {_one_line(error)}") from error
     values = {} if values is None else values
@@ -378,7 +395,8 @@ def _read(path: Path, chain: tuple[Path, ...]) -> dict:
     if not (isinstance(defaults, list) and all(isinstance(name, str) for name in defaults)):
         raise ConfigError(f"{path}: defaults is {defaults!r}; expected a list of files")
     _check_keys(values, Recipe, "")
-    _anchor(values, path.parent)
+    _as_written(values, texts, Recipe)
+    _map_paths(values, Recipe, lambda value, use: _beside(value, path.parent) if use == "read" else value)
     merged: dict = {}
     for name in defaults:
         merged = _merge(merged, _read(path.parent / name, (*chain, path.resolve())))
@@ -406,27 +424,105 @@ def _merge(low: dict, high: dict) -> dict:
     return {**low, **high, **both}
 
 
-def _anchor(values: dict, folder: Path) -> None:
-    """Makes the input paths of one file absolute, where they exist beside it."""
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key stands once, and 1e-3 is a number."""
 
-    def found(source: Any) -> Any:
-        if isinstance(source, str) and not source.startswith("hub:") and glob.glob(str(folder / source)):
-            return str((folder / source).resolve())
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            if key.tag != "tag:yaml.org,2002:merge" and key.value in seen:
+                line = key.start_mark.line + 1
+                raise yaml.YAMLError(f"the key '{key.value}' stands twice, again in line {line}: remove one of them")
+            seen.add(key.value if isinstance(key.value, str) else id(key))
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+class _TextLoader(_Loader):
+    """The same with every scalar as the text that stands there, but null."""
+
+    yaml_implicit_resolvers = {
+        letter: [(tag, pattern) for tag, pattern in resolvers if tag.endswith((":null", ":merge"))]
+        for letter, resolvers in _Loader.yaml_implicit_resolvers.items()
+    }
+
+
+def _load(text: str, loader: type[yaml.SafeLoader]) -> Any:
+    return yaml.load(text, loader)  # noqa: S506 - both are safe loaders
+
+
+def _as_written(values: dict, texts: Any, kind: type) -> None:
+    """Where a setting is text, takes what YAML has read as something else as it was written."""
+    types = {entry.name: entry.type for entry in dataclasses.fields(kind)}
+    for key, value in values.items():
+        written = texts[key]
+        if dataclasses.is_dataclass(types[key]):
+            _as_written(value, written, types[key])
+        elif types[key] in (str, str | None) and _is_scalar(value):
+            values[key] = written
+        elif types[key] == list[str] and isinstance(value, list):
+            values[key] = [text if _is_scalar(one) else one for one, text in zip(value, written, strict=True)]
+
+
+def _is_scalar(value: Any) -> bool:
+    return value is not None and not isinstance(value, list | dict)
+
+
+def _map_paths(values: dict, kind: type, change: Callable[[str, str], str]) -> None:
+    """Changes every path among the values, in place: `change` gets it, and whether it is read or written."""
+    for entry in dataclasses.fields(kind):
+        value = values.get(entry.name)
+        if dataclasses.is_dataclass(entry.type):
+            _map_paths(value or {}, entry.type, change)
+        elif "path" in entry.metadata and isinstance(value, str):
+            values[entry.name] = change(value, entry.metadata["path"])
+        elif "path" in entry.metadata and isinstance(value, list):
+            use = entry.metadata["path"]
+            values[entry.name] = [change(one, use) if isinstance(one, str) else one for one in value]
+
+
+def _beside(source: str, folder: Path) -> str:
+    """A path, or a pattern, of what lies in this folder, made absolute; anything else as it is."""
+    if source.startswith(("hub:", "random-")) or source in REGISTRY:
         return source
+    if (folder / source).exists():
+        return str((folder / source).resolve())
+    pattern = os.path.join(glob.escape(str(folder.resolve())), source)
+    return pattern if glob.glob(pattern, recursive=True) else source
 
-    data, teacher, synthesize = (values.get(name) or {} for name in ("data", "teacher", "synthesize"))
-    for section, key in ((data, "train"), (data, "heldout"), (synthesize, "prompts")):
-        if isinstance(section.get(key), list):
-            section[key] = [found(source) for source in section[key]]
-    if "source" in teacher:
-        teacher["source"] = found(teacher["source"])
+
+# OmegaConf reads `${x}` as a reference and `???` as a value that is missing: neither is anything here.
+def _hidden(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _hidden(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_hidden(one) for one in value]
+    if isinstance(value, str):
+        return "\0???" if value == "???" else value.replace("${", "$\0{")
+    return value
+
+
+def _shown(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        for entry in dataclasses.fields(value):
+            setattr(value, entry.name, _shown(getattr(value, entry.name)))
+        return value
+    if isinstance(value, dict):
+        return {key: _shown(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_shown(one) for one in value]
+    return value.replace("\0", "") if isinstance(value, str) else value
 
 
 def _typed(values: dict) -> Recipe:
     try:
-        typed = OmegaConf.merge(OmegaConf.structured(Recipe), OmegaConf.create(values))
+        typed = OmegaConf.merge(OmegaConf.structured(Recipe), OmegaConf.create(_hidden(values)))
         assert isinstance(typed, DictConfig)
-        return OmegaConf.to_object(typed)
+        return _shown(OmegaConf.to_object(typed))
     except OmegaConfBaseException as error:
         key, value = error.full_key or "?", values
         for part in str(key).replace("[", ".").replace("]", "").split("."):

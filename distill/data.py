@@ -43,9 +43,12 @@ FIELD_PATIENCE = 10_000  # rows without the wanted fields before a long source i
 class DataConfig:
     """The text of a recipe and how it is cut into sequences."""
 
-    train: list[str] = field(default_factory=list, metadata={"help": "sources of training text, read in this order"})
+    train: list[str] = field(
+        default_factory=list, metadata={"help": "sources of training text, read in this order", "path": "read"}
+    )
     heldout: list[str] = field(
-        default_factory=list, metadata={"help": "sources of text to measure on; share no document with train"}
+        default_factory=list,
+        metadata={"help": "sources of text to measure on; share no document with train", "path": "read"},
     )
     text_field: str = field(default="text", metadata={"help": "field of a row that holds a document as a string"})
     messages_field: str = field(
@@ -74,7 +77,11 @@ class DataConfig:
         metadata={"help": "documents shuffled together, for each sequence of a batch, when streaming", "minimum": 1},
     )
     cache: str | None = field(
-        default=None, metadata={"help": "folder for tokenised text, may be shared by runs; null: in the run folder"}
+        default=None,
+        metadata={
+            "help": "folder for tokenised text, may be shared by runs; null: in the run folder",
+            "path": "written",
+        },
     )
 
 

@@ -229,7 +229,7 @@ def _unzstd(pieces: Iterator[bytes]) -> Iterator[bytes]:
     frame = None
     for piece in pieces:
         while piece:
-            frame = frame or zstandard.ZstdDecompressor().decompressobj()
+            frame = frame or zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()  # as --long=31 wants it
             yield frame.decompress(piece)
             piece = frame.unused_data if frame.eof else b""
             if frame.eof:

@@ -13,6 +13,7 @@ import transpoint.distill.session
 import transpoint.teachers
 from transpoint.distill import cli
 from transpoint.distill.config import ConfigError, Recipe, describe_keys, load_recipe
+from transpoint.distill.sources import resolve
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 TINY = CONFIGS / "tiny.yaml"
@@ -281,7 +282,113 @@ def test_paths_in_a_file_are_beside_it_and_those_on_the_command_line_are_not(tmp
 def test_a_saved_recipe_loads_as_the_same(overrides, tmp_path):
     recipe = load_recipe(TINY, overrides)
     recipe.save(tmp_path / "recipe.yaml")
+    recipe.run.dir = os.path.abspath(recipe.run.dir)
     assert load_recipe(tmp_path / "recipe.yaml") == recipe
+
+
+def test_a_saved_recipe_is_the_same_in_another_folder(tmp_path, monkeypatch):
+    for name in ("work/texts", "work/other", "work/teacher", "elsewhere"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "work" / "texts" / "a.jsonl").write_text("{}\n")
+    monkeypatch.chdir(tmp_path / "work")
+    own = ["data.train=[texts/a.jsonl, 'texts/*.jsonl', 'hub:a/b']", "run.reuse=[other]", "teacher.source=teacher"]
+    own += ["run.dir=runs/one", "distill.teacher_cache=cache", "synthesize.out=out", "data.cache=tokens"]
+    load_recipe(TINY, own).save(tmp_path / "saved.yaml")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    recipe, work = load_recipe(tmp_path / "saved.yaml"), str(tmp_path / "work")
+    assert recipe.data.train == [f"{work}/texts/a.jsonl", f"{work}/texts/*.jsonl", "hub:a/b"]
+    assert (recipe.run.dir, recipe.run.reuse) == (f"{work}/runs/one", [f"{work}/other"])
+    assert (recipe.distill.teacher_cache, recipe.synthesize.out) == (f"{work}/cache", f"{work}/out")
+    assert (recipe.teacher.source, recipe.data.cache) == (f"{work}/teacher", f"{work}/tokens")
+    load_recipe(TINY, ["teacher.source=random-llama"]).save(tmp_path / "saved.yaml")
+    assert load_recipe(tmp_path / "saved.yaml").teacher.source == "random-llama"
+
+
+# What YAML makes of text
+
+
+@pytest.mark.parametrize(
+    "text, line, key",
+    [
+        ("align: {steps: 5}\ndata: {length: 64}\nalign: {lr: 0.5}\n", 3, "align"),
+        ("align: {steps: 5, lr: 0.5, steps: 7}\n", 1, "steps"),
+        ("distill:\n  groups:\n    mlp: {lr: 0}\n    mlp: {lr: 1}\n", 4, "mlp"),
+    ],
+)
+def test_a_key_that_stands_twice_is_refused(text, line, key, tmp_path):
+    path = write(tmp_path / "recipe.yaml", text)
+    assert f"the key '{key}' stands twice, again in line {line}: remove one of them" in message(path)
+
+
+def test_a_key_that_stands_twice_in_an_override_is_refused():
+    assert "the key 'steps' stands twice" in message(TINY, "align={steps: 5, steps: 7}")
+
+
+def test_merge_keys_are_yamls_own(tmp_path):
+    text = "align: &a {steps: 5, lr: 0.5}\ndistill: {<<: *a, steps: 7, temperature: 2}\n"
+    recipe = load_recipe(write(tmp_path / "recipe.yaml", text))
+    assert (recipe.align.steps, recipe.distill.steps, recipe.distill.lr) == (5, 7, 0.5)
+
+
+WRITTEN = ["2024", "yes", "off", "1_000", "012", "1:30", "2024-01-01", "1e3", ".5", "0x10", "True", "1.50", "+1"]
+WRITTEN += ["${x}", "${oc.env:HOME}", "a ${b} c", "\\${x}", "???", "$", "{}x", "~x", "a\\"]
+
+
+@pytest.mark.parametrize("text", WRITTEN)
+def test_text_is_as_it_is_written(text, tmp_path):
+    quoted = f"'{text}'" if text == "{}x" else text  # YAML's own meaning
+    path = write(
+        tmp_path / "recipe.yaml", f"evaluate:\n  prompts:\n  - {quoted}\n  - plain\nsynthesize:\n  out: x{text}\n"
+    )
+    recipe = load_recipe(path, [f"data.text_field={quoted}"] if text != "???" else [])
+    assert recipe.evaluate.prompts == [text, "plain"] and recipe.synthesize.out == f"x{text}"
+    assert recipe.data.text_field == (text if text != "???" else "text")
+    recipe.save(tmp_path / "saved.yaml")
+    assert load_recipe(tmp_path / "saved.yaml").evaluate.prompts == [text, "plain"]
+
+
+@given(st.lists(st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), max_size=12), max_size=3))
+def test_any_text_comes_back(texts):
+    override = yaml.safe_dump(texts, default_flow_style=True, allow_unicode=True, width=10**6).strip()
+    assert load_recipe(TINY, [f"evaluate.prompts={override}"]).evaluate.prompts == texts
+
+
+@pytest.mark.parametrize("number", ["1e-3", "1E-3", "1.0e-3", "0.001", ".1e-2"])
+def test_a_number_is_one_with_and_without_a_point(number, tmp_path):
+    path = write(tmp_path / "recipe.yaml", f"align: {{lr: {number}, betas: [0.9, 9e-1]}}\n")
+    assert load_recipe(path).align.lr == 0.001 and load_recipe(path).align.betas == [0.9, 0.9]
+    assert load_recipe(path, [f"distill.lr={number}"]).distill.lr == 0.001
+
+
+# Paths
+
+
+@pytest.mark.parametrize("name", ["plain", "run [v1]", "a*b", "what?"])
+def test_files_beside_a_recipe_are_found_whatever_its_folder_is_called(name, tmp_path, monkeypatch):
+    folder = tmp_path / name
+    text = "data: {train: [a.jsonl, 'b*.jsonl'], heldout: ['c[1].jsonl']}\nrun: {reuse: [other]}\n"
+    path = write(folder / "recipe.yaml", text)
+    for file in ("a.jsonl", "b1.jsonl", "c[1].jsonl", "c1.jsonl"):
+        (folder / file).write_text('{"text": "x"}\n')
+    (folder / "other").mkdir()
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe(path)
+    found = [str(item) for source in recipe.data.train + recipe.data.heldout for item in resolve(source)]
+    assert found == [str(folder / file) for file in ("a.jsonl", "b1.jsonl", "c[1].jsonl")]
+    assert recipe.run.reuse == [str(folder / "other")]
+
+
+def test_the_home_folder_is_meant_in_every_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    keys = ["run.dir", "data.cache", "distill.teacher_cache", "synthesize.out", "teacher.source"]
+    lists = ["run.reuse", "data.train", "data.heldout", "synthesize.prompts"]
+    recipe = load_recipe(TINY, [f"{key}=~/x" for key in keys] + [f"{key}=['~/x']" for key in lists])
+    for key in keys + lists:
+        value = recipe
+        for part in key.split("."):
+            value = getattr(value, part)
+        assert value in (f"{tmp_path}/x", [f"{tmp_path}/x"]), key
+    assert load_recipe(TINY, ["evaluate.prompts=['~/x']"]).evaluate.prompts == ["~/x"]
 
 
 def test_every_key_is_documented():

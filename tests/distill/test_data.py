@@ -680,3 +680,17 @@ def test_a_window_inside_of_a_document_begins_as_one(tmp_path):
     assert dataset[2]["input_ids"].tolist() == [7, *range(30, 39)]
     assert dataset[2]["position_ids"].tolist() == [0, 1, 2, *range(7)]
     assert PackedDataset(Corpus(tokens, starts, "", begin=[7]), 1)[5]["input_ids"].tolist() == [15]
+
+
+@pytest.mark.parametrize("window_log", [20, 27, 28, 31])
+def test_a_frame_of_zstd_may_ask_for_a_long_window(window_log, tmp_path, tokenizer):
+    block = b'{"text": "one"}\n{"text": "two"}\n'
+    # A frame of one block that is not compressed, as RFC 8878 has it, after one that is to be skipped.
+    frame = (0x184D2A50).to_bytes(4, "little") + (3).to_bytes(4, "little") + b"any"
+    frame += (0xFD2FB528).to_bytes(4, "little") + bytes([0, (window_log - 10) << 3])
+    frame += (1 | len(block) << 3).to_bytes(3, "little") + block
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(frame + zstandard.compress(b'{"text": "three"}\n'))
+    assert tokenize_corpus([str(path)], tokenizer).documents == 3
+    path.write_bytes(frame[:-4])
+    assert "it may be truncated or damaged" in message([str(path)], tokenizer)
