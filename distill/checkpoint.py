@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .run import read_json, sha256, write_json
+from .files import read_json, sha256, write_json
 
 logger = logging.getLogger(__name__)
 

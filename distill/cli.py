@@ -25,6 +25,9 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         options.overrides += rest
+    for name in ("config", "run", "model", "out"):  # `--out=~/x` reaches us as it is
+        if isinstance(path := getattr(options, name, None), str):
+            setattr(options, name, os.path.expanduser(path))
     _quiet_libraries(options.debug)
     try:
         COMMANDS[options.command](options)

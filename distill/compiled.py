@@ -9,7 +9,7 @@ import torch
 import torch._functorch.config
 from torch import Tensor, nn
 
-from .run import one_line
+from .files import one_line
 
 FLEX = "flex_attention"
 SPECIALISED = 64  # kinds of calls that one function is compiled for: layers of a model differ, and so do batches

@@ -10,6 +10,7 @@ Text is taken as it is written: `2024`, `yes` and `${x}` are no numbers, answers
 import dataclasses
 import difflib
 import glob
+import json
 import math
 import os
 import re
@@ -34,7 +35,7 @@ class ConfigError(ValueError):
 
 def setting(default: Any, help: str, **metadata) -> Any:
     """A dataclass field with its documentation; `metadata` may hold `choices`, `minimum`, `maximum`, `above`, `below`,
-    and `path`: "read" or "written"."""
+    and `path`: "read" (looked up beside its file), "teacher" (the same, or a name), or "written"."""
     return field(default=default, metadata={"help": help, **metadata})
 
 
@@ -57,7 +58,7 @@ class RunConfig:
         default_factory=list,
         metadata={
             "help": "folders of other runs: a stage they have finished that depends on just the same is taken over",
-            "path": "read",
+            "path": "written",
         },
     )
     trackers: list[str] = field(
@@ -72,7 +73,7 @@ class RunConfig:
 
 @dataclass
 class TeacherConfig:
-    source: str = setting("smollm2-135m", "registry name, random-FAMILY, hub id, folder, or .gguf file", path="read")
+    source: str = setting("smollm2-135m", "registry name, random-FAMILY, hub id, folder, or .gguf file", path="teacher")
     dtype: str = setting("float32", "of the teacher's weights", choices=("float32", "bfloat16", "float16"))
     training_dtype: str = setting(
         "auto",
@@ -307,8 +308,9 @@ class Recipe:
     def save(self, path: Path) -> None:
         """Writes it so that it can be run from any folder."""
         values, here = self.to_dict(), Path.cwd()
-        absolute = {"read": lambda value: _beside(value, here), "written": os.path.abspath}
-        _map_paths(values, Recipe, lambda value, use: absolute[use](value))
+        _map_paths(
+            values, Recipe, lambda value, use: os.path.abspath(value) if use == "written" else _beside(value, here, use)
+        )
         path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
@@ -333,7 +335,7 @@ def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
         _check_keys(nested, Recipe, "")
         _as_written(nested, texts, Recipe)
         values = _merge(values, nested)
-    _map_paths(values, Recipe, lambda value, _: os.path.expanduser(value))
+    _map_paths(values, Recipe, lambda value, _: _at_home(value))
     recipe = _typed(values)
     _check_values(recipe, "")
     try:
@@ -396,7 +398,7 @@ def _read(path: Path, chain: tuple[Path, ...]) -> dict:
         raise ConfigError(f"{path}: defaults is {defaults!r}; expected a list of files")
     _check_keys(values, Recipe, "")
     _as_written(values, texts, Recipe)
-    _map_paths(values, Recipe, lambda value, use: _beside(value, path.parent) if use == "read" else value)
+    _map_paths(values, Recipe, lambda value, use: value if use == "written" else _beside(value, path.parent, use))
     merged: dict = {}
     for name in defaults:
         merged = _merge(merged, _read(path.parent / name, (*chain, path.resolve())))
@@ -425,20 +427,38 @@ def _merge(low: dict, high: dict) -> dict:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which a key stands once, and 1e-3 is a number."""
+    """YAML in which a key stands once, and a number is what a person takes for one: 1e-3 is, 012 is twelve, and times
+    and dates are none."""
+
+    yaml_implicit_resolvers = {
+        letter: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":int", ":float", ":timestamp"))]
+        for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_yaml_int(self, node):
+        return int(self.construct_scalar(node).replace("_", ""))
 
     def construct_mapping(self, node, deep=False):
         seen = set()
         for key, _ in node.value:
-            if key.tag != "tag:yaml.org,2002:merge" and key.value in seen:
+            name = str(key.value)
+            if key.tag != "tag:yaml.org,2002:merge" and name in seen:
                 line = key.start_mark.line + 1
-                raise yaml.YAMLError(f"the key '{key.value}' stands twice, again in line {line}: remove one of them")
-            seen.add(key.value if isinstance(key.value, str) else id(key))
+                raise yaml.YAMLError(f"the key '{name}' stands twice, again in line {line}: remove one of them")
+            seen.add(name)
         return super().construct_mapping(node, deep)
 
 
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+_NUMBER = list("-+.0123456789")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?[0-9][0-9_]*$"), _NUMBER)
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"[-+]?([0-9][0-9_]*\.[0-9_]*([eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+|\.[0-9][0-9_]*([eE][-+]?[0-9]+)?"
+        r"|\.(inf|Inf|INF))$|\.(nan|NaN|NAN)$"
+    ),
+    _NUMBER,
 )
 
 
@@ -452,7 +472,12 @@ class _TextLoader(_Loader):
 
 
 def _load(text: str, loader: type[yaml.SafeLoader]) -> Any:
-    return yaml.load(text, loader)  # noqa: S506 - both are safe loaders
+    values = yaml.load(text, loader)  # noqa: S506 - both are safe loaders
+    try:
+        json.dumps(values, default=str)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise yaml.YAMLError(f"it holds itself, or a key that is no text ({error})") from error
+    return values
 
 
 def _as_written(values: dict, texts: Any, kind: type) -> None:
@@ -464,6 +489,8 @@ def _as_written(values: dict, texts: Any, kind: type) -> None:
             _as_written(value, written, types[key])
         elif types[key] in (str, str | None) and _is_scalar(value):
             values[key] = written
+        elif types[key] in (int, int | None) and isinstance(value, float) and value.is_integer():
+            values[key] = int(value)  # 1e3
         elif types[key] == list[str] and isinstance(value, list):
             values[key] = [text if _is_scalar(one) else one for one, text in zip(value, written, strict=True)]
 
@@ -485,11 +512,19 @@ def _map_paths(values: dict, kind: type, change: Callable[[str, str], str]) -> N
             values[entry.name] = [change(one, use) if isinstance(one, str) else one for one in value]
 
 
-def _beside(source: str, folder: Path) -> str:
+def _at_home(path: str) -> str:
+    expanded = os.path.expanduser(path)
+    if not path or expanded.startswith("~"):
+        raise ConfigError(f"'{path}' is no path: " + ("there is no such user" if path else "leave it out, or name one"))
+    return expanded
+
+
+def _beside(source: str, folder: Path, use: str) -> str:
     """A path, or a pattern, of what lies in this folder, made absolute; anything else as it is."""
-    if source.startswith(("hub:", "random-")) or source in REGISTRY:
+    named = source.startswith("random-") or source in REGISTRY if use == "teacher" else source.startswith("hub:")
+    if named or not source:
         return source
-    if (folder / source).exists():
+    if os.path.exists(folder / source):
         return str((folder / source).resolve())
     pattern = os.path.join(glob.escape(str(folder.resolve())), source)
     return pattern if glob.glob(pattern, recursive=True) else source
@@ -502,6 +537,8 @@ def _hidden(value: Any) -> Any:
     if isinstance(value, list):
         return [_hidden(one) for one in value]
     if isinstance(value, str):
+        if "\0" in value:
+            raise ConfigError(f"{value!r} holds a NUL character: take it out")
         return "\0???" if value == "???" else value.replace("${", "$\0{")
     return value
 

@@ -30,7 +30,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from .run import one_line
+from .files import one_line
 from .sources import DataError, Item, Skip, content_hash, file_hash, place, read, resolve
 
 logger = logging.getLogger(__name__)

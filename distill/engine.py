@@ -18,7 +18,8 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from ..students.mamba2 import StateSpace
 from .compiled import Recorded, compiled
-from .run import RunError, one_line
+from .files import one_line
+from .run import RunError
 
 ADAM = ("exp_avg", "exp_avg_sq")  # what AdamW keeps for each parameter, besides its count of steps
 UNCOMPILABLE = (TorchDynamoException, FailOnRecompileLimitHit, GuardOnDataDependentSymNode)

@@ -29,7 +29,7 @@ from ..students import HybridForCausalLM, Mamba2Mixer, StudentConfig
 from ..students.build import hybrid_generation_config
 from ..students.configuration_hybrid import AUTO_MAP
 from .card import CardFacts, write_card
-from .run import read_json, write_json
+from .files import read_json, write_json
 from .tokenizers import PROBES, first_difference, save_tokenizer, tokenizer_facts
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,8 @@ from transformers import (
 )
 
 from ..students import HybridForCausalLM
-from .run import RunError, read_json
+from .files import read_json
+from .run import RunError
 
 
 def load_model(

@@ -19,7 +19,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from .charts import heat_map, line_chart, loss_chart
-from .run import STAGES, RunError, StageFolder, lineage, read_json
+from .files import read_json
+from .run import STAGES, RunError, StageFolder, lineage
 
 TRAINING = ("align", "distill")
 MIXERS = {"attention": "attention", "mamba2": "Mamba-2", "transmamba": "TransMamba"}

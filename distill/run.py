@@ -11,11 +11,9 @@
 A stage is reused while everything in its stage.json is as the recipe asks, its input stages included.
 """
 
-import hashlib
 import json
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +22,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from .files import read_json, write_json
+from .identity import identity, started
+
 STAGES = ("transfer", "calibrate", "align", "distill", "export", "evaluate")
 # Those that leave a student in their folder.
 STUDENT_STAGES = STAGES[:4]
@@ -31,12 +32,6 @@ STUDENT_STAGES = STAGES[:4]
 
 class RunError(ValueError):
     """A run folder that cannot be used as asked. One line, naming the thing and the remedy."""
-
-
-def one_line(error: BaseException) -> str:
-    """The first of what an error says, up to 200 characters, or its kind where it says nothing."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
 
 
 @contextmanager
@@ -73,8 +68,8 @@ class StageFolder:
 
     @property
     def started(self) -> dict | None:
-        """What stage.json holds, or None."""
-        return read_json(self / "stage.json")
+        """What stage.json holds, or None; as today's version writes it, whichever wrote it."""
+        return started(self.path.parent, self.stage)
 
     @property
     def done(self) -> dict | None:
@@ -101,12 +96,13 @@ class StageFolder:
         write_json(self / "done.json", {**record, "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
         shutil.rmtree(self / "checkpoints", ignore_errors=True)
 
-    def take_over(self, other: "StageFolder") -> None:
+    def take_over(self, other: "StageFolder", depends_on: dict) -> None:
         """Makes a copy of another run's finished stage this one's."""
         partial = self.path.with_name(f".{self.stage}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         try:
             shutil.copytree(other.path, partial)
+            write_json(partial / "stage.json", depends_on)
             shutil.rmtree(self.path, ignore_errors=True)
             partial.rename(self.path)
         except OSError as error:
@@ -127,20 +123,6 @@ class StageFolder:
         return None if self.done is not None else "interrupted"
 
 
-def identity(depends_on: dict) -> str:
-    """A short hash of what a stage depends on."""
-    return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def file_identity(source: str) -> Any:
-    """Stands for a local file or folder in an identity: names and contents. For anything else, the name itself."""
-    path = Path(source).expanduser()
-    if not path.exists():
-        return source
-    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
-    return [[p.name, _content(p)] for p in files]
-
-
 def lineage(root: Path) -> dict[str, dict]:
     """The done records of a run that follow from one another, by stage: what came of earlier settings is left out."""
     found: dict[str, dict] = {}
@@ -155,34 +137,6 @@ def lineage(root: Path) -> dict[str, dict]:
     return found
 
 
-def read_json(path: Path) -> Any:
-    """What a JSON file holds; None if it is not there or damaged (records are written whole, so damage is foreign)."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file whole or not at all."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(value, file, indent=1, ensure_ascii=False)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def sha256(path: Path) -> str:
-    """Of a file's contents."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def truncate_log(path: Path, last_step: int) -> list[dict]:
     """Drops lines of metrics.jsonl after a step: they will be written again by the resumed run. Returns the others."""
     if not path.exists():
@@ -193,14 +147,6 @@ def truncate_log(path: Path, last_step: int) -> list[dict]:
     aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
     os.replace(aside, path)
     return [json.loads(line) for line in kept]
-
-
-def _content(path: Path) -> str:
-    """A hash of a file; of very large ones the size and the time it was written, which is quicker to read."""
-    facts = path.stat()
-    if facts.st_size > 2**30:
-        return f"{facts.st_size} bytes of {facts.st_mtime_ns}"
-    return sha256(path)[:16]
 
 
 def _differences(old: Any, new: Any, key: str = "") -> list[str]:

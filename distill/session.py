@@ -25,9 +25,10 @@ from ..students import HybridForCausalLM
 from ..teachers import load_teacher, output_head, share_layers
 from .config import Recipe
 from .data import Corpus, PackedDataset, beginning, check_tokens, tokenize_corpus
+from .identity import identity
 from .preflight import check_vocabulary
 from .quality import HeldOut
-from .run import RunError, StageFolder, identity
+from .run import RunError, StageFolder
 from .sources import source_identity
 from .streaming import StreamedDataset
 from .teacher_cache import CachedTargets

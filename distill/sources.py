@@ -22,7 +22,7 @@ from typing import Any
 
 import zstandard
 
-from .run import one_line, read_json, write_json
+from .files import one_line, read_json, write_json
 
 logger = logging.getLogger(__name__)
 

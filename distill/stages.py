@@ -28,24 +28,16 @@ from .config import Recipe
 from .data import collate
 from .engine import cut_up
 from .export import check_tokenizer, export, why_no_student, why_not
+from .files import read_json, write_json
 from .flops import peak_flops
 from .groups import distill_groups, mixer_parameters, only_these_train
+from .identity import file_identity, identity, without_resultless
 from .lora import attach, merge
 from .models import has_trans_points, load_model
 from .objectives import Alignment, Distillation
 from .preflight import check_disk, check_vocabulary, flops_per_token, gpu_name, what_will_run
 from .quality import answer
-from .run import (
-    STAGES,
-    STUDENT_STAGES,
-    RunError,
-    StageFolder,
-    alone_in,
-    file_identity,
-    identity,
-    read_json,
-    write_json,
-)
+from .run import STAGES, STUDENT_STAGES, RunError, StageFolder, alone_in
 from .schedules import (
     at_trans_points,
     check_schedules,
@@ -299,7 +291,7 @@ def _run_stages(session: Session, needs: dict[str, dict], forced: int, last: int
         if position < forced and (other := finished_elsewhere(recipe, stage, needs[stage])) is not None:
             session.say(f"{stage}: taken over from {other.path.parent}")
             if main:
-                folder.take_over(other)
+                folder.take_over(other, needs[stage])
             session.accelerator.wait_for_everyone()
             continue
         session.say(Text.assemble((stage, "bold"), f": {reason}"))
@@ -351,11 +343,9 @@ def stage_inputs(recipe: Recipe) -> dict[str, dict]:
             for name in ("share", "training_dtype"):
                 del own["teacher"][name]
         if stage in ("align", "distill"):
-            # How often something is written down changes nothing in what is trained.
-            for name in ("log_every", "checkpoint_every", "keep_checkpoints", "max_skipped"):
-                del own[stage][name]
             own["run"] = {"seed": recipe.run.seed, "precision": recipe.run.precision}
             own["teacher"] = {"training_dtype": recipe.teacher.training_dtype}
+        own = without_resultless(own)
         if before is not None:
             own["after"] = {before: identity(needs[before])}
         needs[stage] = own

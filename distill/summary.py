@@ -7,7 +7,8 @@ from rich.text import Text
 
 from ..teachers import teacher_info
 from .card import CardFacts, load_snippet, plan_in_letters, plan_in_words, quality_row, schedule_rows
-from .run import STUDENT_STAGES, lineage, read_json
+from .files import read_json
+from .run import STUDENT_STAGES, lineage
 from .session import Session
 
 

@@ -26,9 +26,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import Recipe
 from .data import beginning, check_tokens
+from .files import read_json, sha256, write_json
+from .identity import file_identity, model_files
 from .models import generating
 from .progress import Progress
-from .run import RunError, file_identity, read_json, sha256, write_json
+from .run import RunError
 from .sources import DataError, place, read, resolve, source_identity
 
 _MARK = "\N{OBJECT REPLACEMENT CHARACTER}"  # stands for a question, to find where the template puts it
@@ -282,6 +284,8 @@ def _begin(folder: Path, recipe: Recipe, begin: list[int], write: bool) -> dict:
                 write_json(folder / "synthesis.json", record)
             except OSError as error:
                 raise RunError(f"sampled text cannot be written: {error}; set synthesize.out") from error
+    teacher = record["depends_on"]["teacher"]
+    teacher["files"] = model_files(teacher["files"])
     for name, value in depends_on.items():
         if record["depends_on"][name] != json.loads(json.dumps(value)):
             raise RunError(

@@ -37,9 +37,11 @@ from ..students import HybridForCausalLM
 from ..teachers import OutputHead, output_head
 from .config import CacheTeacherConfig, DistillConfig, Recipe
 from .data import PackedDataset, batch_indices, collate
+from .files import read_json, sha256, write_json
+from .identity import file_identity, model_files
 from .objectives import attention_share, compilable_layers, decoder_inputs, predictions_loss, trans_point_pattern
 from .progress import Progress
-from .run import RunError, file_identity, read_json, sha256, write_json
+from .run import RunError
 
 FORMAT = 1  # of the folder; raise it when an older one would be read wrongly
 
@@ -288,7 +290,7 @@ def _refuse_another(folder: Path, cached: dict, wanted: dict) -> None:
     """Raises RunError, naming what differs."""
     words = []
     for name, value in wanted.items():
-        if cached.get(name) != value:
+        if (model_files(cached.get(name)) if name == "teacher.source" else cached.get(name)) != value:
             short = isinstance(value, int | float) or name == "teacher.dtype"
             words.append(f"{name} ({cached.get(name)}, not {value})" if short else name)
     if words:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from .run import read_json, write_json
+from .files import read_json, write_json
 
 # What tokenizers differ in: runs of spaces, line ends, capitals, digits, accents and their decompositions, other
 # scripts, characters of several code points, bytes without a meaning, and nothing.

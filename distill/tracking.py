@@ -15,7 +15,8 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from accelerate.utils import is_tensorboard_available, is_trackio_available, is_wandb_available
 
 from .config import Recipe
-from .run import RunError, StageFolder, read_json, write_json
+from .files import read_json, write_json
+from .run import RunError, StageFolder
 
 PROJECT = "transpoint"  # of Weights & Biases and trackio
 _INSTALLED = {

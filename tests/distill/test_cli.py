@@ -13,7 +13,8 @@ import transpoint.distill.export
 import transpoint.distill.stages
 from transpoint.distill.cli import COMMANDS, main
 from transpoint.distill.config import describe_keys
-from transpoint.distill.run import STAGES, read_json
+from transpoint.distill.files import read_json
+from transpoint.distill.run import STAGES
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 HELDOUT = TINY.parent / "sample" / "heldout.jsonl.zst"

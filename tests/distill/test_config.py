@@ -291,13 +291,17 @@ def test_a_saved_recipe_is_the_same_in_another_folder(tmp_path, monkeypatch):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "work" / "texts" / "a.jsonl").write_text("{}\n")
     monkeypatch.chdir(tmp_path / "work")
-    own = ["data.train=[texts/a.jsonl, 'texts/*.jsonl', 'hub:a/b']", "run.reuse=[other]", "teacher.source=teacher"]
+    own = [
+        "data.train=[texts/a.jsonl, 'texts/*.jsonl', 'hub:a/b']",
+        "run.reuse=[other, gone]",
+        "teacher.source=teacher",
+    ]
     own += ["run.dir=runs/one", "distill.teacher_cache=cache", "synthesize.out=out", "data.cache=tokens"]
     load_recipe(TINY, own).save(tmp_path / "saved.yaml")
     monkeypatch.chdir(tmp_path / "elsewhere")
     recipe, work = load_recipe(tmp_path / "saved.yaml"), str(tmp_path / "work")
     assert recipe.data.train == [f"{work}/texts/a.jsonl", f"{work}/texts/*.jsonl", "hub:a/b"]
-    assert (recipe.run.dir, recipe.run.reuse) == (f"{work}/runs/one", [f"{work}/other"])
+    assert (recipe.run.dir, recipe.run.reuse) == (f"{work}/runs/one", [f"{work}/other", f"{work}/gone"])
     assert (recipe.distill.teacher_cache, recipe.synthesize.out) == (f"{work}/cache", f"{work}/out")
     assert (recipe.teacher.source, recipe.data.cache) == (f"{work}/teacher", f"{work}/tokens")
     load_recipe(TINY, ["teacher.source=random-llama"]).save(tmp_path / "saved.yaml")
@@ -360,13 +364,44 @@ def test_a_number_is_one_with_and_without_a_point(number, tmp_path):
     assert load_recipe(path, [f"distill.lr={number}"]).distill.lr == 0.001
 
 
+@pytest.mark.parametrize(
+    "text, steps",
+    [("012", 12), ("1_000", 1000), ("1e3", 1000), ("+7", 7), ("0x10", None), ("1:30", None), ("1.5", None)],
+)
+def test_a_whole_number_is_what_a_person_reads(text, steps, tmp_path):
+    path = write(tmp_path / "recipe.yaml", f"align: {{steps: {text}}}\n")
+    if steps is None:
+        assert "expected a whole number" in message(path)
+    else:
+        assert load_recipe(path).align.steps == load_recipe(TINY, [f"align.steps={text}"]).align.steps == steps
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("align: &a {steps: *a}\n", "it holds itself"),
+        ("? [a, b]\n: 1\n", "is not readable as YAML"),
+        ('evaluate: {prompts: ["a\\0b"]}\n', "holds a NUL character: take it out"),
+        ("data: {train: ['']}\n", "'' is no path: leave it out, or name one"),
+        ("run: {dir: ~nosuchuser/x}\n", "'~nosuchuser/x' is no path: there is no such user"),
+    ],
+)
+def test_what_is_no_recipe_is_one_line(text, reason, tmp_path):
+    assert reason in message(write(tmp_path / "recipe.yaml", text))
+
+
+def test_a_path_may_be_too_long_to_be_one(tmp_path):
+    name = "x" * 5000
+    assert load_recipe(TINY, [f"data.train=[{name}]"]).data.train == [name]
+
+
 # Paths
 
 
 @pytest.mark.parametrize("name", ["plain", "run [v1]", "a*b", "what?"])
 def test_files_beside_a_recipe_are_found_whatever_its_folder_is_called(name, tmp_path, monkeypatch):
     folder = tmp_path / name
-    text = "data: {train: [a.jsonl, 'b*.jsonl'], heldout: ['c[1].jsonl']}\nrun: {reuse: [other]}\n"
+    text = "data: {train: [a.jsonl, 'b*.jsonl'], heldout: ['c[1].jsonl']}\nteacher: {source: other}\n"
     path = write(folder / "recipe.yaml", text)
     for file in ("a.jsonl", "b1.jsonl", "c[1].jsonl", "c1.jsonl"):
         (folder / file).write_text('{"text": "x"}\n')
@@ -375,7 +410,7 @@ def test_files_beside_a_recipe_are_found_whatever_its_folder_is_called(name, tmp
     recipe = load_recipe(path)
     found = [str(item) for source in recipe.data.train + recipe.data.heldout for item in resolve(source)]
     assert found == [str(folder / file) for file in ("a.jsonl", "b1.jsonl", "c[1].jsonl")]
-    assert recipe.run.reuse == [str(folder / "other")]
+    assert recipe.teacher.source == str(folder / "other")
 
 
 def test_the_home_folder_is_meant_in_every_path(tmp_path, monkeypatch):

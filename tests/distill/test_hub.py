@@ -14,7 +14,8 @@ import pytest
 from huggingface_hub import HfApi
 
 from transpoint.distill import hub
-from transpoint.distill.run import STAGES, RunError, StageFolder, identity
+from transpoint.distill.identity import identity
+from transpoint.distill.run import STAGES, RunError, StageFolder
 
 TOKEN = "hf_" + "MarkerThatMustNotLeak"
 

@@ -15,8 +15,10 @@ from transpoint.distill import stages
 from transpoint.distill.cli import main
 from transpoint.distill.config import load_recipe
 from transpoint.distill.data import DataError
+from transpoint.distill.files import read_json, write_json
+from transpoint.distill.identity import identity
 from transpoint.distill.models import load_model
-from transpoint.distill.run import STAGES, RunError, StageFolder, identity, lineage
+from transpoint.distill.run import STAGES, RunError, StageFolder, lineage
 from transpoint.distill.session import Session
 from transpoint.distill.stages import run_recipe, stage_inputs
 from transpoint.distill.summary import card_facts, summary
@@ -156,7 +158,8 @@ SETTINGS = {
     "align.steps=21": "align",
     "align.lr=0.1": "align",
     "align.betas=[0.9, 0.99]": "align",
-    "align.micro_batch_size=2": "align",
+    "data.bos=false": "calibrate",
+    "student.conv_kernel=3": "transfer",
     "run.seed=1": "align",
     "run.precision=fp32": "align",
     "distill.temperature=2": "distill",
@@ -186,12 +189,80 @@ def test_a_changed_setting_reruns_its_stage_and_what_follows(override, tiny_run)
         "align.log_every=7",
         "align.checkpoint_every=3",
         "distill.keep_checkpoints=9",
+        "align.micro_batch_size=2",
+        "distill.gradient_checkpointing=true",
+        "run.trackers=[tensorboard]",
+        "run.reuse=[/nowhere]",
+        "student.keep_attention='every:2'",
+        "student.trans_points=7",
+        "teacher.share=true",
         "data.cache=/nowhere",
         "run.dir=/elsewhere",
     ],
 )
 def test_what_changes_no_result_reruns_nothing(override, tiny_run):
     assert reasons(tiny_run, override) == {}
+
+
+def as_before(needs, after=None):
+    """What a stage depended on, as an earlier version wrote it."""
+    needs = json.loads(json.dumps(needs))
+    for stage in ("align", "distill"):
+        if stage in needs:
+            needs[stage] |= {"log_every": 5, "max_skipped": 10, "micro_batch_size": None, "checkpoint_every": 10}
+            needs[stage] |= {"keep_checkpoints": 2}
+    if "data" in needs:
+        del needs["data"]["bos"]
+    if "student" in needs:
+        needs["student"] |= {"keep_attention": None, "trans_points": "paper-v9", "conv_activation": "auto"}
+        needs["student"]["keep_attention"] = "every:2"
+    return needs | ({} if after is None else {"after": after})
+
+
+def test_a_run_of_an_earlier_version_is_reused(tiny_copy):
+    after = None
+    for stage in STAGES:
+        folder = StageFolder(tiny_copy, stage)
+        write_json(folder / "stage.json", as_before(folder.started, after))
+        after = {stage: identity(read_json(folder / "stage.json"))}
+    assert reasons(tiny_copy) == {} and list(lineage(tiny_copy)) == list(STAGES)
+    assert list(reasons(tiny_copy, "distill.temperature=2")) == ["distill", "export", "evaluate"]
+    assert list(reasons(tiny_copy, "student.gate=false")) == list(STAGES)
+    changed = read_json(tiny_copy / "calibrate" / "stage.json") | {"code": 9}
+    write_json(tiny_copy / "calibrate" / "stage.json", changed)  # what came after it came of something else
+    assert list(reasons(tiny_copy)) == list(STAGES[1:])
+
+
+def test_files_of_a_teacher_that_no_loading_reads_rerun_nothing(tmp_path):
+    folder, run = tmp_path / "teacher", tmp_path / "run"
+    model, tokenizer = random_teacher("random-llama")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "README.md").write_text("one")
+    overrides = [f"teacher.source={folder}"]
+    needs = stage_inputs(load_recipe(TINY, overrides))
+    StageFolder(run, "transfer").begin(needs["transfer"])
+    StageFolder(run, "transfer").finish({})
+
+    def changed(at=folder):
+        now = stage_inputs(load_recipe(TINY, [f"teacher.source={at}"]))
+        return StageFolder(run, "transfer").why_not_reusable(now["transfer"])
+
+    (folder / "README.md").write_text("two")
+    (folder / "picture.png").write_bytes(b"x")
+    (folder / "pytorch_model.bin").write_bytes(b"never read")
+    assert changed() is None
+    assert changed(shutil.copytree(folder, tmp_path / "moved")) is None
+    old = json.loads(json.dumps(needs["transfer"]))  # with all files, and where they were
+    old["teacher"] |= {"source": "some/where", "files": [["README.md", "1"], *old["teacher"]["files"]]}
+    write_json(run / "transfer" / "stage.json", old)
+    assert changed() is None
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "model.safetensors"):
+        path = tmp_path / "moved" / name
+        kept = path.read_bytes()
+        path.write_bytes(kept + b" ")
+        assert "teacher.files" in changed(tmp_path / "moved"), name
+        path.write_bytes(kept)
 
 
 def test_a_changed_text_reruns_what_reads_it(tiny_run, tmp_path):

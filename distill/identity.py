@@ -1,0 +1,101 @@
+"""What a result depends on, as JSON that is compared: what changes no result is no part of it."""
+
+import hashlib
+import json
+import re
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from .files import read_json, sha256
+
+# Settings of training that change nothing in what is trained, but for how sums are rounded: when something is written
+# down, and how a step is cut up. So one may be changed in the middle.
+_NO_RESULT = ("log_every", "checkpoint_every", "keep_checkpoints", "max_skipped")
+_NO_RESULT += ("micro_batch_size", "gradient_checkpointing")
+# Of a folder, the files that loading a model reads.
+_MODEL_FILE = re.compile(
+    r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|processor_config"
+    r"|preprocessor_config|tekken)\.json|(merges|vocab)\.txt|chat_template\.(jinja|json)"
+    r"|.*\.(safetensors|safetensors\.index\.json|gguf|model|model\.v\d+|tiktoken|py)"
+)
+
+
+def identity(depends_on: dict) -> str:
+    """A short hash of what a stage depends on."""
+    return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def file_identity(source: str) -> Any:
+    """Stands for a model's file or folder in an identity: names and contents of what loading it reads. For anything
+    else, the name itself."""
+    path = Path(source).expanduser()
+    if not path.exists():
+        return source
+    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
+    return model_files([[p.name, _content(p)] for p in files if _MODEL_FILE.fullmatch(p.name)])
+
+
+def model_files(files: Any) -> Any:
+    """Of a `file_identity`, what counts: those of earlier versions have all files of a folder."""
+    if not isinstance(files, list):
+        return files
+    return [[name, content] for name, content in files if _MODEL_FILE.fullmatch(name)]
+
+
+def without_resultless(needs: dict) -> dict:
+    """What a stage depends on without the settings that change no result."""
+    needs = dict(needs)
+    if "teacher" in needs and "files" in needs["teacher"]:
+        files = model_files(needs["teacher"]["files"])
+        needs["teacher"] = {**needs["teacher"], "files": files}
+        if isinstance(files, list):  # wherever they lie
+            needs["teacher"].pop("source", None)
+    if "student" in needs:
+        from ..students import StudentConfig  # here, as it loads libraries that `transpoint --help` does without
+
+        own = StudentConfig(**needs["student"]).resolved()
+        needs["student"] = {**vars(own), "trans_points": own.trans_points if own.mixer == "transmamba" else None}
+    for section in ("align", "distill"):
+        if section in needs:
+            needs[section] = {name: value for name, value in needs[section].items() if name not in _NO_RESULT}
+    return needs
+
+
+def started(run: Path, stage: str) -> dict | None:
+    """What the stage.json of a run's stage holds, as today's version writes it; None where there is none.
+
+    Earlier versions kept what changes no result, too, and began no text.
+    """
+    found = read_json(run / stage / "stage.json")
+    if not isinstance(found, dict):
+        return None
+    today = without_resultless(found)
+    if "data" in today and "bos" not in today["data"]:
+        today["data"] = {**today["data"], "bos": _begins_nothing(run / "transfer" / "student")}
+    for before, recorded in (found.get("after") or {}).items():
+        own = read_json(run / before / "stage.json")
+        if isinstance(own, dict) and identity(own) == recorded:
+            today["after"] = {before: identity(started(run, before))}
+    return today
+
+
+@lru_cache(maxsize=8)
+def _begins_nothing(student: Path) -> bool:
+    """Whether the tokenizer of a run puts nothing before a text: then it does not matter whether it is asked to."""
+    from transformers import AutoTokenizer
+
+    from .data import beginning
+
+    try:
+        return not beginning(AutoTokenizer.from_pretrained(student))
+    except Exception:  # there is none yet, or it is damaged: then nothing is known
+        return False
+
+
+def _content(path: Path) -> str:
+    """A hash of a file; of very large ones the size and the time it was written, which is quicker to read."""
+    facts = path.stat()
+    if facts.st_size > 2**30:
+        return f"{facts.st_size} bytes of {facts.st_mtime_ns}"
+    return sha256(path)[:16]
