@@ -1,7 +1,7 @@
 """The model card of an exported checkpoint: where it comes from, what was measured, how to load it."""
 
 import dataclasses
-import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from jinja2 import Environment, StrictUndefined
 
 from ..students import HybridForCausalLM
 from ..teachers import TeacherInfo
+from .config import for_others
 
 
 @dataclass
@@ -28,7 +29,7 @@ def write_card(
     """Writes README.md into an exported folder. `figures` are those of `export.verify`."""
     teacher = facts.teacher or TeacherInfo("an unnamed teacher")
     mixers = student.config.mixers
-    kinds = [kind for kind in KINDS if kind in mixers]
+    kinds = kinds_in(mixers)
     front = {
         "license": teacher.license or "unknown",
         "library_name": "transformers",
@@ -37,22 +38,14 @@ def write_card(
     }
     if teacher.hub_id:
         front["base_model"] = teacher.hub_id
-    if facts.recipe is not None:
-        recipe = {**facts.recipe, "run": {k: v for k, v in facts.recipe["run"].items() if k != "dir"}}
-        # A card is read elsewhere: of local paths only the names mean something there.
-        recipe["data"] = {
-            key: [os.path.basename(source) if os.path.isabs(source) else source for source in value]
-            if isinstance(value, list)
-            else value
-            for key, value in recipe["data"].items()
-            if key != "cache"
-        }
-        if os.path.isabs(recipe["teacher"]["source"]):
-            recipe["teacher"] = {**recipe["teacher"], "source": os.path.basename(recipe["teacher"]["source"])}
+    recipe = for_others(facts.recipe) if facts.recipe is not None else None
+    if recipe is not None:  # where this run lay, and kept its tokens, is of no use to anybody else
+        recipe["run"].pop("dir", None)
+        recipe["data"].pop("cache", None)
     text = _TEMPLATE.render(
         front=yaml.safe_dump(front, sort_keys=False).strip(),
         teacher=teacher,
-        kinds=[KINDS[kind] for kind in kinds],
+        kinds=list(kinds.values()),
         converted=sum(mixer != "attention" for mixer in mixers),
         layers=len(mixers),
         plan=plan_in_letters(mixers),
@@ -63,7 +56,7 @@ def write_card(
         quality=facts.quality,
         format=format,
         figures=figures,
-        recipe=yaml.safe_dump(recipe, sort_keys=False).strip() if facts.recipe is not None else None,
+        recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).strip() if recipe is not None else None,
         load=load_snippet("FOLDER_OR_HUB_ID", format),
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
@@ -72,15 +65,23 @@ def write_card(
 KINDS = {"mamba2": "Mamba-2", "transmamba": "TransMamba"}
 
 
+def kinds_in(mixers: list[str]) -> dict[str, str]:
+    """The mixers of a layer plan besides attention, and what people call each: by its own name where that is not known
+    here."""
+    present = sorted(set(mixers) - {"attention"}, key=[*KINDS, *mixers].index)
+    return {kind: KINDS.get(kind, kind) for kind in present}
+
+
 def plan_in_letters(mixers: list[str]) -> str:
-    """One letter a layer: A attention, M Mamba-2, T TransMamba."""
-    return "".join({"attention": "A"}.get(mixer, KINDS.get(mixer, "?")[0]) for mixer in mixers)
+    """One letter a layer: A attention, M Mamba-2, T TransMamba; of another mixer the first of its name."""
+    return "".join({"attention": "A", **kinds_in(mixers)}[mixer][0].upper() for mixer in mixers)
 
 
 def plan_in_words(mixers: list[str]) -> str:
     """`10 of 30 layers are Mamba-2`."""
-    present = {name: mixers.count(kind) for kind, name in KINDS.items() if kind in mixers}
-    return ", ".join(f"{count} of {len(mixers)} layers are {name}" for name, count in present.items())
+    return ", ".join(
+        f"{mixers.count(kind)} of {len(mixers)} layers are {name}" for kind, name in kinds_in(mixers).items()
+    )
 
 
 def schedule_rows(records: list[dict]) -> list[tuple[str, ...]]:
@@ -120,18 +121,26 @@ def quality_row(model: str, quality) -> dict:
     return {"model": model, **(quality if isinstance(quality, dict) else dataclasses.asdict(quality))}
 
 
-_TEMPLATE = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
+def _escaped(text: str) -> str:
+    """Text whose characters have no meaning in Markdown."""
+    return re.sub(r"([\\`*_\[\]()<>|#])", r"\\\1", text)
+
+
+_ENVIRONMENT = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+_ENVIRONMENT.filters["escaped"] = _escaped
+_TEMPLATE = _ENVIRONMENT.from_string(
     """\
 ---
 {{ front }}
 ---
 
-# A {{ kinds | join(" and ") }} hybrid of {{ teacher.name }}
+# A {{ kinds | join(" and ") | escaped }} hybrid of {{ teacher.name | escaped }}
 
 {{ converted }} of the {{ layers }} attention layers of
-{{ "[%s](https://huggingface.co/%s)" | format(teacher.name, teacher.hub_id) if teacher.hub_id else teacher.name }}
-are {{ kinds | join(" or ") }} layers here, made with Transpoint: their weights were transferred from the attention they
-replace
+{{ "[%s](https://huggingface.co/%s)" | format(teacher.name | escaped, teacher.hub_id)
+   if teacher.hub_id else teacher.name | escaped }}
+are {{ kinds | join(" or ") | escaped }} layers here, made with Transpoint: their weights were transferred from the
+attention they replace
 {%- if "align" in tokens %}, aligned layer by layer{% endif %}
 {%- if "distill" in tokens %}, and distilled end to end{% endif %}.
 {%- if converted < layers %} The other layers keep the teacher's attention.{% endif %}

@@ -163,6 +163,8 @@ def export(options) -> None:
 
 
 def evaluate(options) -> None:
+    import torch
+
     from ..teachers import load_teacher
     from .config import Recipe, load_recipe
     from .data import PackedDataset, check_tokens, tokenize_corpus
@@ -179,20 +181,29 @@ def evaluate(options) -> None:
     else:
         raise RunError("there is no text to measure on: name some with --text")
     data = recipe.data
+    teacher = None
     if options.teacher:
         teacher, tokenizer = load_teacher(options.teacher, device=device, trust_remote_code=options.trust_remote_code)
-    else:
-        teacher, tokenizer = None, load_tokenizer(path, options.trust_remote_code)
+    own = load_tokenizer(path, options.trust_remote_code)
+    tokenizer = tokenizer if teacher else own
     with _saying_warnings():
         model = load_model(path, "float32", options.trust_remote_code, options.trans_points).to(device)
-    corpus = tokenize_corpus(
-        data.heldout,
-        tokenizer,
-        text_field=data.text_field,
-        messages_field=data.messages_field,
-        bos=data.bos,
-        max_tokens=data.max_heldout_tokens,
+    corpus, *others = (
+        tokenize_corpus(
+            data.heldout,
+            one,
+            text_field=data.text_field,
+            messages_field=data.messages_field,
+            bos=data.bos,
+            max_tokens=data.max_heldout_tokens,
+        )
+        for one in ([tokenizer, own] if teacher else [own])
     )
+    if any(not torch.equal(corpus.tokens, other.tokens) for other in others):
+        raise RunError(
+            f"'{options.model}' has another tokenizer than its teacher: on this text they give other tokens, and a KL "
+            "between predictions of different tokens means nothing; leave out --teacher to measure it alone"
+        )
     for one in (teacher, model) if teacher else (model,):
         check_tokens(corpus.tokens, len(one.get_input_embeddings().weight), tokenizer, ", ".join(corpus.sources))
     dataset = PackedDataset(corpus, min(options.length or data.length, len(corpus.tokens)))

@@ -7,6 +7,7 @@ Text is taken as it is written: `2024`, `yes` and `${x}` are no numbers, answers
 `Recipe` below documents every key; `transpoint keys` prints them.
 """
 
+import copy
 import dataclasses
 import difflib
 import glob
@@ -25,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ..students import StudentConfig, StudentError
-from ..teachers import REGISTRY
+from ..teachers import REGISTRY, is_hub_id
 from .data import DataConfig
 
 
@@ -364,6 +365,18 @@ def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
     return recipe
 
 
+def for_others(recipe: dict) -> dict:
+    """A recipe, as `to_dict` gives it, for people elsewhere: of paths of this machine the last names alone."""
+
+    def name(value: str, use: str) -> str:
+        named = value.startswith("hub:") if use == "read" else use == "teacher" and _is_name(value)
+        return value if named else os.path.basename(value.rstrip("/")) or value
+
+    recipe = copy.deepcopy(recipe)
+    _map_paths(recipe, Recipe, name)
+    return recipe
+
+
 def describe_keys() -> list[tuple[str, str, str]]:
     """(key, default, help) of every setting, in order."""
 
@@ -503,13 +516,18 @@ def _map_paths(values: dict, kind: type, change: Callable[[str, str], str]) -> N
     """Changes every path among the values, in place: `change` gets it, and whether it is read or written."""
     for entry in dataclasses.fields(kind):
         value = values.get(entry.name)
-        if dataclasses.is_dataclass(entry.type):
-            _map_paths(value or {}, entry.type, change)
+        if dataclasses.is_dataclass(entry.type) and isinstance(value, dict):
+            _map_paths(value, entry.type, change)
         elif "path" in entry.metadata and isinstance(value, str):
             values[entry.name] = change(value, entry.metadata["path"])
         elif "path" in entry.metadata and isinstance(value, list):
             use = entry.metadata["path"]
             values[entry.name] = [change(one, use) if isinstance(one, str) else one for one in value]
+
+
+def _is_name(teacher: str) -> bool:
+    """Whether a teacher is named, and no path."""
+    return teacher in REGISTRY or teacher.startswith("random-") or is_hub_id(teacher)
 
 
 def _at_home(path: str) -> str:
@@ -521,8 +539,7 @@ def _at_home(path: str) -> str:
 
 def _beside(source: str, folder: Path, use: str) -> str:
     """A path, or a pattern, of what lies in this folder, made absolute; anything else as it is."""
-    named = source.startswith("random-") or source in REGISTRY if use == "teacher" else source.startswith("hub:")
-    if named or not source:
+    if not source or (_is_name(source) if use == "teacher" else source.startswith("hub:")):
         return source
     if os.path.exists(folder / source):
         return str((folder / source).resolve())

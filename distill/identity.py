@@ -70,7 +70,10 @@ def started(run: Path, stage: str) -> dict | None:
     found = read_json(run / stage / "stage.json")
     if not isinstance(found, dict):
         return None
-    today = without_resultless(found)
+    try:
+        today = without_resultless(found)
+    except (AttributeError, KeyError, TypeError, ValueError):  # not of this form: it will differ, and says so
+        return found
     if "data" in today and "bos" not in today["data"]:
         today["data"] = {**today["data"], "bos": _begins_nothing(run / "transfer" / "student")}
     for before, recorded in (found.get("after") or {}).items():

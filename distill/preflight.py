@@ -11,7 +11,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..students import HybridForCausalLM
 from .config import Recipe, TrainConfig
+from .data import check_tokens
+from .files import one_line
 from .flops import align_flops, distill_flops, peak_flops
+from .quality import prompt_tokens
 from .run import RunError
 
 UTILISATION = 0.3  # of a GPU's peak, for a first guess at the time
@@ -45,6 +48,22 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel,
             raise RunError(
                 f"the tokenizer has a token {token!r} of number {last:,}, the {who}'s {name} {rows:,} rows: they do "
                 f"not belong together; use the tokenizer that the {who} was trained with, or resize its embeddings"
+            )
+
+
+def check_prompts(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, recipe: Recipe) -> None:
+    """Raises RunError or DataError where a prompt of `evaluate` cannot be answered: better now than after training."""
+    settings, longest = recipe.evaluate, getattr(model.config, "max_position_embeddings", None)
+    for prompt in settings.prompts:
+        try:
+            ids = prompt_tokens(tokenizer, prompt)["input_ids"]
+        except Exception as error:  # a chat template is code of its own
+            raise RunError(f"evaluate.prompts: the tokenizer fails on {prompt!r}: {one_line(error)}") from error
+        check_tokens(ids, len(model.get_input_embeddings().weight), tokenizer, f"prompt {prompt!r}")
+        if longest is not None and ids.shape[1] + settings.max_new_tokens > longest:
+            raise RunError(
+                f"evaluate.prompts: {prompt[:40]!r} has {ids.shape[1]:,} tokens, and with evaluate.max_new_tokens more "
+                f"than the teacher's {longest:,} positions: shorten it"
             )
 
 

@@ -21,7 +21,7 @@ from rich.text import Text
 
 from ..students import HybridForCausalLM, build_student
 from ..students.configuration_transmamba import written
-from ..teachers import output_head
+from ..teachers import output_head, teacher_info
 from .calibrate import calibrate
 from .card import write_card
 from .config import Recipe
@@ -35,7 +35,7 @@ from .identity import file_identity, identity, without_resultless
 from .lora import attach, merge
 from .models import has_trans_points, load_model
 from .objectives import Alignment, Distillation
-from .preflight import check_disk, check_vocabulary, flops_per_token, gpu_name, what_will_run
+from .preflight import check_disk, check_prompts, check_vocabulary, flops_per_token, gpu_name, what_will_run
 from .quality import answer
 from .run import STAGES, STUDENT_STAGES, RunError, StageFolder, alone_in
 from .schedules import (
@@ -78,12 +78,14 @@ def run_transfer(session: Session, folder: StageFolder) -> dict:
         raise RunError(f"export.format={recipe.export.format} cannot hold this student: {reason}")
     if session.exports:
         check_tokenizer(student, session.tokenizer, recipe.export.format)
+        check_prompts(session.tokenizer, session.teacher, recipe)
     if line := never_distilled(recipe, student.config.mixers, longest):
         session.say(f"transfer: {line}")
     session.save(student, folder)
     if session.accelerator.is_main_process:
         (folder / "transfer_plan.txt").write_text(str(student.transfer_plan), encoding="utf-8")
-    return {"mixers": student.config.mixers, "quality": session.measure(student, "transfer")}
+    facts = {"mixers": student.config.mixers, "teacher": dataclasses.asdict(teacher_info(recipe.teacher.source))}
+    return facts | {"quality": session.measure(student, "transfer")}
 
 
 def run_calibrate(session: Session, folder: StageFolder) -> dict:

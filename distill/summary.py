@@ -5,7 +5,7 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
-from ..teachers import teacher_info
+from ..teachers import TeacherInfo, teacher_info
 from .card import CardFacts, load_snippet, plan_in_letters, plan_in_words, quality_row, schedule_rows
 from .files import read_json
 from .run import STUDENT_STAGES, lineage
@@ -17,7 +17,10 @@ def card_facts(root: Path) -> CardFacts:
     done = {stage: record for stage, record in lineage(root).items() if stage in STUDENT_STAGES}
     recipe = list(done.values())[-1]["recipe"]
     tokens = {stage: record["training"]["tokens"] for stage, record in done.items() if "training" in record}
-    return CardFacts(teacher_info(recipe["teacher"]["source"]), recipe, tokens, quality_rows(root))
+    # Read when the run began, or now where an earlier version did not.
+    known = done["transfer"].get("teacher")
+    info = TeacherInfo(**known) if known else teacher_info(recipe["teacher"]["source"])
+    return CardFacts(info, recipe, tokens, quality_rows(root))
 
 
 def quality_rows(root: Path) -> list[dict]:

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from accelerate.utils import is_tensorboard_available, is_trackio_available, is_wandb_available
 
-from .config import Recipe
+from .config import Recipe, for_others
 from .files import read_json, write_json
 from .run import RunError, StageFolder
 
@@ -56,7 +56,7 @@ class Tracking:
                 tracker = LOGGER_TYPE_TO_CLASS[name](*arguments, **keywords)
                 tracker.start()
                 if not self._told:
-                    tracker.store_init_configuration(_flat(recipe.to_dict()))
+                    tracker.store_init_configuration(_flat(for_others(recipe.to_dict())))
             except Exception as error:  # whatever these libraries raise
                 self.close()
                 raise RunError(

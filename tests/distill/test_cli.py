@@ -15,6 +15,7 @@ from transpoint.distill.cli import COMMANDS, main
 from transpoint.distill.config import describe_keys
 from transpoint.distill.files import read_json
 from transpoint.distill.run import STAGES
+from transpoint.teachers.random import random_teacher
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 HELDOUT = TINY.parent / "sample" / "heldout.jsonl.zst"
@@ -331,3 +332,24 @@ def test_the_module_is_run(tiny_copy):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "transfer: done before, reused\n" in done.stdout and "layer plan: MAMA" in done.stdout
+
+
+def test_eval_refuses_another_tokenizer_and_minds_nothing_else(tmp_path, capsys):
+    for name, seed in (("teacher", 0), ("model", 1), ("other", 1)):
+        model, tokenizer = random_teacher("random-llama", seed)
+        if name == "model":  # what changes no token of a text
+            tokenizer.padding_side, tokenizer.chat_template = "left", None
+            tokenizer.add_special_tokens({"additional_special_tokens": ["<extra>"]})
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    path = tmp_path / "other" / "tokenizer.json"
+    words = json.loads(path.read_text())
+    vocabulary = words["model"]["vocab"]
+    vocabulary["a"], vocabulary["e"] = vocabulary["e"], vocabulary["a"]
+    path.write_text(json.dumps(words))
+    (tmp_path / "a.jsonl").write_text('{"text": "a text to measure on"}\n' * 9)
+    more = ["--teacher", str(tmp_path / "teacher"), "--text", str(tmp_path / "a.jsonl"), "--length", "16"]
+    assert main(["eval", str(tmp_path / "model"), *more]) == 0
+    assert main(["eval", str(tmp_path / "other"), *more]) == 1
+    assert "has another tokenizer than its teacher" in capsys.readouterr().err
+    assert main(["eval", str(tmp_path / "other"), *more[2:]]) == 0

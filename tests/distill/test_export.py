@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GraniteMoeHybridForCausalLM
 
 from transpoint.distill import export as module
-from transpoint.distill.card import CardFacts
+from transpoint.distill.card import CardFacts, plan_in_letters, plan_in_words
 from transpoint.distill.config import Recipe
 from transpoint.distill.data import Corpus, PackedDataset
 from transpoint.distill.export import ExportError, export
@@ -284,6 +284,34 @@ def test_native_refuses_trans_points_before_and_after_training(tmp_path):
     config = StudentConfig(mixer="transmamba")
     assert module.why_no_student("native", config) == f"{reason}; use export.format=custom"
     assert module.why_no_student("custom", config) is None and module.why_no_student("native", StudentConfig()) is None
+
+
+def test_a_card_shows_no_path_of_this_machine(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner" / "model").mkdir(parents=True)
+    recipe = Recipe()
+    recipe.run.dir, recipe.run.reuse = f"{tmp_path}/run", [f"{tmp_path}/other", "~/third"]
+    recipe.teacher.source = "owner/model"  # a folder here
+    recipe.data.train = [f"{tmp_path}/texts/*.jsonl", "hub:a/b", "sub/c.jsonl"]
+    recipe.data.heldout, recipe.data.cache = ["../held.jsonl"], f"{tmp_path}/cache"
+    recipe.synthesize.prompts, recipe.synthesize.out = [f"{tmp_path}/q.jsonl"], f"{tmp_path}/out"
+    recipe.distill.teacher_cache = f"{tmp_path}/teacher-cache"
+    recipe.evaluate.prompts = ["/is this a path?"]
+    facts = CardFacts(TeacherInfo("odd_[name]*"), recipe.to_dict())
+    module.write_card(tmp_path, make(), "native", {"scale": 1.0, "logits": 0.0, "decode": 0.0}, facts)
+    card = (tmp_path / "README.md").read_text()
+    for word in (str(tmp_path), "owner", "~", "../", "sub/"):
+        assert word not in card, word
+    shown = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
+    assert shown["data"]["train"] == ["*.jsonl", "hub:a/b", "c.jsonl"] and shown["run"]["reuse"] == ["other", "third"]
+    assert shown["teacher"]["source"] == "model" and shown["evaluate"]["prompts"] == ["/is this a path?"]
+    assert "hybrid of odd\\_\\[name\\]\\*" in card
+    assert yaml.safe_load(card.split("---")[1])["license"] == "unknown"
+
+
+def test_a_mixer_that_the_card_does_not_know_goes_by_its_name():
+    assert plan_in_letters(["attention", "gdn", "mamba2", "gdn"]) == "AGMG"
+    assert plan_in_words(["attention", "gdn", "mamba2"]) == "1 of 3 layers are Mamba-2, 1 of 3 layers are gdn"
 
 
 # The tokenizer

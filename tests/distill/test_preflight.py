@@ -10,7 +10,7 @@ from rich.console import Console
 
 from transpoint.distill.config import Recipe, load_recipe
 from transpoint.distill.groups import distill_groups
-from transpoint.distill.preflight import check_disk, check_vocabulary, checkpoint_bytes, what_will_run
+from transpoint.distill.preflight import check_disk, check_prompts, check_vocabulary, checkpoint_bytes, what_will_run
 from transpoint.distill.run import RunError
 from transpoint.distill.session import Session
 from transpoint.distill.sources import DataError
@@ -154,3 +154,23 @@ def test_text_that_holds_it_is_refused(padded, tmp_path, streaming):
         f"{text}: the text holds the token '<pad>' of number {rows}, the model's embeddings {rows} rows: take it out "
         "of the text, or of the chat template that puts it there, or resize the model's embeddings"
     )
+
+
+@pytest.mark.parametrize(
+    "prompts, template, reason",
+    [
+        (["x" * 600], None, "and with evaluate.max_new_tokens more than the teacher's 512 positions: shorten it"),
+        (["plain"], "{{ raise_exception('only with a system message') }}", "only with a system message"),
+        (["plain"], "{{ messages[0].nothing.at_all }}", "evaluate.prompts: the tokenizer fails on 'plain': "),
+    ],
+)
+def test_prompts_that_cannot_be_answered_are_refused_before_training(prompts, template, reason):
+    teacher, tokenizer = random_teacher("random-llama")
+    tokenizer.chat_template = template
+    recipe = Recipe()
+    if template is None:
+        check_prompts(tokenizer, teacher, recipe)
+    recipe.evaluate.prompts = prompts
+    with pytest.raises(RunError) as caught:
+        check_prompts(tokenizer, teacher, recipe)
+    assert reason in str(caught.value) and "\n" not in str(caught.value)

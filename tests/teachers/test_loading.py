@@ -517,6 +517,43 @@ def test_info_reads_the_licence_of_a_model_card(tmp_path, monkeypatch, caplog, c
     assert teacher_info(str(folder)) == teacher_info("~/a-model") == TeacherInfo("a-model", license)
 
 
+ODD_CARDS = {
+    "a colon without quotes": b"---\nlicense: mit\nmodel_name: Tiny: the second\n---\n",
+    "a tab": b"---\n\tlicense: mit\n---\n",
+    "other bytes": b"---\nlicense: mit\n---\n\xff\xfe",
+    "a list": b"---\n- license\n---\n",
+    "a text": b"---\njust text\n---\n",
+    "a bad model-index": b"---\nlicense: mit\nmodel-index: 7\n---\n",
+    "several licences": b"---\nlicense: [mit, apache-2.0]\n---\n",
+    "a number": b"---\nlicense: 2.0\n---\n",
+    "two lines": b'---\nlicense: "mit\\n# x"\n---\n',
+    "nothing": b"",
+    "no front matter": b"# A model\n",
+}
+
+
+@pytest.mark.parametrize("what", ODD_CARDS)
+def test_info_of_a_card_that_is_none_is_no_error(what, tmp_path):
+    (tmp_path / "README.md").write_bytes(ODD_CARDS[what])
+    (tmp_path / "config.json").write_text("{}")
+    info = teacher_info(str(tmp_path))
+    assert info.name == tmp_path.name and info.hub_id is None and info.license in (None, "mit")
+    assert info.license is None or "model-index" in what or "bytes" in what or "colon" in what
+
+
+def test_info_of_what_cannot_be_read_says_so(tmp_path, caplog, monkeypatch):
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF" + bytes(20))
+    assert teacher_info(str(tmp_path / "bad.gguf")) == TeacherInfo("bad.gguf")
+    assert "its licence is unknown" in caplog.text
+    (tmp_path / "folder" / "README.md").mkdir(parents=True)
+    assert teacher_info(str(tmp_path / "folder")) == TeacherInfo("folder")
+    monkeypatch.chdir(tmp_path / "folder")
+    assert teacher_info(".") == TeacherInfo("folder")
+    (tmp_path / "folder" / "owner" / "model").mkdir(parents=True)
+    assert teacher_info("owner/model") == TeacherInfo("model")  # a folder, though it looks like a hub id
+    assert teacher_info("/gone/away") == TeacherInfo("away") and teacher_info("a/b/c") == TeacherInfo("c")
+
+
 @pytest.mark.parametrize("card, license", [({"license": "mit"}, "mit"), ({}, None), (None, None)])
 def test_info_asks_the_hub_for_a_licence(monkeypatch, card, license):
     def model_info(hub_id, timeout):
