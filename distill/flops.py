@@ -108,12 +108,37 @@ def _forward(model: PreTrainedModel, length: int) -> float:
     return layers + 2 * _weights(model.get_output_embeddings())
 
 
-def _weights(module: nn.Module | None, trained: bool = False) -> int:
-    """Weights of the linear layers in a module, by their shape: their tensors may be spread over processes."""
-    if module is None:
+def _weights(module: nn.Module | None, trained: bool = False) -> float:
+    """Weights of the products that a token passes in a module, by their shape: tensors may be spread over processes.
+
+    Of experts, those that a token is sent to: transformers keeps all of a layer's in tensors of three dimensions.
+    Raises ValueError where there are weights of another form.
+    """
+    if module is None or isinstance(module, nn.Embedding | nn.Conv1d):
         return 0
-    found = (part for part in module.modules() if isinstance(part, nn.Linear))
-    return sum(part.in_features * part.out_features for part in found if part.weight.requires_grad or not trained)
+    if isinstance(module, nn.Linear):
+        return module.in_features * module.out_features if module.weight.requires_grad or not trained else 0
+    total = 0.0
+    for name, parameter in module.named_parameters(recurse=False):
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        if len(shape) > 3:
+            raise ValueError(f"{type(module).__name__}.{name} has {len(shape)} dimensions")
+        if len(shape) > 1 and (parameter.requires_grad or not trained):
+            total += math.prod(shape) * (_share_of_experts(module, shape[0]) if len(shape) == 3 else 1)
+    for child in module.children():
+        experts = isinstance(child, nn.ModuleList) and len(child) > 1  # one for each, in code of its own
+        total += _weights(child, trained) * (_share_of_experts(module, len(child)) if experts else 1)
+    return total
+
+
+def _share_of_experts(module: nn.Module, count: int) -> float:
+    """Of `count` experts, the fraction that a token is sent to. Raises ValueError where the module does not say."""
+    config = getattr(module, "config", None)
+    for owner in (module, getattr(module, "gate", None), getattr(module, "router", None), config):
+        for name in ("top_k", "num_experts_per_tok", "moe_topk"):
+            if isinstance(chosen := getattr(owner, name, None), int):
+                return chosen / count
+    raise ValueError(f"{type(module).__name__} has {count} experts, and does not say how many a token is sent to")
 
 
 def _mixing(mixer: nn.Module, length: int) -> float:

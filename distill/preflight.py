@@ -1,5 +1,6 @@
 """What a training stage is about to do, before it does it: who trains, how much, what it needs; and whether it fits."""
 
+import logging
 import shutil
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from .files import one_line
 from .flops import align_flops, distill_flops, peak_flops
 from .quality import prompt_tokens
 from .run import RunError
+
+logger = logging.getLogger(__name__)
 
 UTILISATION = 0.3  # of a GPU's peak, for a first guess at the time
 ADAM_BYTES = 8  # of two float32 moments, beside 4 of the weight and 4 of its gradient
@@ -72,9 +75,18 @@ def checkpoint_bytes(groups: list[dict]) -> int:
     return (4 + ADAM_BYTES) * _count(groups)
 
 
-def flops_per_token(stage: str, teacher: PreTrainedModel | None, student: HybridForCausalLM, length: int) -> float:
-    """Operations that a token costs in a training stage; see `flops`. `requires_grad` must be set."""
-    return align_flops(teacher, student, length) if stage == "align" else distill_flops(teacher, student, length)
+def flops_per_token(
+    stage: str, teacher: PreTrainedModel | None, student: HybridForCausalLM, length: int
+) -> float | None:
+    """Operations that a token costs in a training stage; see `flops`. `requires_grad` must be set.
+
+    None where they cannot be counted: only figures for people are made of them, which stop no training.
+    """
+    try:
+        return align_flops(teacher, student, length) if stage == "align" else distill_flops(teacher, student, length)
+    except Exception as error:  # a model may be of any form
+        logger.debug("operations of %s cannot be counted: %s", stage, error)
+        return None
 
 
 def what_will_run(
@@ -124,8 +136,9 @@ def what_will_run(
         f"disk: {_size(checkpoint_bytes(groups))} a checkpoint, the last {config.keep_checkpoints} kept",
     ]
     peak = peak_flops(device) if device else None
-    if peak is not None:
-        flops = flops_per_token(stage, teacher, student, recipe.data.length) * config.steps * tokens
+    cost = flops_per_token(stage, teacher, student, recipe.data.length) if peak is not None else None
+    if cost is not None:
+        flops = cost * config.steps * tokens
         minutes = flops / (UTILISATION * peak * processes) / 60
         lines.append(f"time: about {minutes:.0f} minutes, at {UTILISATION:.0%} of the peak of a {device}")
     return Group(table, *(Text(line) for line in lines))

@@ -400,7 +400,7 @@ def _trained(
     peak = peak_flops(gpu, torch.bfloat16 if session.precision == "bf16" else torch.float32) if gpu else None
 
     def log(figures: dict) -> None:
-        if peak is not None:
+        if peak is not None and cost is not None:
             figures["mfu"] = cost * figures["tokens_per_second"] / (peak * accelerator.num_processes)
         if gpu is not None:
             figures["memory"] = torch.cuda.max_memory_allocated()

@@ -14,12 +14,15 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+from transpoint.distill.cli import spin_briefly
+
 ROOT = Path(__file__).parents[2]
 
 
 def run_all(jobs: list[dict]) -> list[str]:
     """What the processes of each job printed; fails the test where one did not end well."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    spin_briefly(environment)
     text = json.dumps([{**job, "log": str(job["log"]), "arguments": list(map(str, job["arguments"]))} for job in jobs])
     done = subprocess.run(
         [sys.executable, __file__], input=text, text=True, cwd=ROOT, env=environment, capture_output=True
@@ -38,6 +41,7 @@ def in_two(function, *arguments, engine: str = "ddp") -> None:
 
     multiprocessing.set_forkserver_preload(["deepspeed", "transpoint.distill.stages"])
     with mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES=""):  # there may be one GPU only
+        spin_briefly(os.environ)
         given = (engine, _free_port(), function, arguments)
         start_processes(_as_one_of_two, given, nprocs=2, start_method="forkserver")
 

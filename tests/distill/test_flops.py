@@ -4,9 +4,14 @@ import math
 
 import pytest
 import torch
+from rich.console import Console
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from families import tiny_teacher
+from transpoint.distill.config import Recipe
 from transpoint.distill.flops import align_flops, distill_flops, peak_flops
+from transpoint.distill.preflight import flops_per_token, what_will_run
 from transpoint.students import StudentConfig, build_student
 from transpoint.teachers.random import random_teacher
 
@@ -132,3 +137,41 @@ def test_peaks_by_device_name():
     unknown = ("cpu", "NVIDIA A10G", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA GeForce RTX 4090 Laptop GPU")
     assert [peak_flops(name) for name in (*unknown, "NVIDIA GeForce RTX 4090 D", "NVIDIA X2000")] == [None] * 6
     assert peak_flops("NVIDIA H200", torch.float64) is None
+
+
+# Mixtures of experts: (weights of a layer besides attention that a token passes), of a hidden size of 64
+EXPERTS = {
+    "mixtral": 4 * 64 + 2 * 3 * 64 * 128,  # the router, and two of four experts
+    "qwen3_moe": 4 * 64 + 2 * 3 * 64 * 64,
+    "granitemoe": 4 * 64 + 2 * 3 * 64 * 128,
+    "glm4_moe": 4 * 64 + 2 * 3 * 64 * 64 + 3 * 64 * 64,  # and one that all tokens pass
+}
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_of_experts_those_count_that_a_token_is_sent_to(family):
+    teacher = tiny_teacher(family).requires_grad_(False)
+    student = build_student(teacher, StudentConfig(keep_attention="every:2"))
+    layer, length = teacher.model.layers[-1], 8
+    attention = sum(m.in_features * m.out_features for m in layer.self_attn.modules() if isinstance(m, nn.Linear))
+    head = 64 * 259
+    dense = [one for one in teacher.model.layers if not any(p.ndim == 3 for p in one.parameters())]
+    weights = sum(m.in_features * m.out_features for one in dense for m in one.modules() if isinstance(m, nn.Linear))
+    weights += (4 - len(dense)) * (attention + EXPERTS[family]) + head
+    mixing = 4 * 4 * layer.self_attn.q_proj.out_features * (length + 1) / 2
+    own = distill_flops(None, student.requires_grad_(False), length)
+    assert distill_flops(teacher, student, length) - own == 2 * weights + mixing
+
+
+def test_what_cannot_be_counted_stops_nothing():
+    teacher, _ = random_teacher("random-llama")
+    student = build_student(teacher, StudentConfig())
+    for model in (teacher, student):
+        model.model.layers[0].mlp.register_parameter("odd", nn.Parameter(torch.zeros(2, 2, 2, 2)))
+    for stage in ("align", "distill"):
+        assert flops_per_token(stage, teacher, student, 8) is None
+    groups = [{"name": "all", "parameters": dict(student.named_parameters()), "lr": 0.1}]
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(what_will_run("distill", groups, student, teacher, Recipe(), device="NVIDIA H100 80GB HBM3"))
+    assert "memory of a process" in capture.get() and "time: about" not in capture.get()

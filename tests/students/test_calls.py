@@ -14,6 +14,8 @@ from packaging.requirements import Requirement
 from transpoint.students import HybridCache, HybridForCausalLM
 from transpoint.students.configuration_hybrid import OLDEST
 
+pytestmark = pytest.mark.stack
+
 MIXERS = ("mamba2", "transmamba")
 
 

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+pytestmark = pytest.mark.stack
+
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
 KEEP = {"hybrid": (1,), "attention first": (0, 2), "all mixers": ()}
 LENGTH = 24  # longer than the window of the tiny Mistral
