@@ -58,7 +58,7 @@ def spin_briefly(environment: MutableMapping[str, str]) -> None:
     30 s instead of 0.7. It counts where it is set before torch is loaded, in this process or its children.
     """
     if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & environment.keys():
-        environment["GOMP_SPINCOUNT"] = "10000"
+        environment["GOMP_SPINCOUNT"] = "3000"
 
 
 def run(options) -> None:
