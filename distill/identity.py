@@ -33,7 +33,7 @@ def file_identity(source: str) -> Any:
     if not path.exists():
         return source
     files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
-    return model_files([[p.name, _content(p)] for p in files if _MODEL_FILE.fullmatch(p.name)])
+    return [[p.name, _content(p)] for p in files if _MODEL_FILE.fullmatch(p.name)]
 
 
 def model_files(files: Any) -> Any:

@@ -49,7 +49,8 @@ def hybrid_generation_config(generation: GenerationConfig) -> GenerationConfig:
         found = GenerationConfig.from_dict(kept)
         found.validate(strict=True)
     except ValueError as error:
-        logger.warning("of the teacher's generation config only its tokens are taken over: %s", _one_line(error))
+        reason = " ".join(str(error).split())
+        logger.warning("of the teacher's generation config only its tokens are taken over: %s", reason)
         found = GenerationConfig(**{name: kept.get(name) for name in _TOKENS})
     return found
 
@@ -58,10 +59,6 @@ _NO_HYBRID = ("cache_", "max_cache", "prompt_lookup", "assistant", "is_assistant
 _NO_HYBRID += ("max_matching", "speculation", "use_mtp", "dola", "penalty_alpha", "compile", "continuous_batching")
 _SAMPLING = {"temperature", "top_k", "top_p", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"}
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def plan_student(teacher: PreTrainedModel, config: StudentConfig) -> tuple[HybridForCausalLM, TransferPlan]:

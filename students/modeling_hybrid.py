@@ -153,16 +153,16 @@ class _Told(NamedTuple):
     reached: set
 
 
-def _tell_mixers(cache_name: str, decoder, args, kwargs):
+def _tell_mixers(name: str, decoder, args, kwargs):
     """Before the teacher's own decoder runs: a cache with states in it, and what the mixers need besides."""
-    caches = [kwargs.pop(name) for name in CACHE_NAMES if kwargs.get(name) is not None]
+    caches = [kwargs.pop(one) for one in CACHE_NAMES if kwargs.get(one) is not None]
     if kwargs.get("use_cache") is None:
         kwargs["use_cache"] = decoder.config.use_cache and not decoder.training
     if kwargs["use_cache"] and not caches:
         caches = [HybridCache(decoder.config)]
-    cache = kwargs[cache_name] = caches[0] if caches else None
+    cache = kwargs[name] = caches[0] if caches else None
     mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
-    told, spans = MixerMask(), {}
+    mixer_mask, spans = MixerMask(), {}
     packed = isinstance(mask, BlockMask) and positions is not None and cache is None
     if mask is not None and not packed:
         if not (isinstance(mask, Tensor) and mask.ndim == 2):
@@ -170,22 +170,22 @@ def _tell_mixers(cache_name: str, decoder, args, kwargs):
             raise ValueError(
                 f"mixer layers know padding alone: expected an attention_mask of shape (batch, tokens), got one {found}"
             )
-        told = MixerMask(padding_mask=mask)
+        mixer_mask = MixerMask(padding_mask=mask)
     elif cache is None and positions is not None:
         # transformers reads packed documents off position ids under the same condition, for attention layers
-        told = MixerMask(seq_idx=document_index(positions))
+        mixer_mask = MixerMask(seq_idx=document_index(positions))
         mixers = [layer.self_attn for layer in decoder.layers if isinstance(layer.self_attn, TransMambaMixer)]
         if mixers:
             inputs = [*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
             batch = next(len(tensor) for tensor in inputs if tensor is not None)
-            seq_idx = told.seq_idx.expand(batch, -1)
+            seq_idx = mixer_mask.seq_idx.expand(batch, -1)
             if decoder.config._attn_implementation == "flex_attention":
                 made = Spans(seq_idx)
                 spans = {mixer: made.of(mixer) for mixer in mixers}
             else:
-                told = told._replace(documents=Documents(seq_idx))
+                mixer_mask = mixer_mask._replace(documents=Documents(seq_idx))
     states = [] if cache is None else _states(cache)
-    kwargs["told"] = _Told(told, spans, cache, [state.seen for state in states], set())
+    kwargs["told"] = _Told(mixer_mask, spans, cache, [state.seen for state in states], set())
     return args, kwargs
 
 

@@ -16,7 +16,7 @@ RANDOM_FAMILIES = {
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen3": {"model_type": "qwen3", "head_dim": 32},
 }
-_SIZES = {
+SIZES = {
     "hidden_size": 64,
     "intermediate_size": 128,
     "num_hidden_layers": 4,
@@ -51,7 +51,7 @@ def random_teacher(name: str, seed: int = 0, **sizes) -> tuple[PreTrainedModel, 
             + (f"; did you mean 'random-{near[0]}'?" if near else "")
         )
     tokenizer = byte_tokenizer()
-    fields = {**_SIZES, "vocab_size": len(tokenizer), **RANDOM_FAMILIES[family], **sizes}
+    fields = {**SIZES, "vocab_size": len(tokenizer), **RANDOM_FAMILIES[family], **sizes}
     for token in ("bos", "eos", "pad"):
         fields[f"{token}_token_id"] = getattr(tokenizer, f"{token}_token_id")
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)

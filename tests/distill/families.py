@@ -3,20 +3,9 @@
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-SIZES = {
-    "vocab_size": 259,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.15,  # far from uniform predictions, so that a KL has something to measure
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+from transpoint.teachers.random import SIZES as TINY
+
+SIZES = {**TINY, "vocab_size": 259, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 EXPERTS = {"num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2}
 EXPERTS |= {"moe_intermediate_size": 64, "n_group": 1, "topk_group": 1}
 LARGEST = 3e6  # parameters: of families that need other settings to be tiny, nothing is tried
