@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from ..students import HybridForCausalLM
+from ..teachers import incomplete
 from .files import read_json
 from .run import RunError
 
@@ -25,14 +26,17 @@ def load_model(
     """Any causal language model: a student's folder, an export, a hub id; a TransMamba student at another schedule.
 
     Raises:
-        RunError: it cannot be loaded, or has no TransPoints to set.
+        RunError: it cannot be loaded, is not all there, or has no TransPoints to set.
         StudentError: `trans_points` is no schedule.
     """
+    kwargs = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
     with _naming(path):
         if os.path.isdir(path) and _model_type(Path(path)) == "transpoint_hybrid":
-            model = HybridForCausalLM.from_pretrained(path, dtype=dtype)
+            model, info = HybridForCausalLM.from_pretrained(path, **kwargs)
         else:
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code)
+            model, info = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=trust_remote_code, **kwargs)
+    if reason := incomplete(model, info):
+        raise RunError(f"model '{path}' is {reason}")
     if trans_points is not None:
         if not has_trans_points(model):
             raise RunError(f"model '{path}' has no TransPoints to set: it has no transmamba layer")

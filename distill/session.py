@@ -26,6 +26,7 @@ from ..teachers import load_teacher, output_head, share_layers
 from .config import Recipe
 from .data import Corpus, PackedDataset, beginning, check_tokens, tokenize_corpus
 from .identity import identity
+from .models import load_model
 from .preflight import check_vocabulary
 from .quality import HeldOut
 from .run import RunError, StageFolder
@@ -178,8 +179,7 @@ class Session:
     def student(self, stage: str) -> HybridForCausalLM:
         """The student that a stage left."""
         # In float32 whatever the teacher is in: training keeps full-precision weights, and rounds in the products.
-        model = HybridForCausalLM.from_pretrained(self.folder(stage) / "student", dtype=torch.float32)
-        return model.to(self.accelerator.device).eval()
+        return load_model(self.folder(stage) / "student", torch.float32).to(self.accelerator.device)
 
     def save(self, student: HybridForCausalLM, folder: StageFolder) -> None:
         if self.accelerator.is_main_process:

@@ -69,6 +69,11 @@ def plan_student(teacher: PreTrainedModel, config: StudentConfig) -> tuple[Hybri
     mixers = layer_plan(config, len(views))
     _check_memory(teacher)
     windows = [view.layer for view in views if view.window is not None and mixers[view.layer] == "mamba2"]
+    if teacher.config.get_text_config(decoder=True) is not teacher.config:
+        raise StudentError(
+            f"no student can be made of a {type(teacher).__name__}: it is more than a language model, as its config "
+            "says; take the language model alone"
+        )
     fields = teacher.config.to_dict()
     for name in ("model_type", "architectures", "auto_map", "transformers_version", "quantization_config"):
         fields.pop(name, None)

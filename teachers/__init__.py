@@ -2,7 +2,7 @@
 
 from .attention import AttentionView, attention_view, decoder_layers
 from .head import OutputHead, output_head
-from .loading import REGISTRY, TeacherError, TeacherInfo, is_hub_id, load_teacher, teacher_info
+from .loading import REGISTRY, TeacherError, TeacherInfo, incomplete, is_hub_id, load_teacher, teacher_info
 from .sharing import share_layers
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "TeacherInfo",
     "attention_view",
     "decoder_layers",
+    "incomplete",
     "is_hub_id",
     "load_teacher",
     "output_head",

@@ -71,7 +71,7 @@ def complete(model: PreTrainedModel, path: Path) -> None:
     architecture = facts["general.architecture"]
     own = {key.removeprefix(f"{architecture}."): v for key, v in facts.items() if key.startswith(f"{architecture}.")}
     tensors = {tensor.name: tensor for tensor in reader.tensors}
-    _refuse_unused(model, path, architecture, tensors)
+    _refuse_others(model, path, architecture, tensors)
     scaling = {key.removeprefix(_SCALING): own.pop(key) for key in list(own) if key.startswith(_SCALING)}
     _scale_rotary(model, path, scaling, tensors.get(_FREQUENCIES))
     for key, value in own.items():
@@ -117,26 +117,37 @@ def _found(model: PreTrainedModel, key: str):
 def _equal(found, value) -> bool:
     if isinstance(value, list):  # one for each layer
         return all(_equal(found, one) for one in value)
+    if found is None and not value:  # none of what the family does not have
+        return True
     if isinstance(found, float) or isinstance(value, float):
         return found is not None and math.isclose(found, value, rel_tol=1e-5)
     return found == value
 
 
-def _refuse_unused(model: PreTrainedModel, path: Path, architecture: str, tensors: dict) -> None:
+def _refuse_others(model: PreTrainedModel, path: Path, architecture: str, tensors: dict) -> None:
+    """Of experts, transformers puts several tensors into one, and leaves zeros where one of them is missing."""
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=model.config.to_dict())
-    used = get_gguf_hf_weights_map(model, processor).keys() | {_FREQUENCIES}
-    # Experts lie together there, and are taken apart under other names.
-    if unused := [name for name in tensors if name not in used and "_exps" not in name]:
+    names = get_gguf_hf_weights_map(model, processor).keys() | {_FREQUENCIES}
+    used, held = ({name.removesuffix(".weight"): name for name in some} for some in (names, tensors))
+    what = type(model).__name__
+    if unused := sorted(held.keys() - used.keys()):
+        listed = ", ".join(held[name] for name in unused[:3])
         raise TeacherError(
-            f"'{path.name}' holds {len(unused)} tensors that a {type(model).__name__} has no use for "
-            f"({', '.join(unused[:3])}): {_REMEDY}"
+            f"'{path.name}' holds {len(unused)} tensors that a {what} has no use for ({listed}): {_REMEDY}"
+        )
+    if missing := sorted(name for name in used.keys() - held.keys() if "_exps" in name):
+        raise TeacherError(
+            f"'{path.name}' is no whole {what}: {len(missing)} tensors are missing in it ({', '.join(missing[:3])}): "
+            "fetch it again"
         )
 
 
 def _scale_rotary(model: PreTrainedModel, path: Path, scaling: dict, divisors) -> None:
-    kind = scaling.pop("type", "none")
+    said, factor = dict(scaling), scaling.pop("factor", 0) or 1.0
+    kind = scaling.pop("type", "none" if factor == 1 else "linear")  # as llama.cpp takes a factor alone
     context = scaling.pop("original_context_length", None)
-    if kind == "none" and divisors is None:
+    attention = scaling.pop("attn_factor", 1.0) * scaling.pop("yarn_attn_factor", 1.0)
+    if kind == "none" and divisors is None and attention == 1 and not scaling:
         return
     base = model.config.rope_parameters or {}
     if "rope_theta" not in base:
@@ -144,18 +155,17 @@ def _scale_rotary(model: PreTrainedModel, path: Path, scaling: dict, divisors) -
             f"'{path.name}' scales a rotary embedding, and a {type(model).__name__} has not just one: {_REMEDY}"
         )
     plain, parameters = {"rope_type": "default", "rope_theta": base["rope_theta"]}, None
-    if divisors is not None and kind == "none":
+    if divisors is not None and kind == "none" and attention == 1:
         parameters = _llama3(plain, torch.tensor(divisors.data).float(), model)
-    elif kind == "linear" and divisors is None:
-        parameters = plain | {"rope_type": "linear", "factor": scaling.pop("factor")}
+    elif kind == "linear" and divisors is None and attention == 1:
+        parameters = plain | {"rope_type": "linear", "factor": factor}
     elif kind == "yarn" and divisors is None and context is not None:
-        factor, more = scaling.pop("factor"), scaling.pop("attn_factor", 1.0) * scaling.pop("yarn_attn_factor", 1.0)
         parameters = plain | {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": context}
-        parameters["attention_factor"] = more * (1 + 0.1 * math.log(factor))
+        parameters["attention_factor"] = attention * (1 + 0.1 * math.log(factor))
         names = {"beta_fast": "yarn_beta_fast", "beta_slow": "yarn_beta_slow"}
         parameters |= {name: scaling.pop(key) for name, key in names.items() if key in scaling}
     if parameters is None or scaling:
-        what = ", ".join(f"{_SCALING}{key} = {value!r}" for key, value in {"type": kind, **scaling}.items())
+        what = ", ".join(f"{_SCALING}{key} = {value!r}" for key, value in {"type": kind, **said}.items())
         raise TeacherError(f"'{path.name}' says {what}, which is not understood: {_REMEDY}")
     _set_rotary(model, parameters)
 

@@ -31,6 +31,13 @@ REGISTRY = {
     },
 }
 
+# Tensors of a checkpoint that a causal language model rightly has no use for.
+_HARMLESS = (
+    r"\.rotary_emb\.inv_freq$",  # computed from the config
+    r"\.(masked_bias|attn\.bias)$",  # causal masks of older models
+    r"(^|\.)mtp(\.|_)",  # heads for further tokens, which only speculative decoding reads
+)
+
 
 @dataclass(frozen=True)
 class TeacherInfo:
@@ -73,7 +80,7 @@ def load_teacher(
     try:
         if gguf:
             refuse_part(Path(folder) / gguf)
-        # `use_safetensors`: a pickled checkpoint is refused, never opened. Of other sizes, `_check_whole` says which.
+        # `use_safetensors`: a pickled checkpoint is refused, never opened. Of other sizes, `incomplete` says which.
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
@@ -82,7 +89,8 @@ def load_teacher(
             **kwargs,
             **({} if gguf else {"use_safetensors": True}),
         )
-        _check_whole(source, model, info)
+        if reason := incomplete(model, info):
+            raise TeacherError(f"teacher '{source}' is {reason}")
         if gguf:
             complete(model, Path(folder) / gguf)
         tokenizer = AutoTokenizer.from_pretrained(folder, **kwargs)
@@ -95,6 +103,30 @@ def load_teacher(
         _forget_quantization(model)
         _name_special_tokens(tokenizer, model)
     return model.to(device).eval(), tokenizer
+
+
+def incomplete(model: PreTrainedModel, info: dict) -> str | None:
+    """Why a model that was loaded is not just what its checkpoint holds; None where it is.
+
+    transformers fills up what is missing with random numbers. `info` is its `output_loading_info`.
+    """
+    unexpected = [name for name in info["unexpected_keys"] if not any(re.search(known, name) for known in _HARMLESS)]
+    mismatched = [name if isinstance(name, str) else name[0] for name in info["mismatched_keys"]]
+    wrong = [
+        f"{len(names)} tensors {what} ({', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''})"
+        for names, what in (
+            (info["missing_keys"], "are missing in it"),
+            (unexpected, "of it have no place in the model"),
+            (mismatched, "have another shape there"),
+        )
+        if names
+    ]
+    if not (wrong := wrong or info.get("error_msgs")):
+        return None
+    return (
+        f"no whole {type(model).__name__}: {'; '.join(wrong)}: check that it is the checkpoint of a causal language "
+        "model, saved under its own names, and fetch it again"
+    )
 
 
 def teacher_info(source: str) -> TeacherInfo:
@@ -188,37 +220,6 @@ def _locate_registered(name: str) -> tuple[str, str | None]:
     )
 
 
-# Tensors of a checkpoint that a causal language model rightly has no use for.
-_HARMLESS = (
-    r"\.rotary_emb\.inv_freq$",  # computed from the config
-    r"\.(masked_bias|attn\.bias)$",  # causal masks of older models
-    r"(^|\.)mtp(\.|_)",  # heads for further tokens, which only speculative decoding reads
-)
-
-
-def _check_whole(source: str, model: PreTrainedModel, info: dict) -> None:
-    """Raises TeacherError unless every tensor of the model was in the checkpoint, and every one there was of use.
-
-    transformers fills up what is missing with random numbers.
-    """
-    unexpected = [name for name in info["unexpected_keys"] if not any(re.search(known, name) for known in _HARMLESS)]
-    mismatched = [name if isinstance(name, str) else name[0] for name in info["mismatched_keys"]]
-    wrong = [
-        f"{len(names)} tensors {what} ({', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''})"
-        for names, what in (
-            (info["missing_keys"], "are missing in it"),
-            (unexpected, "of it have no place in the model"),
-            (mismatched, "have another shape there"),
-        )
-        if names
-    ]
-    if wrong or info.get("error_msgs"):
-        raise TeacherError(
-            f"teacher '{source}' is no whole {type(model).__name__}: {'; '.join(wrong or info['error_msgs'])}: check "
-            "that it is the checkpoint of a causal language model, saved under its own names, and fetch it again"
-        )
-
-
 def _say_whether_tied(model: PreTrainedModel) -> None:
     """Some configs say that the output matrix is the embedding's, while the file has one of its own, which counts."""
     head = model.get_output_embeddings()
@@ -258,5 +259,7 @@ def _card_license(card: Path) -> str | None:
 
 
 def _one_line(error: Exception) -> str:
+    if "`CONVERSION` entries" in str(error):  # of a report that transformers logs
+        return "tensors that belong together, as those of experts, are not all there or do not fit each other"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else ''}"

@@ -3,12 +3,16 @@
 The families are those of the installed version, so that a new one is tried the day it appears.
 """
 
+import copy
+
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from families import tiny_teacher
 from transpoint.distill.config import DistillConfig
+from transpoint.distill.flops import distill_flops
 from transpoint.distill.objectives import Distillation
 from transpoint.students import HybridForCausalLM, StudentConfig, StudentError, build_student
 from transpoint.teachers import TeacherError, output_head
@@ -127,6 +131,26 @@ def test_packed_documents_and_padding_reach_the_mixers(converted):
             torch.cat((zeros, first), 1), attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)
         )
         return differ(packed, torch.cat(alone, 1)) or differ(padded.logits[:, 6:], alone[0])
+
+    assert failures(converted, check) == {}
+
+
+@torch.no_grad()
+def test_operations_are_those_that_pytorch_counts(converted):
+    ids = tokens(1, batch=64)  # of one token each: of longer ones PyTorch counts the masked scores too
+
+    def check(teacher, student):
+        try:
+            both = distill_flops(teacher, student.requires_grad_(False), 1)
+        except ValueError as error:  # experts that do not say how many a token is sent to
+            return str(error) if teacher.config.model_type in CONVERT else None
+        found = both - distill_flops(None, student, 1)
+        model = copy.deepcopy(teacher)
+        model.set_attn_implementation("eager")
+        model.set_experts_implementation("eager")  # others compute with padding, or in kernels that it does not know
+        with FlopCounterMode(display=False) as counter:
+            model(ids, use_cache=False)
+        return differ(torch.tensor(found), torch.tensor(counter.get_total_flops() / 64))
 
     assert failures(converted, check) == {}
 

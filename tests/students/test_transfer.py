@@ -278,6 +278,14 @@ def test_a_tensor_of_the_teacher_without_a_place_in_the_student_is_named():
         build_student(teacher, StudentConfig(mixer="transmamba"))
 
 
+def test_a_model_that_is_more_than_a_language_model_is_refused():
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    text = sizes | {"model_type": "qwen2", "vocab_size": 99, "intermediate_size": 64, "num_key_value_heads": 2}
+    config = AutoConfig.for_model("got_ocr2", text_config=text, vision_config=sizes | {"image_size": 32})
+    with pytest.raises(StudentError, match="GotOcr2ForConditionalGeneration: it is more than a language model"):
+        build(AutoModelForCausalLM.from_config(config))
+
+
 IMPOSSIBLE = [
     {"cache_implementation": "static", "max_cache_len": 64},
     {"cache_implementation": "quantized", "cache_config": {"backend": "quanto"}},

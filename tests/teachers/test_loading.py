@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from transpoint.teachers import REGISTRY, TeacherError, TeacherInfo, load_teacher, teacher_info
 from transpoint.teachers.random import RANDOM_FAMILIES, random_teacher
@@ -61,12 +62,16 @@ def permuted(weight, heads):
     return weight.reshape(heads, 2, weight.shape[0] // heads // 2, -1).transpose(1, 2).reshape(weight.shape)
 
 
-def write_gguf(path, license="apache-2.0", seed=5, rope=None, more=lambda writer: None, without=()):
-    """A GGUF file as llama.cpp writes it, of a tiny random llama; returns the model.
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}
+
+
+def write_gguf(path, license="apache-2.0", seed=5, rope=None, more=lambda writer: None, without=(), experts=False):
+    """A GGUF file as llama.cpp writes it, of a tiny random llama (or qwen3_moe, with experts); returns the model.
 
     rope: its rotary parameters. more: what else to write. without: words of tensors that are left out.
     """
     tokens, types = gguf_tokens()
+    kind = gguf.MODEL_ARCH.QWEN3MOE if experts else gguf.MODEL_ARCH.LLAMA
     model, _ = random_teacher(
         "random-llama",
         seed,
@@ -74,9 +79,10 @@ def write_gguf(path, license="apache-2.0", seed=5, rope=None, more=lambda writer
         tie_word_embeddings=False,
         rms_norm_eps=1e-4,
         rope_parameters={"rope_type": "default", "rope_theta": 700.0} | (rope or {}),
+        **({"model_type": "qwen3_moe"} | EXPERTS if experts else {}),
     )
     config = model.config
-    writer = gguf.GGUFWriter(str(path), "llama")
+    writer = gguf.GGUFWriter(str(path), gguf.MODEL_ARCH_NAMES[kind])
     if license is not None:
         writer.add_license(license)
     writer.add_context_length(config.max_position_embeddings)
@@ -89,26 +95,44 @@ def write_gguf(path, license="apache-2.0", seed=5, rope=None, more=lambda writer
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
+    if experts:
+        writer.add_key_length(config.head_dim)
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_token_merges(MERGES)
     writer.add_bos_token_id(config.bos_token_id)
     writer.add_eos_token_id(config.eos_token_id)
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    heads = {} if experts else {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
     more(writer)
-    for name, weight in model.state_dict().items():
+    for name, weight in apart(model.state_dict()).items():
         if any(word in name for word in without):
             continue
         part = name.split(".")[-2]
         weight = permuted(weight, heads[part]) if part in heads else weight
-        writer.add_tensor(names.get_name(name, (".weight",)), weight.numpy().astype(np.float32))
+        name = names.get_name(name, (".weight",)).removesuffix(".weight")
+        writer.add_tensor(f"{name}.weight", weight.contiguous().numpy().astype(np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return model
+
+
+def apart(weights):
+    """The same weights, where experts' two first projections lie in one tensor as two."""
+    found = {}
+    for name, weight in weights.items():
+        if name.endswith("gate_up_proj"):
+            for part, half in zip(("gate", "up"), weight.chunk(2, dim=1), strict=True):
+                found[name.replace("gate_up", part)] = half
+        else:
+            found[name] = weight
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -183,8 +207,15 @@ def test_a_gguf_file_gives_the_logits_of_the_model_it_was_written_from(gguf_file
     assert tokenizer.eos_token == "<|im_end|>" and tokenizer.eos_token_id == source.config.eos_token_id
 
 
+def test_a_gguf_file_with_experts_gives_the_logits_of_the_model_it_was_written_from(tmp_path):
+    model = write_gguf(tmp_path / "experts.gguf", experts=True)
+    loaded, _ = load_teacher(str(tmp_path))
+    assert torch.equal(logits(loaded), logits(model))
+
+
 SCALED = {
     "linear": {"rope_type": "linear", "factor": 4.0},
+    "factor alone": {"rope_type": "linear", "factor": 4.0},  # which is a linear one
     "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
     "llama3": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     | {"original_max_position_embeddings": 8192, "rope_theta": 500000.0},
@@ -201,7 +232,8 @@ def say_scaling(kind, rope):
             divisors = plain.model.rotary_emb.inv_freq / scaled.model.rotary_emb.inv_freq
             writer.add_tensor("rope_freqs.weight", divisors.numpy())
             return
-        writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
+        if kind != "factor alone":
+            writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
         writer.add_rope_scaling_factor(rope["factor"])
         if "original_max_position_embeddings" in rope:
             writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
@@ -222,8 +254,31 @@ def test_a_gguf_teacher_has_the_rotary_scaling_of_its_file(kind, tmp_path):
     assert torch.equal(logits(again, 200), logits(loaded, 200))
 
 
+NOTHING = {
+    "a type": lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR),
+    "a factor": lambda writer: writer.add_rope_scaling_factor(1.0),
+    "no scaling": lambda writer: (
+        writer.add_rope_scaling_type(gguf.RopeScalingType.NONE),
+        writer.add_rope_scaling_factor(4.0),
+        writer.add_rope_scaling_attn_factors(1.0),
+    ),
+    "no experts": lambda writer: writer.add_expert_count(0),
+    "one part": lambda writer: writer.add_uint16("split.count", 1),
+}
+
+
+@pytest.mark.parametrize("what", NOTHING)
+def test_what_a_gguf_file_says_that_changes_nothing_is_no_reason_to_refuse_it(what, tmp_path):
+    model = write_gguf(tmp_path / "plain.gguf", more=NOTHING[what])
+    loaded, _ = load_teacher(str(tmp_path))
+    torch.testing.assert_close(logits(loaded), logits(model))
+
+
 UNKNOWN = {
     "rope.scaling.type = 'longrope'": lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE),
+    "rope.scaling.attn_factor = 1.5": lambda writer: writer.add_rope_scaling_attn_factors(1.5),
+    "rope.scaling.alpha = 1000.0": lambda writer: writer.add_float32("llama.rope.scaling.alpha", 1000.0),
+    "rope.scale_linear = 4.0": lambda writer: writer.add_float32("llama.rope.scale_linear", 4.0),
     "attention.sliding_window = 8": lambda writer: writer.add_sliding_window(8),
     "attention.scale = 0.5": lambda writer: writer.add_attention_scale(0.5),
     "final_logit_softcapping = 30.0": lambda writer: writer.add_final_logit_softcapping(30.0),
@@ -232,6 +287,7 @@ UNKNOWN = {
     "residual_scale = 0.5": lambda writer: writer.add_residual_scale(0.5),
     "rope.scaling.type = 'yarn'": say_scaling("yarn", {"factor": 4.0}),
     "blk.0.attn_sinks.weight": lambda writer: writer.add_tensor("blk.0.attn_sinks.weight", np.ones(4, np.float32)),
+    "blk.0.ffn_up_exps.weight": lambda writer: writer.add_tensor("blk.0.ffn_up_exps.weight", np.ones(4, np.float32)),
     "blk.9.attn_norm.weight": lambda writer: writer.add_tensor("blk.9.attn_norm.weight", np.ones(64, np.float32)),
     "rope.scaling.type = 'none'": lambda writer: writer.add_tensor(
         "rope_freqs.weight", np.linspace(1, 3, 8, dtype=np.float32)
@@ -249,6 +305,14 @@ def test_a_gguf_file_that_says_what_the_model_would_not_have_is_refused(what, tm
 def test_a_gguf_file_that_lacks_tensors_is_refused(without, tmp_path):
     write_gguf(tmp_path / "part.gguf", without=[without])
     assert "is no whole LlamaForCausalLM" in fails(tmp_path) and "are missing in it" in fails(tmp_path)
+
+
+@pytest.mark.parametrize("without", ["1.mlp.experts.gate_proj", "1.mlp.experts.up_proj", "1.mlp.experts.down_proj"])
+def test_a_gguf_file_that_lacks_tensors_of_experts_is_refused(without, tmp_path):
+    """transformers would leave zeros in the place of some."""
+    write_gguf(tmp_path / "part.gguf", experts=True, without=[without])
+    message = fails(tmp_path)
+    assert "is no whole Qwen3MoeForCausalLM: 1 tensors are missing in it" in message
 
 
 def test_a_part_of_a_gguf_model_is_refused(tmp_path):
@@ -299,6 +363,23 @@ def test_a_base_model_is_refused_and_names_without_its_prefix_are_taken(tmp_path
     bare = {name.removeprefix("model."): tensor for name, tensor in model.state_dict().items()}
     model.save_pretrained(tmp_path, state_dict=bare)
     assert torch.equal(logits(load_teacher(str(tmp_path))[0]), logits(model))
+
+
+@pytest.mark.parametrize(
+    "lost, reason",
+    [
+        ("layers.1.mlp.experts.2.up_proj", "tensors that belong together, as those of experts, are not all there"),
+        ("layers.1.mlp.experts.2.", "is no whole Qwen3MoeForCausalLM: 2 tensors have another shape there"),
+        ("layers.1.mlp.gate.weight", "is no whole Qwen3MoeForCausalLM: 1 tensors are missing in it"),
+    ],
+)
+def test_a_checkpoint_that_lacks_tensors_of_experts_is_refused(lost, reason, tmp_path):
+    save_random(tmp_path, model_type="qwen3_moe", moe_intermediate_size=32, **EXPERTS)
+    load_teacher(str(tmp_path))
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    save_file({name: weight for name, weight in weights.items() if lost not in name}, file, {"format": "pt"})
+    assert reason in fails(tmp_path)
 
 
 def test_a_missing_shard_is_named(tmp_path):
