@@ -10,16 +10,15 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..students import HybridForCausalLM
+from ..students import HybridForCausalLM, Mixer
 from ..students.documents import Documents, document_index
 from ..teachers import AttentionView, attention_view
 from .objectives import attention_pairs
 
 HALF_LIVES = tuple(2.0**i for i in range(-1, 12))  # tokens
-SMALLEST_SCALE = 1e-3  # a step must be positive, though the best scale of a head may not be
 
 
 @dataclass
@@ -41,9 +40,9 @@ def calibrate(
     decay: str = "fit",
     half_lives: tuple[float, ...] = HALF_LIVES,
 ) -> dict[str, dict]:
-    """Sets dt_bias, A_log and the norm's weight of every mixer; returns what was found, by layer.
+    """Sets the decay and scale of every mixer that has them; returns what was found, by layer.
 
-    TransMamba mixers are to be at T = 0: it is their state-space form that has these parameters.
+    Mixers with TransPoints are to be at 0: it is their state-space form that has these parameters.
 
     Args:
         batches: each {"input_ids", "position_ids"}, (B, L).
@@ -54,8 +53,9 @@ def calibrate(
         {layer: {"error": mean over heads of ||scaled output - attention's||^2 / ||attention's||^2,
         "half_life": tokens by head, "lookback": the teacher's, tokens by head}}.
     """
-    mixers = {layer: mixer for layer, mixer in enumerate(student.mixer_layers()) if mixer is not None}
-    views = [view for view in attention_view(teacher) if view.layer in mixers]
+    layers = enumerate(student.mixer_layers())
+    mixers = {layer: mixer for layer, mixer in layers if mixer is not None and mixer.has_decay}
+    views = [view for view in attention_view(teacher, check=False) if view.layer in mixers]
     sums: dict[int, _Sums] = {}
     for batch in batches:
         pairs = attention_pairs(teacher, views, batch)
@@ -66,16 +66,10 @@ def calibrate(
     return {f"layer_{layer}": _settle(mixer, sums[layer], decay, half_lives) for layer, mixer in mixers.items()}
 
 
-def set_half_life(mixer: nn.Module, half_life: Tensor, step: Tensor) -> None:
-    """Gives each head (H) this half-life in tokens at this step size, when no input moves the step."""
-    mixer.dt_bias.copy_(torch.where(step > 20, step, step.expm1().log()))  # softplus backwards
-    mixer.A_log.copy_((math.log(2) / (half_life * step)).log())
-
-
 def _accumulate(
     sums: dict[int, _Sums],
     view: AttentionView,
-    mixer: nn.Module,
+    mixer: Mixer,
     pair: tuple,
     seq_idx: Tensor,
     documents: Documents,
@@ -88,12 +82,12 @@ def _accumulate(
         zeros = target.new_zeros(len(half_lives), channels)
         sums[view.layer] = _Sums(zeros, zeros.clone(), zeros[0].clone(), target.new_zeros(heads))
     total = sums[view.layer]
-    ones = torch.ones(heads, device=target.device)
+    ones = torch.ones(heads, 1, device=target.device)
     read: list[Tensor] = []
     handle = mixer.out.register_forward_pre_hook(lambda module, args: read.append(args[0].float()))
     try:
         for i, half_life in enumerate(half_lives):
-            set_half_life(mixer, half_life * ones, ones)
+            mixer.set_decay(half_life * ones[:, 0], ones)
             mixer(hidden, position_embeddings, seq_idx=seq_idx, documents=documents)
             output = read.pop()
             total.uo[i] += (output * target).sum((0, 1))
@@ -116,11 +110,11 @@ def _attention_heads(view: AttentionView, hidden, position_embeddings, seq_idx) 
     return view.attend(weights, v).flatten(2).float(), (weights * distance).sum((0, 2, 3))
 
 
-def _settle(mixer: nn.Module, sums: _Sums, decay: str, half_lives: tuple[float, ...]) -> dict:
+def _settle(mixer: Mixer, sums: _Sums, decay: str, half_lives: tuple[float, ...]) -> dict:
     """Chooses each head's half-life and scale from the sums, and sets the parameters."""
     by_head = (len(half_lives), mixer.num_heads, mixer.head_dim)
     uo, uu, oo = sums.uo.view(by_head), sums.uu.view(by_head), sums.oo.view(by_head[1:])
-    if mixer.norm is None:  # one scale for a head, as its step
+    if not mixer.scales_channels:  # one for a head
         uo, uu = uo.sum(-1, keepdim=True), uu.sum(-1, keepdim=True)
     gain = uo**2 / uu.clamp(min=1e-20)  # what the best scale takes off the squared error
     lookback = sums.lookback / sums.tokens
@@ -134,11 +128,7 @@ def _settle(mixer: nn.Module, sums: _Sums, decay: str, half_lives: tuple[float, 
     scale = (uo / uu.clamp(min=1e-20))[best, heads]
     half_life = grid[best]
     error = 1 - gain[best, heads].sum(-1) / oo.sum(-1)
-    if mixer.norm is None:
-        set_half_life(mixer, half_life, scale[:, 0].clamp(min=SMALLEST_SCALE))
-    else:
-        set_half_life(mixer, half_life, torch.ones_like(half_life))
-        mixer.norm.weight.copy_(scale.flatten())
+    mixer.set_decay(half_life, scale)
     return {
         "error": error.mean().item(),
         "half_life": half_life.tolist(),

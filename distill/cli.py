@@ -5,7 +5,6 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import MutableMapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,7 +12,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .run import STAGES
+from .export.formats import FORMATS
+from .stages.pipeline import names, pipeline_of
+from .threads import leave_busy_cores, spin_briefly
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -30,6 +31,8 @@ def main(arguments: list[str] | None = None) -> int:
         if isinstance(path := getattr(options, name, None), str):
             setattr(options, name, os.path.expanduser(path))
     spin_briefly(os.environ)
+    if options.command in TRAINING and (said := leave_busy_cores(os.environ)):
+        print(said)
     _quiet_libraries(options.debug)
     try:
         COMMANDS[options.command](options)
@@ -51,19 +54,9 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def spin_briefly(environment: MutableMapping[str, str]) -> None:
-    """Has PyTorch's threads on a CPU wait for each other without taking a core for long, unless a person has chosen.
-
-    Where another process is at work on as many cores, each wait would take as long as it is given the core: a step took
-    30 s instead of 0.7. It counts where it is set before torch is loaded, in this process or its children.
-    """
-    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & environment.keys():
-        environment["GOMP_SPINCOUNT"] = "3000"
-
-
 def run(options) -> None:
     from .config import load_recipe
-    from .stages import run_recipe
+    from .stages.runner import run_recipe
     from .summary import summary
 
     session = run_recipe(load_recipe(options.config, options.overrides), options.from_stage, options.until)
@@ -76,6 +69,7 @@ def plan(options) -> None:
     import torch
 
     from ..students import plan_student
+    from ..students.configuration_mixers import have_trans_points, names_with_trans_points
     from ..teachers import load_teacher
     from .config import load_recipe
     from .groups import distill_groups, mixer_parameters, only_these_train
@@ -92,7 +86,7 @@ def plan(options) -> None:
     check_schedules(recipe, teacher.config.num_hidden_layers, longest)
     student, transfers = plan_student(teacher, recipe.student)
     mixers = student.config.mixers
-    points = student.trans_points if "transmamba" in mixers else None
+    points = student.trans_points if have_trans_points(mixers) else None
     table = Table("layer", "mixer", *(["TransPoint"] if points else []), title="layer plan")
     for layer, mixer in enumerate(mixers):
         name = mixer if mixer == "attention" else f"[bold]{mixer}[/bold]"
@@ -110,18 +104,18 @@ def plan(options) -> None:
     only_these_train(student, groups)
     console.print(what_will_run("distill", groups, student, reads, recipe, device=gpu), highlight=False)
     console.print(f"parameters: {before:,} in the teacher, {after:,} in the student", highlight=False)
-    per_layer = {mixer.layer_idx: mixer for mixer in student.mixer_layers() if mixer is not None}
-    one = next(iter(per_layer.values()))
-    token = 2 * one.num_kv_heads * one.head_dim * 2
-    state = len(per_layer) * one.num_heads * one.head_dim**2 * 4
+    converted = [layer for layer, mixer in enumerate(student.mixer_layers()) if mixer is not None]
+    tokens = [2 * g.num_kv_heads * g.head_dim * 2 for g in map(student.geometry, range(len(mixers)))]
+    state = sum(mixer.state_bytes() for mixer in student.mixer_layers() if mixer is not None)
     console.print(
-        f"key/value cache: {len(per_layer) * token:,} bytes a token saved of {token * len(mixers):,} (bfloat16); "
-        f"the states that take its place are {state:,} bytes a sequence, whatever its length (float32)",
+        f"key/value cache: {sum(tokens[layer] for layer in converted):,} bytes a token saved of {sum(tokens):,} "
+        f"(bfloat16); the states that take its place are {state:,} bytes a sequence, whatever its length",
         highlight=False,
     )
     if points:
         console.print(
-            "in transmamba layers that is so past the TransPoint; up to it they keep keys and values", highlight=False
+            f"in {names_with_trans_points()} layers that is so past the TransPoint; up to it they keep keys and values",
+            highlight=False,
         )
         if line := never_distilled(recipe, mixers, longest):
             console.print(line, highlight=False)
@@ -132,13 +126,13 @@ def plan(options) -> None:
 def status(options) -> None:
     from .config import load_recipe
     from .run import StageFolder
-    from .stages import finished_elsewhere, stage_inputs
+    from .stages.inputs import finished_elsewhere, stage_inputs
 
     root = _run_folder(options.run)
     recipe = load_recipe(root / "recipe.yaml")
     needs = stage_inputs(recipe)
     table = Table("stage", "state", "held-out KL", "tokens", "finished", title=escape(str(root)))
-    for stage in STAGES:
+    for stage in [stage.name for stage in pipeline_of(recipe)]:
         folder = StageFolder(root, stage)
         reason, done = folder.why_not_reusable(needs[stage]), folder.done or {}
         quality, training = done.get("quality") or {}, done.get("training") or {}
@@ -158,7 +152,7 @@ def status(options) -> None:
 def export(options) -> None:
     import torch
 
-    from .export import export as write
+    from .export.write import export as write
     from .models import load_model, load_tokenizer
     from .summary import card_facts
 
@@ -247,7 +241,7 @@ def figure(options) -> None:
     import math
 
     from ..students import HybridConfig, plan_student
-    from ..students.configuration_transmamba import FIXED
+    from ..students.configuration_transmamba import fixed_point
     from ..teachers import load_teacher
     from .config import load_recipe
     from .figure import draw
@@ -261,7 +255,7 @@ def figure(options) -> None:
     else:
         config = HybridConfig.from_pretrained(path)
     points = config.trans_points or [None] * len(config.mixers)
-    points = [FIXED.get(mixer, point) for mixer, point in zip(config.mixers, points, strict=True)]
+    points = [fixed_point(mixer, point) for mixer, point in zip(config.mixers, points, strict=True)]
     points = [math.inf if point == "inf" else point for point in points]
     print(draw(config.mixers, points, options.out, options.tokens))
 
@@ -303,7 +297,7 @@ def synthesize(options) -> None:
 
 
 def push(options) -> None:
-    from .hub import push as upload
+    from .export.hub import push as upload
 
     print(upload(_export_folder(options.run), options.repo_id, private=options.private))
 
@@ -331,6 +325,9 @@ COMMANDS = {
     "push": push,
     "keys": keys,
 }
+
+
+TRAINING = ("run", "cache-teacher", "synthesize")  # which take long enough to look at what else is at work
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -362,11 +359,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--from",
         dest="from_stage",
-        choices=STAGES,
+        choices=names(),
         metavar="STAGE",
         help="run from this stage on, done or not",
     )
-    sub.add_argument("--until", choices=STAGES, metavar="STAGE", help="stop after this stage")
+    sub.add_argument("--until", choices=names(), metavar="STAGE", help="stop after this stage")
 
     recipe(command("plan", "show the layer plan, the transfer plan, parameters and cache; nothing is trained"))
 
@@ -375,7 +372,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("export", "write the latest student of a run in a format others load, and verify it")
     sub.add_argument("run", metavar="RUN", help="a run folder")
-    sub.add_argument("--format", choices=("native", "custom"), default="native", help="default: native")
+    sub.add_argument("--format", choices=FORMATS, default="native", help="default: native")
     sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="default: float32")
     sub.add_argument("--out", metavar="FOLDER", help="default: RUN/exports/FORMAT-DTYPE")
 
@@ -430,10 +427,10 @@ def _run_folder(path: str) -> Path:
 
 
 def _latest_student(root: Path) -> Path:
-    from .run import STUDENT_STAGES, RunError, lineage
+    from .run import RunError, lineage
 
     done = lineage(root)
-    for stage in reversed(STUDENT_STAGES):
+    for stage in reversed(names(lambda stage: stage.makes_student)):
         if stage in done:
             return root / stage / "student"
     raise RunError(f"'{root}' has no finished student yet; run `transpoint run {root / 'recipe.yaml'}`")

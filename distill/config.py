@@ -18,6 +18,7 @@ import re
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -25,265 +26,32 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ..students import StudentConfig, StudentError
-from ..teachers import REGISTRY, is_hub_id
-from .data import DataConfig
+from ..students.config import StudentConfig
+from ..students.configuration_mixers import names_with_trans_points
+from ..students.errors import StudentError
+from ..teachers.names import REGISTRY, is_hub_id
+from .settings import (
+    AlignConfig,
+    CacheTeacherConfig,
+    CalibrateConfig,
+    DataConfig,
+    DistillConfig,
+    EvaluateConfig,
+    ExportConfig,
+    RunConfig,
+    SynthesizeConfig,
+    TeacherConfig,
+)
+from .stages.pipeline import PIPELINE
 
 
 class ConfigError(ValueError):
     """A recipe that cannot be run. One line: the key, the value, what was expected."""
 
 
-def setting(default: Any, help: str, **metadata) -> Any:
-    """A dataclass field with its documentation; `metadata` may hold `choices`, `minimum`, `maximum`, `above`, `below`,
-    and `path`: "read" (looked up beside its file), "teacher" (the same, or a name), or "written"."""
-    return field(default=default, metadata={"help": help, **metadata})
-
-
-@dataclass
-class RunConfig:
-    dir: str = setting("runs/default", "folder of the run: everything the recipe produces", path="written")
-    seed: int = setting(0, "of data order and initialisation", minimum=0)
-    device: str = setting("auto", "auto (a GPU where there is one), cpu or cuda", choices=("auto", "cpu", "cuda"))
-    precision: str = setting(
-        "auto",
-        "of the matrix products in training: fp32, bf16, or auto (bf16 where the hardware multiplies it)",
-        choices=("auto", "fp32", "bf16"),
-    )
-    compile: bool = setting(
-        True,
-        "whether on a GPU layers are compiled in training, and passes recorded as CUDA graphs where each process has "
-        "a whole copy of the student",
-    )
-    reuse: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "folders of other runs: a stage they have finished that depends on just the same is taken over",
-            "path": "written",
-        },
-    )
-    trackers: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "where training figures go besides metrics.jsonl: tensorboard (files in RUN/tracking), wandb, "
-            "trackio; each must be installed",
-            "choices": ("tensorboard", "wandb", "trackio"),
-        },
-    )
-
-
-@dataclass
-class TeacherConfig:
-    source: str = setting("smollm2-135m", "registry name, random-FAMILY, hub id, folder, or .gguf file", path="teacher")
-    dtype: str = setting("float32", "of the teacher's weights", choices=("float32", "bfloat16", "float16"))
-    training_dtype: str = setting(
-        "auto",
-        "of the teacher's weights while a stage trains; auto: bfloat16 on a GPU that multiplies in it (run.precision), "
-        "else as dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
-    )
-    share: bool = setting(
-        False,
-        "whether, while a stage trains, each process holds a share of the teacher's layers only; they are then put "
-        "together one by one",
-    )
-    trust_remote_code: bool = setting(False, "whether code that travels with the teacher may run")
-
-
-@dataclass
-class CalibrateConfig:
-    sequences: int = setting(8, "training sequences the teacher's attention is measured on", minimum=1)
-    decay: str = setting(
-        "fit",
-        "of each head: fit (what explains the teacher's head best) or lookback (its mean look-back)",
-        choices=("fit", "lookback"),
-    )
-
-
-@dataclass
-class TrainConfig:
-    steps: int = setting(100, "optimizer steps", minimum=0)
-    batch_size: int = setting(8, "sequences in a step, over all processes and accumulation", minimum=1)
-    micro_batch_size: int | None = setting(
-        None, "sequences in one forward pass of one process; null: the whole share of a step", minimum=1
-    )
-    lr: float = setting(1e-3, "learning rate of the mixers, at its highest", above=0)
-    warmup: float = setting(0.05, "fraction of the steps in which the learning rate rises", minimum=0, maximum=1)
-    final_lr: float = setting(0.1, "fraction of the learning rate left at the end of its cosine", minimum=0, maximum=1)
-    weight_decay: float = setting(0.0, "of AdamW, on matrices only", minimum=0)
-    betas: list[float] = field(
-        default_factory=lambda: [0.9, 0.95], metadata={"help": "of AdamW", "length": 2, "minimum": 0, "maximum": 1}
-    )
-    clip: float = setting(1.0, "largest norm of the gradient", above=0)
-    max_skipped: int = setting(
-        10, "steps in a row that may be left out because their gradient is not finite, before training stops", minimum=1
-    )
-    log_every: int = setting(10, "steps between lines of metrics.jsonl", minimum=1)
-    checkpoint_every: int = setting(100, "steps between checkpoints", minimum=1)
-    keep_checkpoints: int = setting(2, "how many checkpoints to keep", minimum=1)
-
-
-@dataclass
-class AlignConfig(TrainConfig):
-    pass
-
-
-@dataclass
-class AnnealConfig:
-    fraction: float | None = setting(
-        None,
-        "of the steps, in which every TransPoint of a transmamba student falls from data.length, where it is the "
-        "teacher, to its target; null: it is at its target from the first step on",
-        above=0,
-        maximum=1,
-    )
-    shape: str = setting(
-        "log", "of the fall: linear, or log (by the same factor in each step)", choices=("linear", "log")
-    )
-
-
-@dataclass
-class GroupConfig:
-    lr: float | None = setting(
-        None, "its highest learning rate; 0 leaves it frozen; null: lr for mixers, teacher_lr for the others", minimum=0
-    )
-    weight_decay: float | None = setting(None, "on its matrices; null: as the stage's", minimum=0)
-
-
-@dataclass
-class GroupsConfig:
-    mixers: GroupConfig = field(default_factory=GroupConfig)
-    attention: GroupConfig = field(default_factory=GroupConfig)
-    mlp: GroupConfig = field(default_factory=GroupConfig)
-    norms: GroupConfig = field(default_factory=GroupConfig)
-    embeddings: GroupConfig = field(default_factory=GroupConfig)
-    head: GroupConfig = field(default_factory=GroupConfig)
-    other: GroupConfig = field(default_factory=GroupConfig)
-
-
-@dataclass
-class LoraSettings(GroupConfig):
-    rank: int = setting(
-        0, "of adapters (LoRA) on projections, which are merged when the stage ends; 0: none", minimum=0
-    )
-    alpha: float = setting(16.0, "what the adapters add is multiplied by alpha / rank", above=0)
-    dropout: float = setting(0.0, "of the adapters' input", minimum=0, maximum=1)
-    targets: list[str] = field(
-        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-        metadata={"help": "projections that get adapters, by the last part of their names"},
-    )
-    lr: float | None = setting(1e-3, "highest learning rate of the adapters", above=0)
-
-
-@dataclass
-class DistillConfig(TrainConfig):
-    lr: float = setting(5e-4, "learning rate of the mixers, at its highest", above=0)
-    teacher_lr: float = setting(
-        0.0, "learning rate of the parameters that were the teacher's; 0 leaves them frozen", minimum=0
-    )
-    groups: GroupsConfig = field(default_factory=GroupsConfig)
-    lora: LoraSettings = field(default_factory=LoraSettings)
-    gradient_checkpointing: bool = setting(
-        False, "whether layers are computed again in the backward pass: a third more time for far less memory"
-    )
-    divergence: str = setting(
-        "forward",
-        "between the distributions of the next token: forward KL(teacher || student), reverse, or jsd",
-        choices=("forward", "reverse", "jsd"),
-    )
-    beta: float = setting(0.5, "the teacher's share of the mixture, for jsd", above=0, below=1)
-    temperature: float = setting(1.0, "of both softmaxes in the divergence", above=0)
-    ce_weight: float = setting(
-        0.0, "of the cross-entropy on the text itself that is added, in nats per token of text", minimum=0
-    )
-    hidden_weight: float = setting(
-        0.0, "of the hidden states' relative squared error that is added, a mean over layers", minimum=0
-    )
-    teacher_cache: str | None = setting(
-        None,
-        "folder of the teacher's cached predictions, read in its place; `transpoint cache-teacher` writes it",
-        path="written",
-    )
-    anneal: AnnealConfig = field(default_factory=AnnealConfig)
-    sample_schedules: list[Any] = field(
-        default_factory=list,
-        metadata={
-            "help": "further schedules of a transmamba student, each as student.trans_points takes it: every step "
-            "draws one of these and student.trans_points, all equally likely"
-        },
-    )
-
-
-@dataclass
-class CacheTeacherConfig:
-    k: int = setting(64, "most likely tokens kept of each prediction; of the others, the mass", minimum=1)
-    hidden: bool = setting(
-        False,
-        "whether the teacher's last hidden states are kept too: with its output matrix they give its whole predictions",
-    )
-    dtype: str = setting(
-        "float16",
-        "of log-probabilities and hidden states in the cache",
-        choices=("float32", "bfloat16", "float16"),
-    )
-    batch_size: int = setting(8, "sequences in one forward pass of the teacher", minimum=1)
-    shard_mb: int = setting(256, "megabytes in a shard, at most: an interrupted cache loses one at most", minimum=1)
-
-
-@dataclass
-class SynthesizeConfig:
-    out: str | None = setting(None, "folder for the sampled text; null: synthetic, in the run folder", path="written")
-    prompts: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "sources of prompts, as in data.train; none: samples start from the beginning of text",
-            "path": "read",
-        },
-    )
-    chat: bool = setting(
-        False,
-        "whether texts are asked as questions; without prompts, whether the teacher writes questions and answers them",
-    )
-    samples: int = setting(1000, "how many; with fewer prompts, these come again in turn", minimum=1)
-    max_prompt_tokens: int = setting(256, "of a text, which is cut, and of a chat, which is left out", minimum=1)
-    max_new_tokens: int = setting(512, "of a sample", minimum=1)
-    temperature: float = setting(1.0, "of sampling; 0 takes the most likely token", minimum=0)
-    top_k: int = setting(0, "most likely tokens that are sampled from; 0: all", minimum=0)
-    top_p: float = setting(1.0, "mass of the most likely tokens that are sampled from", above=0, maximum=1)
-    batch_size: int = setting(16, "samples at a time", minimum=1)
-
-
-@dataclass
-class ExportConfig:
-    format: str = setting(
-        "native",
-        "native (loads in plain transformers, vLLM, llama.cpp) or custom (any student; needs trust_remote_code)",
-        choices=("native", "custom"),
-    )
-    dtype: str = setting("float32", "of the exported weights", choices=("float32", "bfloat16", "float16"))
-
-
-@dataclass
-class EvaluateConfig:
-    sequences: int = setting(16, "held-out sequences that quality is measured on", minimum=1)
-    prompts: list[str] = field(
-        default_factory=lambda: ["What is the capital of France?"],
-        metadata={"help": "chat questions that teacher and student answer"},
-    )
-    max_new_tokens: int = setting(40, "of each answer", minimum=1)
-    schedules: list[Any] | None = setting(
-        None,
-        "schedules that a transmamba student is measured at, each as student.trans_points takes it, besides those it "
-        "was trained on; null: teacher and mamba",
-    )
-    cost_length: int | None = setting(
-        None, "tokens of context at which the cost of a schedule is measured; null: data.length", minimum=1
-    )
-
-
 @dataclass
 class Recipe:
-    """Everything a run depends on."""
+    """Everything a run depends on: besides these sections, one of each further stage that has settings."""
 
     run: RunConfig = field(default_factory=RunConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
@@ -296,6 +64,17 @@ class Recipe:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     cache_teacher: CacheTeacherConfig = field(default_factory=CacheTeacherConfig)
     synthesize: SynthesizeConfig = field(default_factory=SynthesizeConfig)
+
+    def __new__(cls, *args, **kwargs):
+        return super().__new__(cls.schema() if cls is Recipe else cls)
+
+    @classmethod
+    def schema(cls) -> type["Recipe"]:
+        """The class that this is, for the mixers and stages there are now: what `Recipe()` makes."""
+        student = StudentConfig.with_options()
+        stages = {stage.name: stage.settings for stage in PIPELINE if stage.settings is not None}
+        more = {"student": student} | {name: kind for name, kind in stages.items() if name not in cls.__annotations__}
+        return _extended(tuple(more.items()))
 
     def training_dtype(self, on_gpu: bool) -> str:
         """What `teacher.training_dtype` comes to."""
@@ -310,9 +89,19 @@ class Recipe:
         """Writes it so that it can be run from any folder."""
         values, here = self.to_dict(), Path.cwd()
         _map_paths(
-            values, Recipe, lambda value, use: os.path.abspath(value) if use == "written" else _beside(value, here, use)
+            values,
+            Recipe.schema(),
+            lambda value, use: os.path.abspath(value) if use == "written" else _beside(value, here, use),
         )
         path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+@lru_cache
+def _extended(sections: tuple[tuple[str, type], ...]) -> type[Recipe]:
+    fields = [(name, kind, field(default_factory=kind)) for name, kind in sections]
+    made = dataclasses.make_dataclass(Recipe.__name__, fields, bases=(Recipe,))
+    made.__module__, made.__doc__ = __name__, Recipe.__doc__
+    return made
 
 
 def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
@@ -333,17 +122,17 @@ def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
             raise ConfigError(f"{key}: '{value}' is not a YAML value ({_one_line(error)})") from error
         for part in reversed(key.split(".")):
             nested, texts = {part: nested}, {part: texts}
-        _check_keys(nested, Recipe, "")
-        _as_written(nested, texts, Recipe)
+        _check_keys(nested, Recipe.schema(), "")
+        _as_written(nested, texts, Recipe.schema())
         values = _merge(values, nested)
-    _map_paths(values, Recipe, lambda value, _: _at_home(value))
+    _map_paths(values, Recipe.schema(), lambda value, _: _at_home(value))
     recipe = _typed(values)
     _check_values(recipe, "")
     try:
         recipe.student.check()
     except StudentError as error:
         raise ConfigError(str(error)) from error
-    for stage in ("align", "distill"):
+    for stage in [stage.name for stage in PIPELINE if stage.trains]:
         batch, micro = getattr(recipe, stage).batch_size, getattr(recipe, stage).micro_batch_size
         if micro is not None and batch % micro:
             raise ConfigError(f"{stage}.micro_batch_size is {micro}; expected a divisor of {stage}.batch_size, {batch}")
@@ -354,14 +143,15 @@ def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
         ):
             if value is not None:
                 raise ConfigError(f"{key} is {value}; expected null with data.streaming=true: {reason}")
-    if recipe.student.mixer != "transmamba":
+    if not recipe.student.kind.trans_points:
+        who = names_with_trans_points()
         for key, value in (
             ("distill.anneal.fraction", recipe.distill.anneal.fraction),
             ("distill.sample_schedules", recipe.distill.sample_schedules or None),
             ("evaluate.schedules", recipe.evaluate.schedules),
         ):
             if value is not None:
-                raise ConfigError(f"{key} is {value}; only student.mixer=transmamba has TransPoints to set")
+                raise ConfigError(f"{key} is {value}; only student.mixer={who} has TransPoints to set")
     return recipe
 
 
@@ -373,7 +163,7 @@ def for_others(recipe: dict) -> dict:
         return value if named else os.path.basename(value.rstrip("/")) or value
 
     recipe = copy.deepcopy(recipe)
-    _map_paths(recipe, Recipe, name)
+    _map_paths(recipe, Recipe.schema(), name)
     return recipe
 
 
@@ -389,7 +179,7 @@ def describe_keys() -> list[tuple[str, str, str]]:
                 default = entry.default_factory() if entry.default is dataclasses.MISSING else entry.default
                 yield key, "null" if default is None else str(default), entry.metadata["help"]
 
-    return list(walk(Recipe, ""))
+    return list(walk(Recipe.schema(), ""))
 
 
 def _read(path: Path, chain: tuple[Path, ...]) -> dict:
@@ -409,9 +199,11 @@ def _read(path: Path, chain: tuple[Path, ...]) -> dict:
     defaults = values.pop("defaults", None) or []
     if not (isinstance(defaults, list) and all(isinstance(name, str) for name in defaults)):
         raise ConfigError(f"{path}: defaults is {defaults!r}; expected a list of files")
-    _check_keys(values, Recipe, "")
-    _as_written(values, texts, Recipe)
-    _map_paths(values, Recipe, lambda value, use: value if use == "written" else _beside(value, path.parent, use))
+    _check_keys(values, Recipe.schema(), "")
+    _as_written(values, texts, Recipe.schema())
+    _map_paths(
+        values, Recipe.schema(), lambda value, use: value if use == "written" else _beside(value, path.parent, use)
+    )
     merged: dict = {}
     for name in defaults:
         merged = _merge(merged, _read(path.parent / name, (*chain, path.resolve())))
@@ -574,7 +366,7 @@ def _shown(value: Any) -> Any:
 
 def _typed(values: dict) -> Recipe:
     try:
-        typed = OmegaConf.merge(OmegaConf.structured(Recipe), OmegaConf.create(_hidden(values)))
+        typed = OmegaConf.merge(OmegaConf.structured(Recipe.schema()), OmegaConf.create(_hidden(values)))
         assert isinstance(typed, DictConfig)
         return _shown(OmegaConf.to_object(typed))
     except OmegaConfBaseException as error:
@@ -588,7 +380,7 @@ def _typed(values: dict) -> Recipe:
 
 
 def _expected(key: str) -> str:
-    kind: Any = Recipe
+    kind: Any = Recipe.schema()
     for part in key.partition("[")[0].split("."):
         kind = next((entry.type for entry in dataclasses.fields(kind) if entry.name == part), None) if kind else None
     if kind is None:

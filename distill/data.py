@@ -40,52 +40,6 @@ FIELD_PATIENCE = 10_000  # rows without the wanted fields before a long source i
 
 
 @dataclass
-class DataConfig:
-    """The text of a recipe and how it is cut into sequences."""
-
-    train: list[str] = field(
-        default_factory=list, metadata={"help": "sources of training text, read in this order", "path": "read"}
-    )
-    heldout: list[str] = field(
-        default_factory=list,
-        metadata={"help": "sources of text to measure on; share no document with train", "path": "read"},
-    )
-    text_field: str = field(default="text", metadata={"help": "field of a row that holds a document as a string"})
-    messages_field: str = field(
-        default="messages", metadata={"help": "field of a row that holds a chat: a list of {role, content}"}
-    )
-    bos: bool = field(
-        default=True,
-        metadata={
-            "help": "whether texts begin as the teacher's tokenizer begins one: with its beginning token, if it adds "
-            "one (chats begin as the chat template has it)"
-        },
-    )
-    length: int = field(default=1024, metadata={"help": "tokens per packed sequence", "minimum": 2})
-    max_train_tokens: int | None = field(
-        default=None, metadata={"help": "stop reading train at this many tokens; null reads everything", "minimum": 1}
-    )
-    max_heldout_tokens: int | None = field(
-        default=None, metadata={"help": "stop reading heldout at this many tokens; null reads everything", "minimum": 1}
-    )
-    streaming: bool = field(
-        default=False,
-        metadata={"help": "whether train is read and tokenised while training runs, instead of all of it before"},
-    )
-    shuffle_buffer: int = field(
-        default=1000,
-        metadata={"help": "documents shuffled together, for each sequence of a batch, when streaming", "minimum": 1},
-    )
-    cache: str | None = field(
-        default=None,
-        metadata={
-            "help": "folder for tokenised text, may be shared by runs; null: in the run folder",
-            "path": "written",
-        },
-    )
-
-
-@dataclass
 class Corpus:
     """Tokenised documents, one after another.
 

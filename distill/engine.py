@@ -16,7 +16,7 @@ from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch.distributed.fsdp import FSDPModule
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-from ..students.mamba2 import StateSpace
+from ..students import Mixer
 from .compiled import Recorded, compiled
 from .files import one_line
 from .run import RunError
@@ -239,7 +239,7 @@ class FSDPEngine(Engine):
     def _prepare(self, objective, optimizer):
         # What is gathered together: a decoder layer, or, where they are trained alone, a mixer.
         layers = getattr(getattr(objective, "student", None), "_no_split_modules", None)
-        mixers = {type(module).__name__ for module in objective.modules() if isinstance(module, StateSpace)}
+        mixers = {type(module).__name__ for module in objective.modules() if isinstance(module, Mixer)}
         # By an attribute of the objective the plugin would be told in the first stage only.
         self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = list(layers or mixers)
         return self.accelerator.prepare(objective, optimizer)
@@ -312,8 +312,8 @@ class DeepSpeedEngine(Engine):
         """Parameters that are read elsewhere than in the forward pass of the module that has them."""
         from deepspeed.runtime.zero.partition_parameters import register_external_parameter
 
-        for mixer in objective.modules():
-            for held in (mixer.conv1d, mixer.norm) if isinstance(mixer, StateSpace) else ():
+        for mixer in [module for module in objective.modules() if isinstance(module, Mixer)]:
+            for held in [getattr(mixer, name) for name in mixer.apart]:
                 for parameter in held.parameters() if held is not None else ():
                     register_external_parameter(mixer, parameter)
         if hasattr(objective, "student"):

@@ -14,6 +14,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..students import Geometry, HybridForCausalLM
+from ..students.modeling_mixer import attention_flops
+from ..teachers import attention_view
+
 # Dense peaks in TFLOP/s: bfloat16 with float32 accumulation on tensor cores, and float32 without TF32. From NVIDIA's
 # and AMD's data sheets, half of the figures "with sparsity". The first pattern found in a device's name counts.
 _PEAKS = (
@@ -52,9 +56,9 @@ def distill_flops(teacher: PreTrainedModel | None, student: PreTrainedModel, len
     """
     total = 0.0 if teacher is None else _forward(teacher, length)
     flows = any(parameter.requires_grad for parameter in student.get_input_embeddings().parameters())
-    for layer in _layers(student):
+    for layer, mixing in zip(_layers(student), _mixing(student, length), strict=True):
         flows |= any(parameter.requires_grad for parameter in layer.parameters())
-        weights, trained, mixing = _weights(layer), _weights(layer, trained=True), _mixing(layer.self_attn, length)
+        weights, trained = _weights(layer), _weights(layer, trained=True)
         total += 2 * weights + mixing + 2 * trained + flows * (2 * weights + 2 * mixing)
     head = student.get_output_embeddings()
     return total + 2 * _weights(head) + 2 * _weights(head, trained=True) + flows * 2 * _weights(head)
@@ -70,17 +74,10 @@ def align_flops(teacher: PreTrainedModel, student: PreTrainedModel, length: int)
     for mixer in student.mixer_layers():
         if mixer is None:
             continue
-        weights = _weights(mixer)
-        if not hasattr(mixer, "trans_point"):
-            forms = [(weights, _state_space(mixer, length, 0))]
-        else:
-            own = sum(_weights(getattr(mixer, name, None)) for name in ("dt_proj", "z_proj"))
-            forms = [
-                (weights, _state_space(mixer, length, 0)),
-                (weights - own, _attention(mixer.num_heads * mixer.head_dim, length, mixer.window)),
-            ]
-        for products, mixing in forms:
-            total += 2 * products + 2 * products + 2 * _weights(mixer.out) + 3 * mixing
+        for form in mixer.forms():
+            products = _weights(mixer) - sum(_weights(getattr(mixer, name, None)) for name in form.unused)
+            with mixer.at(form.trans_point):
+                total += 2 * products + 2 * products + 2 * _weights(mixer.out) + 3 * mixer.flops(length)
     return total
 
 
@@ -104,7 +101,7 @@ def _layers(model: PreTrainedModel) -> nn.ModuleList:
 
 def _forward(model: PreTrainedModel, length: int) -> float:
     """Operations per token of a forward pass with the output head."""
-    layers = sum(2 * _weights(layer) + _mixing(layer.self_attn, length) for layer in _layers(model))
+    layers = sum(2 * _weights(layer) for layer in _layers(model)) + sum(_mixing(model, length))
     return layers + 2 * _weights(model.get_output_embeddings())
 
 
@@ -141,37 +138,16 @@ def _share_of_experts(module: nn.Module, count: int) -> float:
     raise ValueError(f"{type(module).__name__} has {count} experts, and does not say how many a token is sent to")
 
 
-def _mixing(mixer: nn.Module, length: int) -> float:
-    """Operations per token, forward, of what passes between tokens: attention, convolution and state."""
-    if not hasattr(mixer, "A_log"):
-        window = getattr(mixer, "sliding_window", getattr(mixer.config, "sliding_window", None))
-        return _attention(mixer.q_proj.out_features, length, window)
-    point = min(getattr(mixer, "trans_point", 0), length)
-    window = getattr(mixer, "window", None)
-    attention = _attention(mixer.num_heads * mixer.head_dim, point, window) * point / length if point else 0.0
-    return attention + _state_space(mixer, length, point)
+def _mixing(model: PreTrainedModel, length: int) -> list[float]:
+    """For each layer, operations per token, forward, of what passes between tokens."""
+    if not isinstance(model, HybridForCausalLM):
+        attention = [Geometry.of(view) for view in attention_view(model, check=False)]
+        return [_attention(geometry, length) for geometry in attention]
+    return [
+        _attention(model.geometry(layer), length) if mixer is None else mixer.flops(length)
+        for layer, mixer in enumerate(model.mixer_layers())
+    ]
 
 
-def _attention(width: int, length: int, window: int | None) -> float:
-    """2 x 2 x width for each key that a token sees: its product with the query, and with the value.
-
-    Causal: (length + 1) / 2 keys on average, fewer in a window. width: query heads times their size.
-    """
-    seen = min(window or length, length)
-    keys = (seen * (seen + 1) / 2 + (length - seen) * seen) / length
-    return 4.0 * width * keys
-
-
-def _state_space(mixer: nn.Module, length: int, point: int | float) -> float:
-    """The recurrence, token by token (arXiv 2405.21060): 2 N P for each head to add a token to the state, and 2 N P to
-    read it, after `point` tokens alone; and 2 taps for each channel of the convolution.
-
-    Chunked algorithms take more products; they are an implementation's choice.
-    """
-    if point >= length or math.isinf(point):
-        return 0.0
-    read = (length - point) / length
-    state = 2.0 * mixer.num_heads * mixer.head_dim**2
-    taps = mixer.conv1d.weight.shape[-1] if mixer.conv1d is not None else 0
-    channels = (2 * mixer.num_kv_heads + mixer.num_heads) * mixer.head_dim
-    return state * (1 + read) + 2.0 * taps * channels
+def _attention(geometry: Geometry, length: int) -> float:
+    return attention_flops(geometry.num_heads * geometry.head_dim, length, geometry.window)

@@ -3,7 +3,7 @@
 from torch import nn
 
 from ..students import HybridForCausalLM
-from .config import DistillConfig, GroupsConfig
+from .settings import DistillConfig, GroupsConfig
 
 GROUPS = tuple(GroupsConfig.__dataclass_fields__)
 
@@ -48,8 +48,8 @@ def mixer_parameters(student: HybridForCausalLM) -> dict[str, nn.Parameter]:
 def group_of(name: str, student: HybridForCausalLM) -> str:
     """The group of a student's parameter. A head that is tied to the embeddings is theirs."""
     parts = name.split(".")
-    if "self_attn" in parts:
-        layer = int(parts[parts.index("self_attn") - 1])
+    if (attention := student.config.attention_name) in parts:
+        layer = int(parts[parts.index(attention) - 1])
         return "attention" if student.config.mixers[layer] == "attention" else "mixers"
     if "mlp" in parts:
         return "mlp"

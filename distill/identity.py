@@ -1,5 +1,6 @@
 """What a result depends on, as JSON that is compared: what changes no result is no part of it."""
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -7,12 +8,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from ..students.config import StudentConfig
+from .config import Recipe
 from .files import read_json, sha256
+from .settings import resultless
 
-# Settings of training that change nothing in what is trained, but for how sums are rounded: when something is written
-# down, and how a step is cut up. So one may be changed in the middle.
-_NO_RESULT = ("log_every", "checkpoint_every", "keep_checkpoints", "max_skipped")
-_NO_RESULT += ("micro_batch_size", "gradient_checkpointing")
 # Of a folder, the files that loading a model reads.
 _MODEL_FILE = re.compile(
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|processor_config"
@@ -52,13 +52,12 @@ def without_resultless(needs: dict) -> dict:
         if isinstance(files, list):  # wherever they lie
             needs["teacher"].pop("source", None)
     if "student" in needs:
-        from ..students import StudentConfig  # here, as it loads libraries that `transpoint --help` does without
-
-        own = StudentConfig(**needs["student"]).resolved()
-        needs["student"] = {**vars(own), "trans_points": own.trans_points if own.mixer == "transmamba" else None}
-    for section in ("align", "distill"):
-        if section in needs:
-            needs[section] = {name: value for name, value in needs[section].items() if name not in _NO_RESULT}
+        needs["student"] = StudentConfig(**needs["student"]).facts()
+    sections = {entry.name: entry.type for entry in dataclasses.fields(Recipe.schema())}
+    for section, kind in sections.items():
+        if section in needs and section != "student":
+            left_out = resultless(kind)
+            needs[section] = {name: value for name, value in needs[section].items() if name not in left_out}
     return needs
 
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .config import TrainConfig
 from .data import collate
+from .settings import TrainConfig
 
 AHEAD = 2  # batches that wait to be used
 

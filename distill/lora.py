@@ -5,8 +5,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..students import HybridForCausalLM
-from .config import LoraSettings
 from .run import RunError
+from .settings import LoraSettings
 
 
 def attach(student: HybridForCausalLM, settings: LoraSettings) -> None:

@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from ..students import HybridForCausalLM
+from ..students.configuration_mixers import have_trans_points, names_with_trans_points
 from ..teachers import incomplete
 from .files import read_json
 from .run import RunError
@@ -39,7 +40,7 @@ def load_model(
         raise RunError(f"model '{path}' is {reason}")
     if trans_points is not None:
         if not has_trans_points(model):
-            raise RunError(f"model '{path}' has no TransPoints to set: it has no transmamba layer")
+            raise RunError(f"model '{path}' has no TransPoints to set: it has no {names_with_trans_points()} layer")
         model.set_trans_points(trans_points)
     return model.eval()
 
@@ -79,7 +80,7 @@ def generating(model: PreTrainedModel, **settings) -> Iterator[None]:
 
 
 def has_trans_points(model: PreTrainedModel) -> bool:
-    return "transmamba" in (getattr(model.config, "mixers", None) or ())
+    return have_trans_points(getattr(model.config, "mixers", None))
 
 
 def _model_type(folder: Path) -> str | None:

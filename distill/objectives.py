@@ -7,8 +7,7 @@ of a pass depends on.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -17,10 +16,11 @@ from transformers import PreTrainedModel
 
 from ..kernels.kl import linear_kl
 from ..students import HybridForCausalLM
+from ..students.configuration_mixers import have_trans_points
 from ..students.documents import Documents, Spans, document_index, document_mask, flex_options
 from ..teachers import attention_view, output_head
 from .compiled import FLEX
-from .config import DistillConfig
+from .settings import DistillConfig
 
 
 class Alignment(nn.Module):
@@ -39,7 +39,7 @@ class Alignment(nn.Module):
         super().__init__()
         layers = {layer: mixer for layer, mixer in enumerate(student.mixer_layers()) if mixer is not None}
         self.mixers = nn.ModuleDict({str(layer): mixer for layer, mixer in layers.items()})
-        self.beside = (teacher, [view for view in attention_view(teacher) if view.layer in layers])
+        self.beside = (teacher, [view for view in attention_view(teacher, check=False) if view.layer in layers])
         self.error = relative_error
 
     def models(self) -> list[PreTrainedModel]:
@@ -64,32 +64,14 @@ class Alignment(nn.Module):
         for view in views:
             inputs, output, position_embeddings = pairs[view.layer]
             mixer = self.mixers[str(view.layer)]
-            for name, trans_point in _forms(mixer):
-                with _at(mixer, trans_point):
+            for form in mixer.forms():
+                with mixer.at(form.trans_point):
                     where = {"seq_idx": seq_idx, "documents": documents}
-                    if spans is not None and trans_point is not None:
+                    if spans is not None and form.trans_point is not None:
                         where["span"] = spans.of(mixer)
                     found = mixer(inputs, position_embeddings, **where)[0]
-                figures[f"{name}_{view.layer}"] = self.error(found, output)
+                figures[f"{form.name}_{view.layer}"] = self.error(found, output)
         return sum(figures.values()) / len(views), figures
-
-
-def _forms(mixer: nn.Module) -> tuple[tuple[str, int | float | None], ...]:
-    """For each form of a mixer its name in the figures, and the TransPoint that gives it."""
-    return (("layer", 0), ("attention", math.inf)) if hasattr(mixer, "trans_point") else (("layer", None),)
-
-
-@contextmanager
-def _at(mixer: nn.Module, trans_point: int | float | None) -> Iterator[None]:
-    if trans_point is None:
-        yield
-        return
-    own = mixer.trans_point
-    mixer.set_trans_point(trans_point)
-    try:
-        yield
-    finally:
-        mixer.set_trans_point(own)
 
 
 class Distillation(nn.Module):
@@ -223,7 +205,7 @@ def relative_error(found: Tensor, wanted: Tensor) -> Tensor:
 
 def attention_share(student: HybridForCausalLM, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """The figure `attention` of a TransMamba student: the fraction of tokens and layers that took it."""
-    if "transmamba" not in student.config.mixers:
+    if not have_trans_points(student.config.mixers):
         return {}
     points, mixers, device = student.trans_points, student.mixer_layers(), batch["position_ids"].device
     shares = []
@@ -248,7 +230,7 @@ def attention_pairs(teacher: PreTrainedModel, views: list, batch: dict[str, Tens
         def hook(module, args, kwargs, output):
             cos_sin = kwargs.get("position_embeddings")
             cos_sin = tuple(table.float() for table in cos_sin) if cos_sin is not None else None
-            taken = kwargs["hidden_states"], output[0]
+            taken = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0], output[0]
             pairs[layer] = (*(taken if autocast else (t.float() for t in taken)), cos_sin)
 
         return hook

@@ -11,12 +11,13 @@ from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..students import HybridForCausalLM
-from .config import Recipe, TrainConfig
+from .config import Recipe
 from .data import check_tokens
 from .files import one_line
 from .flops import align_flops, distill_flops, peak_flops
 from .quality import prompt_tokens
 from .run import RunError
+from .settings import TrainConfig
 
 logger = logging.getLogger(__name__)
 

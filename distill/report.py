@@ -18,12 +18,13 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from ..students.configuration_mixers import have_trans_points
 from .charts import heat_map, line_chart, loss_chart
+from .export.card import kinds_in
 from .files import read_json
-from .run import STAGES, RunError, StageFolder, lineage
+from .run import RunError, StageFolder, lineage
+from .stages.pipeline import names
 
-TRAINING = ("align", "distill")
-MIXERS = {"attention": "attention", "mamba2": "Mamba-2", "transmamba": "TransMamba"}
 EVENTS = 200  # shown in the table
 # Figures in a line of metrics.jsonl that are no part of the loss.
 _OTHER = re.compile(
@@ -76,10 +77,10 @@ class _Stage:
     """The records of a stage, each empty where it is missing or damaged."""
 
     def __init__(self, root: Path, name: str, current: dict[str, dict], recipe: dict):
-        folder = StageFolder(root, name)
+        folder, trained = StageFolder(root, name), names(lambda stage: stage.trains)
         self.name, self.done = name, _dict(folder.done)
-        self.lines, self.damaged = _read_metrics(folder / "metrics.jsonl") if name in TRAINING else ([], 0)
-        self.steps = _get(recipe, name, "steps") if name in TRAINING else None
+        self.lines, self.damaged = _read_metrics(folder / "metrics.jsonl") if name in trained else ([], 0)
+        self.steps = _get(recipe, name, "steps") if name in trained else None
         self.last = self.lines[-1]["step"] if self.lines else 0
         if name in current:
             self.state, self.words = "done", "done"
@@ -113,7 +114,7 @@ def _contents(root: Path) -> dict:
         current = {stage: _dict(done) for stage, done in lineage(root).items()}
     except (KeyError, TypeError, AttributeError):  # records that are JSON, but no records
         current = {}
-    stages = {name: _Stage(root, name, current, recipe) for name in STAGES}
+    stages = {name: _Stage(root, name, current, recipe) for name in names()}
     results = _dict(read_json(root / "evaluate" / "results.json")) if "evaluate" in current else {}
     quality, damaged = _quality(root, current, results), [stage.name for stage in stages.values() if stage.damaged]
     layers = _layers(root, stages, results)
@@ -127,7 +128,7 @@ def _contents(root: Path) -> dict:
         "stages": list(stages.values()),
         "settings": _settings(recipe),
         "layers": layers,
-        "kinds": [(kind, words) for kind, words in MIXERS.items() if any(cell["kind"] == kind for cell in layers)],
+        "kinds": list(dict.fromkeys((cell["kind"], cell["words"]) for cell in layers)),
         "quality": quality,
         "teacher_quality": next((row for row in quality if row["model"] == "teacher"), None),
         "best": next((row for row in reversed(quality) if row["model"] != "teacher"), None),
@@ -180,7 +181,7 @@ def _quality(root: Path, current: dict[str, dict], results: dict) -> list[dict]:
 def _layers(root: Path, stages: dict[str, _Stage], results: dict) -> list[dict]:
     """For each layer {"kind", "words", "point", "share"}: its mixer, its TransPoint in words (None where it has none),
     and how much of a cell that is, in percent."""
-    configs = [_dict(read_json(root / name / "student" / "config.json")) for name in reversed(STAGES)]
+    configs = [_dict(read_json(root / name / "student" / "config.json")) for name in reversed(names())]
     mixers = stages["transfer"].done.get("mixers") or next((c["mixers"] for c in configs if c.get("mixers")), None)
     if not isinstance(mixers, list):
         return []
@@ -192,12 +193,14 @@ def _layers(root: Path, stages: dict[str, _Stage], results: dict) -> list[dict]:
     cells = []
     for kind, point in zip((str(mixer) for mixer in mixers), points, strict=True):
         share, words = {"attention": 100.0}.get(kind, 0.0), None
-        if kind == "transmamba" and point is not None:
+        if have_trans_points([kind]) and point is not None:
             number = _number(point)
             words = "∞" if number is None else f"{number:,.0f}"
             # Logarithmic, as TransPoints are.
             share = 100.0 if number is None else 92 * math.log1p(max(number, 0)) / math.log1p(max(1, *finite, 1))
-        cells.append({"kind": kind, "words": MIXERS.get(kind, kind), "point": words, "share": round(share, 1)})
+        cells.append(
+            {"kind": kind, "words": kinds_in([kind]).get(kind, kind), "point": words, "share": round(share, 1)}
+        )
     return cells
 
 
@@ -220,7 +223,7 @@ def _settings(recipe: dict) -> list[tuple[str, str]]:
         ("training text", ", ".join(_base_name(source) for source in _list(_get(recipe, "data", "train")))),
         ("held-out text", ", ".join(_base_name(source) for source in _list(_get(recipe, "data", "heldout")))),
     ]
-    for stage in TRAINING:
+    for stage in names(lambda stage: stage.trains):
         steps, batch, lr = (of(stage, key) for key in ("steps", "batch_size", "lr"))
         if steps is not None:
             found.append((stage, f"{steps} steps of {batch} sequences, learning rate {lr}"))

@@ -24,10 +24,7 @@ from filelock import FileLock, Timeout
 
 from .files import read_json, write_json
 from .identity import identity, started
-
-STAGES = ("transfer", "calibrate", "align", "distill", "export", "evaluate")
-# Those that leave a student in their folder.
-STUDENT_STAGES = STAGES[:4]
+from .stages.pipeline import names
 
 
 class RunError(ValueError):
@@ -125,16 +122,20 @@ class StageFolder:
 
 def lineage(root: Path) -> dict[str, dict]:
     """The done records of a run that follow from one another, by stage: what came of earlier settings is left out."""
-    found: dict[str, dict] = {}
-    before = None
-    for stage in STAGES:
+    chains: list[list[str]] = [[]]  # the longest is the last one
+    done: dict[str, dict] = {}
+    ids: dict[str, str] = {}
+    for stage in names():
         folder = StageFolder(root, stage)
-        started, done = folder.started, folder.done
-        if done is None or started is None or (before is not None and started["after"] != {before[0]: before[1]}):
-            break
-        found[stage] = done
-        before = (stage, identity(started))
-    return found
+        started, record = folder.started, folder.done
+        if started is None or record is None:
+            continue
+        after = started.get("after") or {}
+        before = next((chain for chain in chains if after == ({chain[-1]: ids[chain[-1]]} if chain else {})), None)
+        if before is not None:
+            chains.append([*before, stage])
+            done[stage], ids[stage] = record, identity(started)
+    return {stage: done[stage] for stage in chains[-1]}
 
 
 def truncate_log(path: Path, last_step: int) -> list[dict]:

@@ -16,7 +16,9 @@ import torch
 from transformers import Cache, PreTrainedModel
 
 from ..students import HybridForCausalLM, StudentError, parse_trans_points
-from .config import DistillConfig, Recipe
+from ..students.configuration_mixers import have_trans_points
+from .config import Recipe
+from .settings import DistillConfig
 
 TransPoints = list[int | float]
 
@@ -55,7 +57,7 @@ def annealed(target: int | float, length: int, progress: float, shape: str) -> i
 
 
 def check_schedules(recipe: Recipe, num_layers: int, longest: int | None = 1) -> dict[str, list[TransPoints]]:
-    """The schedules that a recipe names for a transmamba student of so many layers, by key; none for another student.
+    """The schedules that a recipe names for a student of so many layers, by key; none for one without TransPoints.
 
     Args:
         longest: the longest sequence the model was made for, which "log" needs; any number serves to check alone.
@@ -63,7 +65,7 @@ def check_schedules(recipe: Recipe, num_layers: int, longest: int | None = 1) ->
     Raises:
         StudentError: one that is none, with its key.
     """
-    if recipe.student.mixer != "transmamba":
+    if not recipe.student.kind.trans_points:
         return {}
     named = {
         "student.trans_points": [recipe.student.trans_points],
@@ -81,12 +83,12 @@ def check_schedules(recipe: Recipe, num_layers: int, longest: int | None = 1) ->
 
 
 def never_distilled(recipe: Recipe, mixers: list[str], longest: int | None) -> str | None:
-    """A line on the transmamba layers that no training sequence passes the TransPoint of; None where there are none."""
+    """A line on the layers that no training sequence passes the TransPoint of; None where there are none."""
     schedules = check_schedules(recipe, len(mixers), longest)
     if not schedules:
         return None
     trained = zip(*schedules["student.trans_points"], *schedules["distill.sample_schedules"], strict=True)
-    least = {min(points) for points, mixer in zip(trained, mixers, strict=True) if mixer == "transmamba"}
+    least = {min(points) for points, mixer in zip(trained, mixers, strict=True) if have_trans_points([mixer])}
     never = sorted(point for point in least if recipe.data.length <= point < math.inf)
     if not never:
         return None
@@ -114,9 +116,9 @@ def resolve(student: HybridForCausalLM, specs: list) -> dict[str, TransPoints]:
 def at_trans_points(student: HybridForCausalLM, spec=None) -> Iterator[None]:
     """The student at another schedule for a while; None: whatever it is set to meanwhile, it goes back in the end.
 
-    A student without TransMamba layers stays as it is.
+    A student without TransPoints stays as it is.
     """
-    if "transmamba" not in student.config.mixers:
+    if not have_trans_points(student.config.mixers):
         yield
         return
     before = list(student.trans_points)

@@ -31,6 +31,7 @@ from .preflight import check_vocabulary
 from .quality import HeldOut
 from .run import RunError, StageFolder
 from .sources import source_identity
+from .stages.pipeline import student_before
 from .streaming import StreamedDataset
 from .teacher_cache import CachedTargets
 from .tokenizers import save_tokenizer
@@ -175,6 +176,14 @@ class Session:
             check_tokens(corpus.tokens, self._rows_to_check, self.tokenizer, ", ".join(corpus.sources))
         self.say(f"{name} text: {corpus.summary()}")
         return PackedDataset(corpus, data.length)
+
+    def check_cached_targets(self) -> None:
+        """Raises where the cache of the teacher's predictions does not fit this run."""
+        self.cached_targets  # noqa: B018
+
+    def student_before(self, stage: str) -> HybridForCausalLM:
+        """The student that a stage starts from."""
+        return self.student(student_before(self.recipe, stage))
 
     def student(self, stage: str) -> HybridForCausalLM:
         """The student that a stage left."""

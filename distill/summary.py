@@ -6,15 +6,18 @@ from rich.table import Table
 from rich.text import Text
 
 from ..teachers import TeacherInfo, teacher_info
-from .card import CardFacts, load_snippet, plan_in_letters, plan_in_words, quality_row, schedule_rows
+from .export.card import CardFacts, plan_in_letters, plan_in_words, quality_row, schedule_rows
+from .export.formats import find_format
 from .files import read_json
-from .run import STUDENT_STAGES, lineage
+from .run import lineage
 from .session import Session
+from .stages.pipeline import names
 
 
 def card_facts(root: Path) -> CardFacts:
     """What the records of a run say for the model card of its latest student."""
-    done = {stage: record for stage, record in lineage(root).items() if stage in STUDENT_STAGES}
+    made = names(lambda stage: stage.makes_student)
+    done = {stage: record for stage, record in lineage(root).items() if stage in made}
     recipe = list(done.values())[-1]["recipe"]
     tokens = {stage: record["training"]["tokens"] for stage, record in done.items() if "training" in record}
     # Read when the run began, or now where an earlier version did not.
@@ -27,8 +30,9 @@ def quality_rows(root: Path) -> list[dict]:
     """Held-out quality of the teacher and of each stage's student, as recorded."""
     teacher = read_json(root / "teacher_quality.json")
     rows = [quality_row("teacher", teacher)] if teacher else []
-    done = lineage(root)
-    return rows + [quality_row(f"after {stage}", done[stage]["quality"]) for stage in STUDENT_STAGES if stage in done]
+    made = names(lambda stage: stage.makes_student)
+    done = [(stage, record) for stage, record in lineage(root).items() if stage in made]
+    return rows + [quality_row(f"after {stage}", record["quality"]) for stage, record in done]
 
 
 def summary(session: Session) -> list:
@@ -54,7 +58,7 @@ def summary(session: Session) -> list:
         parts.append(f"question: {entry['prompt']}\n teacher: {entry['teacher']}\n student: {entry['student']}")
     if "export" in done:
         folder = (session.folder("export") / done["export"]["folder"]).resolve()
-        parts.append(f"checkpoint: {folder}\n\n{load_snippet(str(folder), done['export']['folder'])}")
+        parts.append(f"checkpoint: {folder}\n\n{find_format(done['export']['folder']).snippet(str(folder))}")
     return parts
 
 

@@ -23,7 +23,6 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from .checkpoint import find_checkpoint, load_generators, load_parameters, save_checkpoint
-from .config import TrainConfig
 from .data import PackedDataset
 from .engine import Engine, make_engine
 from .groups import only_these_train
@@ -31,6 +30,7 @@ from .loader import batches_ahead
 from .nonfinite import first_nonfinite
 from .progress import Progress
 from .run import StageFolder, truncate_log
+from .settings import TrainConfig
 
 SPIKE = 2.0  # times the median of the last lines' losses that a loss is worth a word from
 LINES = 20

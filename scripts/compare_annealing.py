@@ -21,7 +21,7 @@ from rich.console import Console
 
 from transpoint.distill.config import load_recipe
 from transpoint.distill.data import PackedDataset, batch_indices, collate, tokenize_corpus
-from transpoint.distill.stages import run_recipe
+from transpoint.distill.stages.runner import run_recipe
 from transpoint.teachers.random import random_teacher
 
 ROOT = Path(__file__).resolve().parent.parent

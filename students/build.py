@@ -1,6 +1,7 @@
 """From a teacher and a config to a student with the teacher's weights."""
 
 import logging
+from dataclasses import asdict
 
 import torch
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
@@ -9,8 +10,10 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from ..teachers import attention_view, output_head
 from .config import StudentConfig, layer_plan
 from .configuration_hybrid import HybridConfig
+from .configuration_mixers import have_trans_points
 from .errors import StudentError
 from .modeling_hybrid import HybridForCausalLM, hybrid_model_class
+from .modeling_mixer import Geometry
 from .transfer import TransferPlan, transfer_plan
 
 logger = logging.getLogger(__name__)
@@ -68,7 +71,11 @@ def plan_student(teacher: PreTrainedModel, config: StudentConfig) -> tuple[Hybri
     output_head(teacher)  # refused now rather than when it is first measured or trained
     mixers = layer_plan(config, len(views))
     _check_memory(teacher)
-    windows = [view.layer for view in views if view.window is not None and mixers[view.layer] == "mamba2"]
+    windows = [
+        view.layer
+        for view, mixer in zip(views, mixers, strict=True)
+        if view.window is not None and mixer != "attention" and not have_trans_points([mixer])
+    ]
     if teacher.config.get_text_config(decoder=True) is not teacher.config:
         raise StudentError(
             f"no student can be made of a {type(teacher).__name__}: it is more than a language model, as its config "
@@ -80,9 +87,10 @@ def plan_student(teacher: PreTrainedModel, config: StudentConfig) -> tuple[Hybri
     # As it is, whatever its config says: some checkpoints have an output matrix of their own all the same.
     fields["tie_word_embeddings"] = teacher.get_output_embeddings().weight is teacher.get_input_embeddings().weight
     options = config.mixer_options | {"norm_eps": fields.get("rms_norm_eps", 1e-5)}
-    if config.mixer == "transmamba":
+    if have_trans_points(mixers):
         fields["trans_points"] = config.trans_points
     hybrid = HybridConfig(base_model_type=teacher.config.model_type, mixers=mixers, mixer_options=options, **fields)
+    hybrid.set_geometry([asdict(Geometry.of(view)) for view in views])
     hybrid.architectures = ["HybridForCausalLM"]
     hybrid._attn_implementation = teacher.config._attn_implementation
     try:
@@ -91,7 +99,7 @@ def plan_student(teacher: PreTrainedModel, config: StudentConfig) -> tuple[Hybri
     except (KeyError, TypeError) as error:
         raise StudentError(f"no student can be made of a {type(teacher).__name__}: {error}") from error
     for name, parameter in student.named_parameters():  # `from_pretrained` minds these, `_from_config` does not
-        if name.endswith(tuple(HybridForCausalLM._keep_in_fp32_modules_strict)):
+        if name.endswith(tuple(student._keep_in_fp32_modules_strict)):
             parameter.data = parameter.data.float()
     student.windows_given_up = windows
     return student, transfer_plan(teacher, student)

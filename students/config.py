@@ -3,38 +3,20 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
+from .configuration_mixers import MIXERS, MixerKind, have_trans_points
 from .configuration_transmamba import SCHEDULES, parse_trans_points
 from .errors import StudentError
-from .modeling_hybrid import MIXERS
-
-# What is not set takes the mixer's own: Mamba-2 as the native formats have it, TransMamba as near attention as it is.
-_DEFAULTS = {
-    "mamba2": {
-        "keep_attention": "every:2",
-        "conv_kernel": 4,
-        "conv_activation": "silu",
-        "gate": True,
-        "norm": True,
-        "rope": False,
-    },
-    "transmamba": {
-        "keep_attention": [],
-        "conv_kernel": 0,
-        "conv_activation": None,
-        "gate": False,
-        "norm": False,
-        "rope": True,
-    },
-}
 
 
 @dataclass
 class StudentConfig:
-    """Which layers become mixers, and which parts a mixer has. `resolved` fills in what depends on the mixer."""
+    """Which layers become mixers, and what is set of these: besides these fields, the options of every mixer there is
+    (`MIXERS`), each as `Option.unset` where the mixer's own default holds."""
 
-    mixer: str = field(default="mamba2", metadata={"help": "what replaces attention: mamba2 or transmamba"})
+    mixer: str = field(default="mamba2", metadata={"help": f"what replaces attention: {' or '.join(MIXERS)}"})
     keep_attention: Any = field(
         default=None,
         metadata={
@@ -50,68 +32,102 @@ class StudentConfig:
             f"layer, or a schedule: {', '.join(SCHEDULES)}"
         },
     )
-    conv_kernel: int | None = field(
-        default=None,
-        metadata={
-            "help": "taps of the causal convolution over x, B and C, 1 to 4; null: 4 for mamba2, none for transmamba"
-        },
-    )
-    conv_activation: str | None = field(
-        default="auto", metadata={"help": "after the convolution: silu or null; auto: silu for mamba2"}
-    )
-    gate: bool | None = field(
-        default=None, metadata={"help": "whether the output is gated by SiLU(z); null: true for mamba2"}
-    )
-    norm: bool | None = field(
-        default=None,
-        metadata={"help": "whether the gated output is RMS-normalised, head by head; null: true for mamba2"},
-    )
-    rope: bool | None = field(
-        default=None,
-        metadata={
-            "help": "whether B and C take the teacher's rotary embedding (no native format has it); null: true for "
-            "transmamba"
-        },
-    )
-    qk_norm: bool = field(
-        default=True, metadata={"help": "whether B and C take the teacher's k/q norms, where it has them"}
-    )
+
+    def __new__(cls, *args, **kwargs):
+        return super().__new__(cls.with_options() if cls is StudentConfig else cls)
+
+    def __reduce__(self):
+        return _remade, (vars(self),)
+
+    @classmethod
+    def with_options(cls) -> type["StudentConfig"]:
+        """The class that this is, for the mixers there are now: what `StudentConfig(...)` makes."""
+        return _with_options(tuple(MIXERS.items()))
+
+    @property
+    def kind(self) -> MixerKind:
+        """The mixer's. Raises StudentError where there is no such mixer."""
+        if self.mixer not in MIXERS:
+            raise StudentError(f"student.mixer is '{self.mixer}'; expected one of {', '.join(MIXERS)}")
+        return MIXERS[self.mixer]
+
+    @property
+    def mixer_options(self) -> dict[str, Any]:
+        """Keyword arguments of the mixer's class: its options, set or by default."""
+        options = self.kind.options
+        set_ = {name: value for name in options if (value := getattr(self, name)) != options[name].unset}
+        return {name: option.default for name, option in options.items()} | set_
 
     def check(self) -> None:
         """Raises StudentError for a value that no student can have, whatever the teacher."""
-        if self.mixer not in MIXERS:
-            raise StudentError(f"student.mixer is '{self.mixer}'; expected one of {', '.join(MIXERS)}")
-        own = self.resolved()
-        least = 0 if self.mixer == "transmamba" else 1
-        if not least <= own.conv_kernel <= 4:
-            raise StudentError(f"student.conv_kernel is {own.conv_kernel}; expected {least} to 4")
-        if own.conv_activation not in ("silu", None):
-            raise StudentError(f"student.conv_activation is '{own.conv_activation}'; expected silu, null or auto")
-        if own.conv_activation and not own.conv_kernel:
+        kind, options = self.kind, self.mixer_options
+        for name, value in options.items():
+            if expected := kind.options[name].why_not(value):
+                raise StudentError(f"student.{name} is {_quoted(value)}; expected {expected}")
+        if reason := kind.check(options):
+            raise StudentError(reason)
+        for name, value in self._others().items():
             raise StudentError(
-                "student.conv_activation is 'silu' without a convolution; set student.conv_kernel, 1 to 4"
+                f"student.{name} is {_quoted(value)}, and a {self.mixer} mixer has no such option: it has "
+                f"{', '.join(kind.options) or 'none'}"
             )
-        kept_layers(own.keep_attention, None)
-        if self.mixer == "transmamba":
-            points = own.trans_points
+        kept_layers(self.resolved().keep_attention, None)
+        if kind.trans_points:
+            points = self.trans_points
             parse_trans_points(points, len(points) if isinstance(points, list | tuple) else 1, longest=1)
 
     def resolved(self) -> "StudentConfig":
-        """The same with the mixer's own defaults for what is not set. The mixer must be known."""
-        defaults = _DEFAULTS[self.mixer]
-        unset = {name: value for name, value in defaults.items() if getattr(self, name) is None}
-        if self.conv_activation is None:
-            del unset["conv_activation"]
-        elif self.conv_activation == "auto":
-            unset["conv_activation"] = defaults["conv_activation"]
-        return dataclasses.replace(self, **unset)
+        """The same with the mixer's own defaults for what is not set. Raises StudentError for an unknown mixer."""
+        keep = self.kind.keep_attention if self.keep_attention is None else self.keep_attention
+        return dataclasses.replace(self, keep_attention=keep, **self.mixer_options)
 
-    @property
-    def mixer_options(self) -> dict:
-        """Keyword arguments of the mixer's class."""
-        own = self.resolved()
-        names = ("conv_kernel", "conv_activation", "gate", "norm", "rope", "qk_norm")
-        return {name: getattr(own, name) for name in names}
+    def facts(self) -> dict[str, Any]:
+        """What of it makes a difference to the student, by name."""
+        own = {"mixer": self.mixer, "keep_attention": self.resolved().keep_attention, **self.mixer_options}
+        return own | ({"trans_points": self.trans_points} if have_trans_points([self.mixer]) else {})
+
+    def _others(self) -> dict[str, Any]:
+        """Options of other mixers that are set to something."""
+        fields = {entry.name: entry for entry in dataclasses.fields(self)}.keys() - StudentConfig.__dataclass_fields__
+        found = {}
+        for name in sorted(fields - self.kind.options.keys()):
+            of = [kind.options[name] for kind in MIXERS.values() if name in kind.options]
+            if getattr(self, name) not in [value for option in of for value in (option.unset, option.default)]:
+                found[name] = getattr(self, name)
+        return found
+
+
+def _remade(values: dict) -> StudentConfig:
+    return StudentConfig(**values)
+
+
+def _quoted(value: Any) -> str:
+    return f"'{value}'" if isinstance(value, str) else str(value)
+
+
+@lru_cache
+def _with_options(mixers: tuple[tuple[str, MixerKind], ...]) -> type[StudentConfig]:
+    """One field for each option of any mixer."""
+    by_name: dict[str, dict[str, Any]] = {}
+    for mixer, kind in mixers:
+        for name, option in kind.options.items():
+            by_name.setdefault(name, {})[mixer] = option
+    fields = []
+    for name, options in by_name.items():
+        first = next(iter(options.values()))
+        kinds = {str if option.unset else type(option.default) for option in options.values()}
+        kind = kinds.pop() if len(kinds) == 1 else Any
+        defaults = ", ".join(f"{_shown(option.default)} for {mixer}" for mixer, option in options.items())
+        help = f"{first.help}; {first.unset or 'null'}: {defaults}"
+        default = field(default=first.unset, metadata={"help": help})
+        fields.append((name, kind if kind is Any else kind | None, default))
+    made = dataclasses.make_dataclass(StudentConfig.__name__, fields, bases=(StudentConfig,))
+    made.__module__, made.__doc__ = __name__, StudentConfig.__doc__
+    return made
+
+
+def _shown(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else "none" if value is None else str(value)
 
 
 def layer_plan(config: StudentConfig, num_layers: int) -> list[str]:

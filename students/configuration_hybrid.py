@@ -3,9 +3,12 @@
 This file travels with exported checkpoints: it imports transformers only.
 """
 
-import importlib.util
+import inspect
+import json
+import re
 import shutil
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +22,10 @@ if Version(transformers.__version__) < Version(OLDEST):
         "`pip install -U transformers`"
     )
 
-from transformers import CONFIG_MAPPING, PreTrainedConfig  # noqa: E402
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig  # noqa: E402
 
-from .configuration_transmamba import FIXED, parse_trans_points, written  # noqa: E402
+from .configuration_mixers import MIXERS, have_trans_points, names_with_trans_points  # noqa: E402
+from .configuration_transmamba import fixed_point, parse_trans_points, written  # noqa: E402
 from .errors import StudentError  # noqa: E402
 
 MODEL_TYPE = "transpoint_hybrid"
@@ -30,20 +34,19 @@ AUTO_MAP = {
     "AutoConfig": "configuration_hybrid.HybridConfig",
     "AutoModelForCausalLM": "modeling_hybrid.HybridForCausalLM",
 }
-_TRAVELS = ("configuration_hybrid", "configuration_transmamba", "modeling_hybrid", "modeling_transmamba", "mamba2")
-_TRAVELS = tuple(f"students.{name}" for name in (*_TRAVELS, "cache", "documents", "errors"))
-_TRAVELS += ("kernels.conv_reference", "kernels.norm_reference", "kernels.ssd_reference")
 
 
 class HybridConfig(PreTrainedConfig):
-    """Every field of the teacher's config, and five of ours.
+    """Every field of the teacher's config, and six of ours.
 
     Fields:
         base_model_type: the teacher's `model_type` ("llama"): whose module tree the student is.
-        mixers: for each layer what replaces self-attention, "mamba2" or "transmamba", or "attention" where it is kept.
+        mixers: for each layer what replaces self-attention, a name in `MIXERS`, or "attention" where it is kept.
         mixer_options: keyword arguments of the mixer's class.
+        geometry: of the attention that was there, as `Geometry` has it, and under "layers" what is other in single
+            ones. None in students of earlier versions, which read it off the model.
         trans_points: for each layer its TransPoint, a number of tokens or "inf"; "inf" where attention is kept, 0 in a
-            Mamba-2 layer. None for a student without transmamba layers. Change it with `set_trans_points`.
+            layer without one. None for a student that has none at all. Change it with `set_trans_points`.
         measured_trans_points: what is known of this student under some schedules, each {"trans_points": as above,
             "trained": whether it was trained on them, "quality": figures by name, or None}, and "schedule": its name,
             if it has one, "longest": the tokens of the longest document it was measured on, "cost".
@@ -57,6 +60,7 @@ class HybridConfig(PreTrainedConfig):
     base_model_type: str | None = None
     mixers: list[str] | None = None
     mixer_options: dict | None = None
+    geometry: dict | None = None
     trans_points: Any = None
     measured_trans_points: list[dict] | None = None
 
@@ -67,7 +71,7 @@ class HybridConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         if self.mixers is not None and len(self.mixers) != self.num_hidden_layers:
             raise ValueError(f"mixers names {len(self.mixers)} layers, the model has {self.num_hidden_layers}")
-        if self.mixers is not None and "transmamba" in self.mixers:
+        if have_trans_points(self.mixers):
             self.set_trans_points(self.trans_points, warn=False)
 
     @classmethod
@@ -85,27 +89,51 @@ class HybridConfig(PreTrainedConfig):
         # Where this file itself came with a checkpoint, transformers copies the code.
         if getattr(self, "auto_map", None) and __name__.startswith("transpoint."):
             self.auto_map = AUTO_MAP
-            write_code(Path(save_directory))
+            write_code(Path(save_directory), self.mixers or ())
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def set_trans_points(self, spec: Any, warn: bool = True) -> list[int | float]:
         """Chooses the TransPoints; returns them, one for each layer, and infinity as `math.inf`.
 
         Args:
-            spec: as in `parse_trans_points`. What it says of layers that are not transmamba is left out.
+            spec: as in `parse_trans_points`. What it says of layers that have no choice is left out.
             warn: whether to warn, with what was measured, of TransPoints that the student was not trained on.
 
         Raises:
-            StudentError: spec is malformed, or no layer is transmamba.
+            StudentError: spec is malformed, or no layer has a choice.
         """
-        if "transmamba" not in self.mixers:
-            raise StudentError("this student has no transmamba layers, so there are no TransPoints to set")
+        if not have_trans_points(self.mixers):
+            raise StudentError(
+                f"this student has no {names_with_trans_points()} layers, so there are no TransPoints to set"
+            )
         points = parse_trans_points(spec, len(self.mixers), getattr(self, "max_position_embeddings", None))
-        points = [FIXED.get(mixer, point) for mixer, point in zip(self.mixers, points, strict=True)]
+        points = [fixed_point(mixer, point) for mixer, point in zip(self.mixers, points, strict=True)]
         if warn and written(points) != self.trans_points:
             self._warn_of(written(points))
         self.trans_points = written(points)
         return points
+
+    @property
+    def attention_name(self) -> str:
+        """What a layer calls its attention."""
+        return (self.geometry or {}).get("attribute", "self_attn")
+
+    def layer_geometry(self, layer: int) -> dict | None:
+        """Of the attention that was in a layer, what `Geometry` takes; None where it is not known."""
+        if self.geometry is None:
+            return None
+        own = self.geometry.get("layers", {}).get(str(layer), {})
+        return {name: value for name, value in (self.geometry | own).items() if name != "layers"}
+
+    def set_geometry(self, layers: list[dict]) -> None:
+        """Takes down that of all layers."""
+        layers = json.loads(json.dumps(layers))  # as it will be loaded
+        others = {
+            str(layer): {name: value for name, value in facts.items() if value != layers[0][name]}
+            for layer, facts in enumerate(layers)
+        }
+        others = {layer: facts for layer, facts in others.items() if facts}
+        self.geometry = layers[0] | ({"layers": others} if others else {})
 
     def _warn_of(self, trans_points: list[int | str]) -> None:
         """Warns where records of measurements do not say that the student was trained on these TransPoints."""
@@ -121,12 +149,38 @@ class HybridConfig(PreTrainedConfig):
         warnings.warn(text, UserWarning, stacklevel=3)
 
 
-def write_code(folder: Path) -> None:
-    """Writes the code of a student, as it is in the project, to a folder."""
+def write_code(folder: Path, mixers: Iterable[str]) -> None:
+    """Writes the code of a student to a folder: the config, the model, its mixers, and what these import.
+
+    transformers finds out by the imports that a file has which others it needs, so the mixers stand there.
+
+    Raises StudentError where a mixer of somebody else's lies in a file that has the name of one of the project's.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    for module in _TRAVELS:
-        spec = importlib.util.find_spec(f"transpoint.{module}")
-        shutil.copyfile(spec.origin, folder / Path(spec.origin).name)
+    kinds = {name: MIXERS[name] for name in mixers if name != "attention"}
+    classes = {name: kind.load() for name, kind in kinds.items()}
+    sources = {Path(inspect.getfile(one)) for one in classes.values()}
+    wanted = [Path(__file__), Path(__file__).with_name("modeling_hybrid.py"), *sorted(sources)]
+    homes = [Path(__file__).parent, Path(__file__).parents[1] / "kernels"]
+    written: dict[str, Path] = {}
+    while wanted:
+        path = wanted.pop()
+        if written.get(path.name, path) != path:
+            raise StudentError(f"the file of a mixer, {path}, has the name of one of the project's: rename it")
+        if path.name not in written:
+            written[path.name] = path
+            shutil.copyfile(path, folder / path.name)
+            for name in re.findall(r"^ *from \.(\w+) import", path.read_text(encoding="utf-8"), re.MULTILINE):
+                wanted.append(
+                    next(home / f"{name}.py" for home in (*homes, path.parent) if (home / f"{name}.py").exists())
+                )
+    lines = ["", "", "# The mixers of this checkpoint.", "from .configuration_mixers import MIXERS, MixerKind  # noqa"]
+    for name, mixer in classes.items():
+        lines.append(f"from .{Path(inspect.getfile(mixer)).stem} import {mixer.__name__}  # noqa")
+        facts = f"{kinds[name].title!r}, {kinds[name].letter!r}, {mixer.__name__}"
+        lines.append(f"MIXERS[{name!r}] = MixerKind({facts}, trans_points={kinds[name].trans_points})")
+    with (folder / "modeling_hybrid.py").open("a", encoding="utf-8") as file:
+        file.write("\n".join(lines) + "\n")
 
 
 def _name(record: dict) -> str:
@@ -169,3 +223,6 @@ def __getattr__(name: str) -> type:
 
 
 _CLASSES: dict[str, type[HybridConfig]] = {}
+
+if __name__.startswith("transpoint."):  # elsewhere a checkpoint's `auto_map` says it
+    AutoConfig.register(MODEL_TYPE, HybridConfig, exist_ok=True)

@@ -6,6 +6,7 @@ This file travels with exported checkpoints: it imports nothing but the standard
 import math
 from typing import Any
 
+from .configuration_mixers import have_trans_points
 from .errors import StudentError
 
 # Cycled over the layers. The two named after the TransMamba paper (arXiv 2503.24067) are those of its ablation, where
@@ -17,7 +18,6 @@ _CYCLES = {
     "mamba": (0,),
 }
 LOG_CYCLE = 8  # layers
-FIXED = {"attention": math.inf, "mamba2": 0}  # the TransPoint of layers that have no choice
 SCHEDULES = {
     "paper-v9": "0, 128, 256, 512, 1024, 2048, 4096, 8192, over and over",
     "paper-coarse": "0, 1024, 2048, 6144, 8192, over and over",
@@ -51,6 +51,11 @@ def parse_trans_points(spec: Any, num_layers: int, longest: int | None = None) -
             raise StudentError(f"trans_points has {len(spec)} entries, the model has {num_layers} layers")
         return [_point(point, spec) for point in spec]
     return [_point(spec, spec)] * num_layers
+
+
+def fixed_point(mixer: str, point: Any) -> Any:
+    """The TransPoint of a layer with this mixer, or "attention": `point` where it can be chosen."""
+    return math.inf if mixer == "attention" else point if have_trans_points([mixer]) else 0
 
 
 def written(trans_points: list[int | float]) -> list[int | str]:

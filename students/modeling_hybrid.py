@@ -6,6 +6,7 @@ checkpoints: it imports torch and transformers only.
 """
 
 import inspect
+import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,16 +15,15 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from .cache import HybridCache, StateLayer
+from .cache import HybridCache
+from .cache_layers import StateLayer
 from .configuration_hybrid import MODEL_TYPE, HybridConfig
-from .configuration_transmamba import FIXED
+from .configuration_mixers import MIXERS, have_trans_points
 from .documents import Documents, Spans, document_index
-from .mamba2 import Mamba2Mixer, MixerMask, StateSpace
-from .modeling_transmamba import TransMambaMixer
+from .modeling_mixer import Geometry, Mixer, MixerMask
 
 # Keywords of `from_pretrained` that say where a checkpoint is and how to get at it.
 HUB = {"cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token"}
-MIXERS = {"mamba2": Mamba2Mixer, "transmamba": TransMambaMixer}
 
 
 class HybridForCausalLM:
@@ -34,22 +34,25 @@ class HybridForCausalLM:
     a cache (in training, or with `use_cache=False`), as transformers' own models do.
     """
 
-    # Decay, step and skip lose too much in bfloat16.
-    _keep_in_fp32_modules_strict = {"self_attn.A_log", "self_attn.dt_bias", "self_attn.D"}
     _is_stateful = True  # generate() must not roll the cache back
 
     def __init__(self, config: HybridConfig):
         super().__init__(config)
-        for layer, mixer in zip(self.get_decoder().layers, config.mixers, strict=True):
-            if mixer != "attention":
-                layer.self_attn = MIXERS[mixer](layer.self_attn, **config.mixer_options)
+        exact = set()
+        for index, (layer, kind) in enumerate(zip(self.get_decoder().layers, config.mixers, strict=True)):
+            if kind != "attention":
+                name, mixer_class = config.attention_name, MIXERS[kind].load()
+                setattr(layer, name, mixer_class(getattr(layer, name), self.geometry(index), **config.mixer_options))
+                exact |= {f"{name}.{parameter}" for parameter in mixer_class.exact}
+        # As decay, step and skip, which lose too much in bfloat16.
+        self._keep_in_fp32_modules_strict = set(self._keep_in_fp32_modules_strict or ()) | exact
         if config.trans_points is not None:
             self.set_trans_points(config.trans_points, warn=False)
         decoder = self.get_decoder()
         decoder.register_forward_pre_hook(partial(_tell_mixers, cache_name(type(decoder))), with_kwargs=True)
         decoder.register_forward_hook(_check_mixers, with_kwargs=True)
         for layer in decoder.layers:
-            layer.register_forward_pre_hook(_tell_mixer, with_kwargs=True)
+            layer.register_forward_pre_hook(partial(_tell_mixer, config.attention_name), with_kwargs=True)
 
     @classmethod
     def from_pretrained(
@@ -74,16 +77,25 @@ class HybridForCausalLM:
         """Has `save_pretrained` copy this file and what it imports along with the weights."""
         cls._auto_class = auto_class if isinstance(auto_class, str) else auto_class.__name__
 
-    def mixer_layers(self) -> list[nn.Module | None]:
+    def geometry(self, layer: int) -> Geometry:
+        """That of the attention which a layer has or had."""
+        if (facts := self.config.layer_geometry(layer)) is not None:
+            return Geometry(**facts)
+        module = self.attention_layers()[layer]
+        return module.geometry if isinstance(module, Mixer) else Geometry.read(module, self.config.attention_name)
+
+    def attention_layers(self) -> list[nn.Module]:
+        """For each layer its attention or mixer."""
+        return [getattr(layer, self.config.attention_name) for layer in self.get_decoder().layers]
+
+    def mixer_layers(self) -> list[Mixer | None]:
         """For each layer its mixer, or None where attention is kept."""
-        layers = zip(self.get_decoder().layers, self.config.mixers, strict=True)
-        return [None if mixer == "attention" else layer.self_attn for layer, mixer in layers]
+        return [module if isinstance(module, Mixer) else None for module in self.attention_layers()]
 
     @property
     def trans_points(self) -> list[int | float]:
         """For each layer up to which token it takes attention: `math.inf` where that is kept, 0 in a Mamba-2 layer."""
-        layers = zip(self.config.mixers, self.mixer_layers(), strict=True)
-        return [FIXED[kind] if kind in FIXED else mixer.trans_point for kind, mixer in layers]
+        return [math.inf if mixer is None else mixer.trans_point for mixer in self.mixer_layers()]
 
     def set_trans_points(self, spec: Any, warn: bool = True) -> None:
         """Chooses at which token each transmamba layer passes from attention to the state-space form.
@@ -92,15 +104,15 @@ class HybridForCausalLM:
 
         Args:
             spec: a number of tokens or "inf" for all layers, a list with one for each layer, or the name of a schedule:
-                see `parse_trans_points`. What it says of layers that are not transmamba is left out.
+                see `parse_trans_points`. What it says of layers that have no choice is left out.
             warn: whether to warn, with what was measured, of TransPoints that the student was not trained on.
 
         Raises:
-            StudentError: spec is malformed, or no layer is transmamba.
+            StudentError: spec is malformed, or no layer has a choice.
         """
         points = self.config.set_trans_points(spec, warn)
         for kind, mixer, point in zip(self.config.mixers, self.mixer_layers(), points, strict=True):
-            if kind == "transmamba":
+            if have_trans_points([kind]):
                 mixer.set_trans_point(point)
 
     def new_cache(self) -> HybridCache:
@@ -174,8 +186,9 @@ def _tell_mixers(name: str, decoder, args, kwargs):
     elif cache is None and positions is not None:
         # transformers reads packed documents off position ids under the same condition, for attention layers
         mixer_mask = MixerMask(seq_idx=document_index(positions))
-        mixers = [layer.self_attn for layer in decoder.layers if isinstance(layer.self_attn, TransMambaMixer)]
-        if mixers:
+        modules = [getattr(layer, decoder.config.attention_name) for layer in decoder.layers]
+        kinds = zip(modules, decoder.config.mixers, strict=True)
+        if mixers := [mixer for mixer, kind in kinds if have_trans_points([kind])]:
             inputs = [*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
             batch = next(len(tensor) for tensor in inputs if tensor is not None)
             seq_idx = mixer_mask.seq_idx.expand(batch, -1)
@@ -189,14 +202,15 @@ def _tell_mixers(name: str, decoder, args, kwargs):
     return args, kwargs
 
 
-def _tell_mixer(layer, args, kwargs):
+def _tell_mixer(attention_name: str, layer, args, kwargs):
     """Before a layer runs. From outside of it, so that layers that do the same are compiled once."""
     told = kwargs.pop("told", None)
     if told is None:
         return args, kwargs
     told.reached.add(layer)
-    if isinstance(layer.self_attn, StateSpace):
-        kwargs["attention_mask"] = told.mask._replace(span=told.spans.get(layer.self_attn))
+    module = getattr(layer, attention_name)
+    if isinstance(module, Mixer):
+        kwargs["attention_mask"] = told.mask._replace(span=told.spans.get(module))
     return args, kwargs
 
 

@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .cache import TransPointLayer, by_row
+from .cache_layers import StateLayer, by_row
 from .documents import Documents, Span, take
-from .mamba2 import GATE_OPEN, PADDING_STEP, STEP_ONE, MixerMask, StateSpace, WidenedLinear, rotate, ssd_scan
+from .modeling_mixer import Form, Geometry, Transfer, attention_flops
+from .state_space import GATE_OPEN, PADDING_STEP, SILU_INPUT, StateSpace, WidenedLinear, ssd_scan
 
 
 def memory_converter(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *, dt_bias: Tensor | None = None) -> Tensor:
@@ -43,6 +44,57 @@ def memory_converter(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *, dt_bias: Te
     return ssd_scan(x, dt, A, B, B[:, :, :1], dt_bias=dt_bias, return_final_state=True)[1]
 
 
+class TransPointLayer(StateLayer):
+    """What one TransMamba layer remembers: keys and values up to its TransPoint, after it a state.
+
+    Until the first row of a batch passes the TransPoint, it also holds what the memory converter will need; until the
+    last row has reached it, it holds keys and values and a state. Then the state is all there is.
+    """
+
+    tensors = (*StateLayer.tensors, "keys", "values", "real", "dt", "x", "B")
+
+    def __init__(self):
+        super().__init__()  # keys and values: (B, columns, K, P), as attention reads them
+        self.real: Tensor | None = None  # (B, columns) which of these are no padding; None: all
+        self.dt: Tensor | None = None  # (B, columns, H) steps
+        self.x: Tensor | None = None  # (B, columns, K, P) inputs and input maps of the state, where they are not
+        self.B: Tensor | None = None  # values and keys
+        self.trans_point: int | float | None = None
+
+    def settle(self, trans_point: int | float) -> None:
+        """Fixes the TransPoint with the first tokens. Raises ValueError where it is another one later."""
+        if self.trans_point not in (None, trans_point):
+            raise ValueError(
+                f"this cache was filled with TransPoint {self.trans_point} and the layer now has {trans_point}: "
+                "start a new cache after set_trans_points"
+            )
+        self.trans_point = trans_point
+
+    def hold(self, **tensors: Tensor) -> None:
+        """Adds columns (B, columns, ...) to what it has under these names."""
+        for name, tensor in tensors.items():
+            held = getattr(self, name)
+            setattr(self, name, tensor if held is None else torch.cat((held.to(tensor.device), tensor), 1))
+
+    def hold_real(self, real: Tensor | None, batch: int, columns: int) -> None:
+        """Adds columns of `real` (B, columns), where None is no padding; before `hold` adds their keys."""
+        if real is None and self.real is None:
+            return
+        if self.real is None and self.keys is not None:
+            self.real = real.new_ones(batch, self.keys.shape[1])
+        self.hold(real=self.real.new_ones(batch, columns) if real is None else real)
+
+    def keep(self, columns: int) -> None:
+        """Forgets all but the last columns of keys and values."""
+        for name in ("keys", "values", "real"):
+            if (held := getattr(self, name)) is not None and held.shape[1] > columns:
+                setattr(self, name, held[:, held.shape[1] - columns :].clone())  # a view would hold all of them
+
+    def drop(self, *names: str) -> None:
+        for name in names:
+            setattr(self, name, None)
+
+
 class TransMambaMixer(StateSpace):
     """A mixer with the call signature of self-attention. H query heads, K key/value heads, head_dim P = state N.
 
@@ -55,8 +107,8 @@ class TransMambaMixer(StateSpace):
     padding left out. The options concern the state-space form alone, and attention is the teacher's in any case.
 
     Args:
-        attention: the self-attention it replaces, of the student's own tree: projections, norms, scale and window are
-            taken from it, under its names.
+        attention: the self-attention it replaces, of the student's own tree, whose norms it takes over.
+        geometry: of that attention. The projections are in four layers of their own, wherever the teacher has them.
         conv_kernel: taps of a causal depthwise convolution over v, k and q (0: none).
         conv_activation: "silu" or None, after the convolution.
         gate: whether the output is gated by SiLU(z).
@@ -65,9 +117,12 @@ class TransMambaMixer(StateSpace):
         qk_norm: whether B and C take the teacher's k/q norms, where it has them.
     """
 
+    remembers = TransPointLayer
+
     def __init__(
         self,
         attention: nn.Module,
+        geometry: Geometry,
         *,
         conv_kernel: int = 0,
         conv_activation: str | None = None,
@@ -77,33 +132,29 @@ class TransMambaMixer(StateSpace):
         qk_norm: bool = True,
         norm_eps: float = 1e-5,
     ):
-        super().__init__(attention, conv_activation, gate, rope, norm_eps)
+        super().__init__(attention, geometry, conv_activation, gate, rope, norm_eps)
         P, H, K = self.head_dim, self.num_heads, self.num_kv_heads
-        self.scale, self.window = float(attention.scaling), _window(attention)
+        self.scale, self.window = geometry.scale, geometry.window
         self.trans_point: int | float = math.inf
         self.point: Tensor | None = None  # the TransPoint on the device, where a `Span` reads it
-        hidden_size, channels = attention.q_proj.in_features, (2 * K + H) * P
+        hidden_size, biases = geometry.hidden_size, geometry.biases
 
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
-            getattr(attention, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")
-        )
-        normed = hasattr(attention, "q_norm")
+        self.q_proj = nn.Linear(hidden_size, H * P, bias="q_proj" in biases)
+        self.k_proj = nn.Linear(hidden_size, K * P, bias="k_proj" in biases)
+        self.v_proj = nn.Linear(hidden_size, K * P, bias="v_proj" in biases)
+        self.o_proj = nn.Linear(H * P, hidden_size, bias="o_proj" in biases)
+        normed = geometry.norm_over is not None
         self.q_norm, self.k_norm = (attention.q_norm, attention.k_norm) if normed else (None, None)
         self.qk_norm = qk_norm and normed
         # Without a convolution both forms read the same values and keys, and a cache holds them once.
-        self.shared = not conv_kernel and rope and self.qk_norm == normed
+        placed = rope or not geometry.rotary_dim
+        self.shared = not conv_kernel and placed and self.qk_norm == normed
 
         self.dt_proj = WidenedLinear(hidden_size, H, bias=False)
-        self.dt_bias = nn.Parameter(torch.full((H,), STEP_ONE))
-        self.A_log = nn.Parameter(torch.zeros(H))
-        self.D = nn.Parameter(torch.zeros(H))
-        self.conv1d = nn.Conv1d(channels, channels, conv_kernel, groups=channels) if conv_kernel else None
+        self.add_recurrence(conv_kernel, norm)
         self.z_proj = nn.Linear(hidden_size, H * P) if gate else None
         if gate:
             nn.init.constant_(self.z_proj.bias, GATE_OPEN)
-        self.norm = nn.Module() if norm else None
-        if norm:
-            self.norm.weight = nn.Parameter(torch.ones(H * P))
 
     def set_trans_point(self, trans_point: int | float) -> None:
         """Chooses at which token of a document attention ends."""
@@ -120,6 +171,32 @@ class TransMambaMixer(StateSpace):
         """Parameters by name that only the state-space form has."""
         attention = ("q_proj.", "k_proj.", "v_proj.", "o_proj.", "q_norm.", "k_norm.")
         return {name: p for name, p in self.named_parameters() if not name.startswith(attention)}
+
+    def transfers(self, view) -> list[Transfer]:
+        found = []
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            for part in ("weight",) if getattr(view, name).bias is None else ("weight", "bias"):
+                found.append(Transfer.taken(f"{view.name}.{name}.{part}", view, name, part))
+        if self.conv1d is not None:
+            channel, silu = 0, self.conv_activation == "silu"
+            for part, heads in (("x", self.num_kv_heads), ("B", self.num_kv_heads), ("C", self.num_heads)):
+                channels, channel = (channel, channel + heads * self.head_dim), channel + heads * self.head_dim
+                tap = SILU_INPUT[part] if silu else 1.0
+                found.append(Transfer(f"{view.name}.conv1d.weight", "identity", rows=channels, part=part, value=tap))
+            found.append(Transfer(f"{view.name}.conv1d.bias", "constant", value=0.0))
+        if self.gate:
+            found.append(Transfer(f"{view.name}.z_proj.weight", "constant", value=0.0))
+            found.append(Transfer(f"{view.name}.z_proj.bias", "constant", value=GATE_OPEN))
+        found.append(Transfer(f"{view.name}.dt_proj.weight", "constant", value=0.0))
+        return found + self.recurrence_transfers(view.name)
+
+    def forms(self) -> tuple[Form, ...]:
+        return Form("layer", 0), Form("attention", math.inf, unused=("dt_proj", "z_proj"))
+
+    def flops(self, length: int) -> float:
+        point = min(self.trans_point, length)
+        attention = attention_flops(self.num_heads * self.head_dim, point, self.window) * point / length if point else 0
+        return attention + super().flops(length)
 
     def forward(
         self,
@@ -151,10 +228,9 @@ class TransMambaMixer(StateSpace):
             TypeError: a keyword that is not known; or the cache is one without a memory for this layer.
             ValueError: the cache was filled with another TransPoint; or documents are packed and there is a cache.
         """
-        if isinstance(attention_mask, MixerMask):
-            padding_mask, seq_idx, documents, span = attention_mask
+        padding_mask, seq_idx, documents, span = self.told(attention_mask, padding_mask, seq_idx, documents, span)
         batch = hidden_states.shape[0]
-        memory = self._memory(cache, others, "trans_point", packed=seq_idx is not None)
+        memory = self.memory(cache, others, packed=seq_idx is not None)
         if seq_idx is not None:
             if memory is not None or padding_mask is not None:
                 raise ValueError("packed documents take neither a cache nor padding: leave out seq_idx, or the others")
@@ -191,7 +267,7 @@ class TransMambaMixer(StateSpace):
             last = min(length, max(some and some + pad for some, pad in zip(left, pads, strict=True)))
 
         q, k, v = self._project(hidden)
-        queries, keys = (self._place(t, norm, position_embeddings) for t, norm in ((q, self.q_norm), (k, self.k_norm)))
+        queries, keys = (self.place(t, norm, position_embeddings) for t, norm in ((q, self.q_norm), (k, self.k_norm)))
         attended = None
         if last > 0:
             memory.hold_real(None if padding is None else ~padding[:, :last, 0], batch=len(hidden), columns=last)
@@ -241,7 +317,7 @@ class TransMambaMixer(StateSpace):
         scan over all tokens, whose outputs past a TransPoint do not depend on it."""
         T, (batch, length) = self.trans_point, seq_idx.shape
         q, k, v = self._project(hidden)
-        queries, keys = (self._place(t, norm, position_embeddings) for t, norm in ((q, self.q_norm), (k, self.k_norm)))
+        queries, keys = (self.place(t, norm, position_embeddings) for t, norm in ((q, self.q_norm), (k, self.k_norm)))
         attended = None
         if T > 0:
             # A row wider than its document reads on into the next one, which the causal mask keeps from its own tokens.
@@ -263,7 +339,7 @@ class TransMambaMixer(StateSpace):
         from torch.nn.attention.flex_attention import flex_attention
 
         q, k, v = self._project(hidden)
-        queries, keys = (self._place(t, norm, position_embeddings) for t, norm in ((q, self.q_norm), (k, self.k_norm)))
+        queries, keys = (self.place(t, norm, position_embeddings) for t, norm in ((q, self.q_norm), (k, self.k_norm)))
         attended = None
         if span.mask is not None:
             operands = (t.to(v.dtype).transpose(1, 2) for t in (queries, keys, v))
@@ -288,11 +364,6 @@ class TransMambaMixer(StateSpace):
         """Queries (B,L,H,P), keys and values (B,L,K,P), as they leave the projections."""
         return [p(hidden).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj)]
 
-    def _place(self, t: Tensor, norm: nn.Module | None, position_embeddings) -> Tensor:
-        """Queries or keys (B,L,heads,P), normed and rotated."""
-        t = t if norm is None else norm(t)
-        return t if position_embeddings is None else rotate(t, position_embeddings)
-
     def _inputs(self, q, k, v, position_embeddings, memory=None, stepping=False, padding=None, seq_idx=None):
         """x (B,L,K,P), B (B,L,K,N), C (B,L,H,N) where they are not those of attention, and the convolution's tail."""
         tail = None
@@ -303,7 +374,7 @@ class TransMambaMixer(StateSpace):
             v, k, q = (t.unflatten(-1, (-1, self.head_dim)) for t in mixed.split(widths, -1))
         norms = (self.k_norm, self.q_norm) if self.qk_norm else (None, None)
         B, C = (
-            self._place(t, n, position_embeddings if self.rope else None) for t, n in zip((k, q), norms, strict=True)
+            self.place(t, n, position_embeddings if self.rope else None) for t, n in zip((k, q), norms, strict=True)
         )
         return v, B, C, tail
 
@@ -340,15 +411,4 @@ class TransMambaMixer(StateSpace):
         return y.transpose(1, 2).flatten(2)
 
     def extra_repr(self) -> str:
-        return (
-            f"heads={self.num_heads}, kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, "
-            f"trans_point={self.trans_point}, window={self.window}"
-        )
-
-
-def _window(attention: nn.Module) -> int | None:
-    """How many last tokens a query sees (None: all). Where layers have types, only sliding ones have a window."""
-    layer_types = getattr(attention.config, "layer_types", None)
-    if layer_types is not None and layer_types[attention.layer_idx] != "sliding_attention":
-        return None
-    return getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
+        return f"{super().extra_repr()}, trans_point={self.trans_point}, window={self.window}"

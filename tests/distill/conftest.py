@@ -3,6 +3,7 @@
 Tests read them, and those that change one take a copy.
 """
 
+import dataclasses
 import io
 import shutil
 from pathlib import Path
@@ -11,9 +12,10 @@ import pytest
 from accelerate.state import AcceleratorState
 from rich.console import Console
 
-from transpoint.distill import export
 from transpoint.distill.config import load_recipe
-from transpoint.distill.stages import run_recipe
+from transpoint.distill.export.formats import FORMATS, find_format
+from transpoint.distill.stages.pipeline import PIPELINE
+from transpoint.distill.stages.runner import run_recipe
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 
@@ -34,10 +36,20 @@ def fresh_accelerator():
 
 
 @pytest.fixture
+def pipeline():
+    """The stages, to be changed meanwhile."""
+    before = list(PIPELINE)
+    yield PIPELINE
+    PIPELINE[:] = before
+
+
+@pytest.fixture
 def unverified(monkeypatch):
     """Leaves out export's own check in a fresh process, of which it is the figures: the test is of something else."""
     figures = {"logits": 1e-6, "decode": 2e-6, "scale": 10.0}
-    monkeypatch.setattr(export, "verify", lambda *args: dict(figures))
+    for name in FORMATS:
+        unchecked = dataclasses.replace(find_format(name), check=lambda *args: dict(figures))
+        monkeypatch.setitem(FORMATS, name, unchecked)
     return figures
 
 

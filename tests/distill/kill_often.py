@@ -15,8 +15,8 @@ import sys
 import time
 from pathlib import Path
 
-import transpoint.distill.stages
 from transpoint.distill.cli import main
+from transpoint.distill.stages.pipeline import names
 
 kills, seed, arguments = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
 folder = Path(next(word.removeprefix("run.dir=") for word in arguments if word.startswith("run.dir=")))
@@ -46,5 +46,5 @@ while True:
     if os.WIFEXITED(status):
         print("killed", dict(killed), flush=True)
         sys.exit(os.WEXITSTATUS(status))
-    done = [stage for stage in transpoint.distill.stages.STAGES if (folder / stage / "done.json").exists()]
+    done = [stage for stage in names() if (folder / stage / "done.json").exists()]
     killed[f"after {done[-1] if done else 'nothing'}"] += 1

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from transpoint.distill import calibrate as module
-from transpoint.distill.calibrate import HALF_LIVES, calibrate, set_half_life
+from transpoint.distill.calibrate import HALF_LIVES, calibrate
 from transpoint.students import StudentConfig, build_student
 from transpoint.students.documents import Documents
 from transpoint.teachers.random import random_teacher
@@ -52,11 +52,10 @@ def half_lives(mixer):
 
 @pytest.mark.parametrize("step", [0.001, 0.5, 1.0, 30.0])
 @pytest.mark.parametrize("half_life", [0.5, 8.0, 2048.0])
-def test_set_half_life(half_life, step):
-    _, student = make()
+def test_a_decay_is_set(half_life, step):
+    _, student = make(gate=False, norm=False)
     mixer = student.mixer_layers()[1]
-    with torch.no_grad():
-        set_half_life(mixer, torch.full((4,), half_life), torch.full((4,), step))
+    mixer.set_decay(torch.full((4,), half_life), torch.full((4, 1), step))
     torch.testing.assert_close(half_lives(mixer), torch.full((4,), half_life), rtol=1e-3, atol=0)
     torch.testing.assert_close(torch.nn.functional.softplus(mixer.dt_bias), torch.full((4,), step), rtol=1e-3, atol=0)
     # Without activation, gate and norm, and before training, an input then halves in so many tokens.
@@ -74,11 +73,8 @@ def test_known_half_lives_and_scales_are_recovered(options, monkeypatch):
     with torch.no_grad():
         for layer, half_life in wanted.items():
             mixer = known.mixer_layers()[layer]
-            if mixer.norm is None:
-                set_half_life(mixer, half_life, scales)
-            else:
-                set_half_life(mixer, half_life, torch.ones(4))
-                mixer.norm.weight.copy_(scales.repeat_interleave(16) * torch.linspace(0.5, 1.5, 64))
+            channels = scales[:, None] * torch.linspace(0.5, 1.5, 64).view(4, 16)
+            mixer.set_decay(half_life, channels if mixer.scales_channels else scales[:, None])
 
     def attention_heads(view, hidden, position_embeddings, seq_idx):
         mixer = known.mixer_layers()[view.layer]

@@ -9,16 +9,17 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-import transpoint.distill.export
-import transpoint.distill.stages
+import transpoint.distill.stages.runner
 from transpoint.distill.cli import COMMANDS, main
 from transpoint.distill.config import describe_keys
 from transpoint.distill.files import read_json
-from transpoint.distill.run import STAGES
+from transpoint.distill.stages.pipeline import names
 from transpoint.teachers.random import random_teacher
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 HELDOUT = TINY.parent / "sample" / "heldout.jsonl.zst"
+
+STAGES = names()
 
 
 @pytest.fixture(autouse=True)
@@ -150,7 +151,7 @@ def test_what_nobody_thought_of_is_one_line_too(error, told, say, monkeypatch):
     def fail(*args):
         raise error
 
-    monkeypatch.setattr(transpoint.distill.stages, "run_recipe", fail)
+    monkeypatch.setattr(transpoint.distill.stages.runner, "run_recipe", fail)
     assert complaint(say("run", TINY)) == told
     with pytest.raises(type(error)):
         main(["run", str(TINY), "--debug"])
@@ -165,7 +166,7 @@ def test_interrupted(say, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(transpoint.distill.stages, "run_recipe", interrupt)
+    monkeypatch.setattr(transpoint.distill.stages.runner, "run_recipe", interrupt)
     code, out, err = say("run", TINY)
     assert (code, out) == (130, "")
     assert err == (
@@ -281,10 +282,8 @@ def test_status_says_what_would_run_and_why(tiny_copy, say):
 
 
 @pytest.mark.parametrize("options, format", [([], "native"), (["--format", "custom"], "custom")])
-def test_export(options, format, tiny_copy, say, monkeypatch, tmp_path):
+def test_export(options, format, tiny_copy, say, unverified, tmp_path):
     """Of the latest student; verification itself is tested with the exports."""
-    figures = {"logits": 1e-6, "decode": 2e-6, "scale": 9.0}
-    monkeypatch.setattr(transpoint.distill.export, "verify", lambda *args: figures)
     code, out, err = say("export", tiny_copy, *options)
     target = tiny_copy / "exports" / f"{format}-float32"
     assert (code, err.count("error")) == (0, 0)

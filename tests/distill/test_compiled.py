@@ -13,11 +13,12 @@ from torch.nn.attention import flex_attention
 from forked import in_two
 from transpoint.distill import engine as engine_module
 from transpoint.distill.compiled import SEEN, compiled
-from transpoint.distill.config import DistillConfig, Recipe
+from transpoint.distill.config import Recipe
 from transpoint.distill.engine import make_engine
 from transpoint.distill.groups import distill_groups, mixer_parameters, only_these_train
 from transpoint.distill.objectives import Alignment, Distillation, decoder_inputs, hidden_states
 from transpoint.distill.session import make_accelerator
+from transpoint.distill.settings import DistillConfig
 from transpoint.distill.trainer import InPrecision
 from transpoint.students import StudentConfig, build_student
 from transpoint.teachers import load_teacher

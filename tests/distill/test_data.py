@@ -23,13 +23,13 @@ from transformers import PreTrainedTokenizerFast
 from transpoint.distill import data, sources
 from transpoint.distill.data import (
     Corpus,
-    DataConfig,
     DataError,
     PackedDataset,
     batch_indices,
     collate,
     tokenize_corpus,
 )
+from transpoint.distill.settings import DataConfig
 
 SAMPLE = Path(__file__).parents[2] / "configs" / "sample"
 TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<eos>{% endfor %}"

@@ -1,6 +1,7 @@
 """Exports: what plain transformers makes of the folder is what was trained, and what cannot be held is refused."""
 
 import copy
+import dataclasses
 import json
 import os
 import subprocess
@@ -13,11 +14,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GraniteMoeHybridForCausalLM
 
-from transpoint.distill import export as module
-from transpoint.distill.card import CardFacts, plan_in_letters, plan_in_words
+import transpoint.distill.export.verify as verification
+import transpoint.distill.export.write as writing
 from transpoint.distill.config import Recipe
 from transpoint.distill.data import Corpus, PackedDataset
-from transpoint.distill.export import ExportError, export
+from transpoint.distill.export import custom, native
+from transpoint.distill.export.card import CardFacts, plan_in_letters, plan_in_words, write_card
+from transpoint.distill.export.formats import FORMATS, ExportError, find_format
+from transpoint.distill.export.write import export
 from transpoint.distill.quality import HeldOut
 from transpoint.students import HybridForCausalLM, StudentConfig, build_student
 from transpoint.teachers import TeacherInfo
@@ -241,7 +245,8 @@ def test_custom_goes_with_its_own_code_and_is_saved_with_it(family, options, tmp
         for way in ("fork", "loaded"):
             assert_equal(found[f"{name}.{way}"], expected[:, 12:])
     own, copied = ({path.name: path.read_text() for path in place.glob("*.py")} for place in (folder, again))
-    assert own == copied and {"modeling_transmamba.py", "configuration_transmamba.py"} <= own.keys()
+    assert own == copied and {"modeling_hybrid.py", "configuration_transmamba.py"} <= own.keys()
+    assert ("modeling_transmamba.py" in own) == ("transmamba" in student.config.mixers)
 
 
 @pytest.mark.slow
@@ -250,14 +255,14 @@ def test_trans_points_are_verified_in_layers_that_the_schedule_leaves_to_attenti
     options = {"mixer": "transmamba", "trans_points": "inf"}
     figures = export(make(keep=[], options=options), byte_tokenizer(), tmp_path / "right", "custom")
     assert figures["logits"] < 1e-4 * figures["scale"] and 0 < figures["decode"] < 1e-4 * figures["scale"]
-    real = module._write_custom
+    real = custom.write
 
     def without_skip(student, folder, dtype):
         wrong = copy.deepcopy(student)
         wrong.model.layers[2].self_attn.D.data += 1
         real(wrong, folder, dtype)
 
-    monkeypatch.setattr(module, "_write_custom", without_skip)
+    monkeypatch.setitem(FORMATS, "custom", dataclasses.replace(custom.CUSTOM, write=without_skip))
     with pytest.raises(ExportError, match="is not equal to the student: logits differ by"):
         export(make(keep=[], options=options), byte_tokenizer(), tmp_path / "wrong", "custom")
 
@@ -282,8 +287,8 @@ def test_native_refuses_trans_points_before_and_after_training(tmp_path):
     student = make(options={"mixer": "transmamba"})
     assert refusal(student, tmp_path) == f"native cannot hold this student: {reason}; use format custom"
     config = StudentConfig(mixer="transmamba")
-    assert module.why_no_student("native", config) == f"{reason}; use export.format=custom"
-    assert module.why_no_student("custom", config) is None and module.why_no_student("native", StudentConfig()) is None
+    assert native.why_no_student(config) == f"{reason}; use export.format=custom"
+    assert find_format("custom").why_no_student(config) is None and native.why_no_student(StudentConfig()) is None
 
 
 def test_a_card_shows_no_path_of_this_machine(tmp_path, monkeypatch):
@@ -298,15 +303,15 @@ def test_a_card_shows_no_path_of_this_machine(tmp_path, monkeypatch):
     recipe.distill.teacher_cache = f"{tmp_path}/teacher-cache"
     recipe.evaluate.prompts = ["/is this a path?"]
     facts = CardFacts(TeacherInfo("odd_[name]*"), recipe.to_dict())
-    module.write_card(tmp_path, make(), "native", {"scale": 1.0, "logits": 0.0, "decode": 0.0}, facts)
-    card = (tmp_path / "README.md").read_text()
+    write_card(tmp_path, make(), native.NATIVE, {"scale": 1.0, "logits": 0.0, "decode": 0.0}, facts)
+    text = (tmp_path / "README.md").read_text()
     for word in (str(tmp_path), "owner", "~", "../", "sub/"):
-        assert word not in card, word
-    shown = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
+        assert word not in text, word
+    shown = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
     assert shown["data"]["train"] == ["*.jsonl", "hub:a/b", "c.jsonl"] and shown["run"]["reuse"] == ["other", "third"]
     assert shown["teacher"]["source"] == "model" and shown["evaluate"]["prompts"] == ["/is this a path?"]
-    assert "hybrid of odd\\_\\[name\\]\\*" in card
-    assert yaml.safe_load(card.split("---")[1])["license"] == "unknown"
+    assert "hybrid of odd\\_\\[name\\]\\*" in text
+    assert yaml.safe_load(text.split("---")[1])["license"] == "unknown"
 
 
 def test_a_mixer_that_the_card_does_not_know_goes_by_its_name():
@@ -343,7 +348,7 @@ def test_the_tokenizer_is_the_students(format, tmp_path, unverified):
     ],
 )
 def test_a_tokenizer_that_is_another_one_when_it_is_loaded_is_refused(change, what, tmp_path, monkeypatch):
-    real = module.save_tokenizer
+    real = verification.save_tokenizer
 
     def changed(tokenizer, folder):
         other = copy.deepcopy(tokenizer)
@@ -351,10 +356,11 @@ def test_a_tokenizer_that_is_another_one_when_it_is_loaded_is_refused(change, wh
             setattr(other, name, value)
         real(other, folder)
 
-    monkeypatch.setattr(module, "save_tokenizer", changed)
+    for module in (verification, writing):
+        monkeypatch.setattr(module, "save_tokenizer", changed)
     reason = f"the tokenizer is another one when it is loaded with what was written: its {what} differ"
     with pytest.raises(ExportError, match=reason):
-        module.check_tokenizer(make(), left_padding(), "native")
+        native.NATIVE.check_tokenizer(make(), left_padding())
     if what == "padding side":
         with pytest.raises(ExportError, match=reason):
             export(make(), left_padding(), tmp_path / "out")
@@ -366,7 +372,7 @@ def test_an_export_that_the_project_loads_and_saves_again_carries_its_code(tmp_p
     export(student, byte_tokenizer(), tmp_path / "first", "custom")
     HybridForCausalLM.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "again")
     first, again = ({path.name for path in (tmp_path / name).glob("*.py")} for name in ("first", "again"))
-    assert first == again and len(first) == 11
+    assert first == again and {"modeling_hybrid.py", "modeling_transmamba.py", "ssd_reference.py"} < first
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "again", trust_remote_code=True)
     assert not type(model).__module__.startswith("transpoint.")
     with torch.no_grad():
@@ -433,13 +439,13 @@ def test_what_native_cannot_hold(case, tmp_path):
 )
 def test_query_and_key_norms(qk_norm, reason, tmp_path, monkeypatch):
     """Of a family that is native but for them."""
-    monkeypatch.setattr(module, "NATIVE_FAMILIES", ("qwen3",))
+    monkeypatch.setattr(native, "NATIVE_FAMILIES", ("qwen3",))
     student = make("qwen3", options={"qk_norm": qk_norm})
     assert refusal(student, tmp_path) == f"native cannot hold this student: {reason}"
 
 
 def test_transformers_that_would_compute_something_else(tmp_path, monkeypatch):
-    monkeypatch.setattr(module.transformers, "__version__", "5.22.1")
+    monkeypatch.setattr(native.transformers, "__version__", "5.22.1")
     assert refusal(make(), tmp_path) == (
         "native cannot hold this student: transformers 5.22.1 normalises all heads of a Mamba-2 layer together; "
         "it takes 5.23 or later, or format custom"
@@ -453,7 +459,7 @@ def test_an_unknown_format(tmp_path):
 @pytest.mark.slow
 def test_an_export_that_is_not_equal_is_caught(tmp_path, monkeypatch):
     """Heads of C in another order: every shape fits, and every logit is wrong."""
-    real = module.native_state
+    real = native.native_state
 
     def shuffled(student):
         state = real(student)
@@ -463,7 +469,7 @@ def test_an_export_that_is_not_equal_is_caught(tmp_path, monkeypatch):
                 state[name] = torch.cat([z, x, b, c.unflatten(0, (4, 16)).roll(1, 0).flatten(0, 1), dt])
         return state
 
-    monkeypatch.setattr(module, "native_state", shuffled)
+    monkeypatch.setattr(native, "native_state", shuffled)
     with pytest.raises(ExportError, match=r"is not equal to the student: logits differ by .*, more than [0-9.e-]+$"):
         export(make(), byte_tokenizer(), tmp_path / "native")
     assert not (tmp_path / "native").exists()
@@ -474,7 +480,7 @@ def test_an_export_that_does_not_load_is_caught(tmp_path, monkeypatch):
     def write(student, folder, dtype):
         (folder / "config.json").write_text('{"model_type": "no_such_model"}')
 
-    monkeypatch.setattr(module, "_write_native", write)
+    monkeypatch.setitem(FORMATS, "native", dataclasses.replace(native.NATIVE, write=write))
     with pytest.raises(ExportError, match="does not load without Transpoint: ") as caught:
         export(make(), byte_tokenizer(), tmp_path / "native")
     assert "\n" not in str(caught.value) and not (tmp_path / "native").exists()
@@ -488,7 +494,7 @@ def test_a_failed_write_leaves_the_earlier_export(tmp_path, monkeypatch, unverif
     def write_card(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module, "write_card", write_card)
+    monkeypatch.setattr(writing, "write_card", write_card)
     with pytest.raises(OSError, match="No space left"):
         export(student, byte_tokenizer(), tmp_path / "native")
     assert os.listdir(tmp_path) == ["native"]

@@ -11,9 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from families import tiny_teacher
-from transpoint.distill.config import DistillConfig
 from transpoint.distill.flops import distill_flops
 from transpoint.distill.objectives import Distillation
+from transpoint.distill.settings import DistillConfig
 from transpoint.students import HybridForCausalLM, StudentConfig, StudentError, build_student
 from transpoint.teachers import TeacherError, output_head
 
@@ -49,10 +49,10 @@ def converted():
 @pytest.mark.parametrize(
     "family, reason",
     [
-        ("granitemoehybrid", "GraniteMoeHybridDecoderLayer. is not understood: it has no `self_attn`"),
+        ("granitemoehybrid", "GraniteMoeHybridDecoderLayer. is not understood: it has no `self_attn` or `attention`"),
         ("ministral3", "layer 0 .Ministral3Attention. is not understood: .* fails with TypeError: .*position_ids"),
         ("falcon_h1", "FalconH1ForCausalLM: its layers remember more than keys and values"),
-        ("phi3", "is not understood: it lacks k_proj, q_proj, v_proj and has o_proj, qkv_proj"),
+        ("persimmon", "is not understood: it lacks k_proj, o_proj, q_proj, v_proj and has attention_dropout, dense"),
     ],
 )
 def test_families_that_are_refused(family, reason):

@@ -19,7 +19,7 @@ MOUNT = 'mount -t tmpfs -o size=20m none "$1"; '
 RUN = """
 import sys
 from transpoint.distill.config import load_recipe
-from transpoint.distill.stages import run_recipe
+from transpoint.distill.stages.runner import run_recipe
 
 def fill(step):
     if step == 5:

@@ -13,11 +13,14 @@ from pathlib import Path
 import pytest
 from huggingface_hub import HfApi
 
-from transpoint.distill import hub
+from transpoint.distill.export import hub
 from transpoint.distill.identity import identity
-from transpoint.distill.run import STAGES, RunError, StageFolder
+from transpoint.distill.run import RunError, StageFolder
+from transpoint.distill.stages.pipeline import names
 
 TOKEN = "hf_" + "MarkerThatMustNotLeak"
+
+STAGES = names()
 
 
 class FakeHub(ThreadingHTTPServer):

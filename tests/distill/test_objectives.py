@@ -6,8 +6,8 @@ from functools import partial
 import pytest
 import torch
 
-from transpoint.distill.config import DistillConfig
 from transpoint.distill.objectives import Alignment, Distillation, attention_pairs, next_tokens, predictions_loss
+from transpoint.distill.settings import DistillConfig
 from transpoint.kernels.kl import linear_kl
 from transpoint.kernels.kl_cached import cached_kl
 from transpoint.students import StudentConfig, build_student

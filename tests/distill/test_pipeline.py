@@ -1,5 +1,6 @@
 """A recipe through every stage: what a run leaves, what is reused and what runs again, interrupted anywhere."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -11,16 +12,17 @@ from transformers import AutoModelForCausalLM
 
 from run_files import done, metrics, student
 from transpoint.distill import session as session_module
-from transpoint.distill import stages
 from transpoint.distill.cli import main
 from transpoint.distill.config import load_recipe
 from transpoint.distill.data import DataError
 from transpoint.distill.files import read_json, write_json
 from transpoint.distill.identity import identity
 from transpoint.distill.models import load_model
-from transpoint.distill.run import STAGES, RunError, StageFolder, lineage
+from transpoint.distill.run import RunError, StageFolder, lineage
 from transpoint.distill.session import Session
-from transpoint.distill.stages import run_recipe, stage_inputs
+from transpoint.distill.stages.inputs import stage_inputs
+from transpoint.distill.stages.pipeline import names
+from transpoint.distill.stages.runner import run_recipe
 from transpoint.distill.summary import card_facts, summary
 from transpoint.teachers import TeacherError
 from transpoint.teachers.random import random_teacher
@@ -28,6 +30,8 @@ from transpoint.teachers.random import random_teacher
 TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 SAMPLE = TINY.parent / "sample"
 pytestmark = pytest.mark.usefixtures("unverified")
+
+STAGES = names()
 
 
 def files(folder):
@@ -381,19 +385,21 @@ def test_interrupted_in_every_training_and_resumed_equals_uninterrupted(tiny_run
 
 @pytest.mark.parametrize("stage", ["transfer", "calibrate", "align"])
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_interrupted_between_steps_the_stage_runs_again(stage, when, tiny_run, tiny_copy, run_tiny, monkeypatch):
+def test_interrupted_between_steps_the_stage_runs_again(stage, when, tiny_run, tiny_copy, run_tiny, pipeline):
     """Before it made anything, or after everything but its record."""
     shutil.rmtree(tiny_copy / stage)
-    real = stages._RUN[stage]
+    index = names().index(stage)
+    real = pipeline[index]
 
     def interrupted(session, folder):
         if when == "after":
-            real(session, folder)
+            real.run(session, folder)
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setitem(stages._RUN, stage, interrupted)
+    pipeline[index] = dataclasses.replace(real, run=interrupted)
+    with pytest.raises(KeyboardInterrupt):
         run_tiny(tiny_copy)
+    pipeline[index] = real
     assert reasons(tiny_copy) == {stage: "interrupted"}
     assert ran(run_tiny(tiny_copy)) == {stage: "interrupted"}
     assert student(tiny_copy, stage) == student(tiny_run, stage)
@@ -422,8 +428,9 @@ def test_another_run_takes_over_what_is_the_same_and_goes_on(tiny_run, run_tiny,
     assert f"taken over from {tiny_run}" in capsys.readouterr().out
 
 
-def test_what_a_stage_does_is_part_of_what_its_result_depends_on(tiny_copy, run_tiny, monkeypatch):
-    monkeypatch.setitem(stages._CODE, "export", 99)
+def test_what_a_stage_does_is_part_of_what_its_result_depends_on(tiny_copy, run_tiny, pipeline):
+    index = names().index("export")
+    pipeline[index] = dataclasses.replace(pipeline[index], code=99)
     output = ran(run_tiny(tiny_copy))
     assert output.keys() == {"export", "evaluate"} and output["export"] == "changed: code (1 -> 99)"
 

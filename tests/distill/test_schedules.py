@@ -7,7 +7,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transpoint.distill.config import AnnealConfig, DistillConfig
 from transpoint.distill.schedules import (
     annealed,
     at_trans_points,
@@ -17,6 +16,7 @@ from transpoint.distill.schedules import (
     resolve,
     trans_points_in_step,
 )
+from transpoint.distill.settings import AnnealConfig, DistillConfig
 from transpoint.students import StudentConfig, StudentError, build_student
 from transpoint.teachers.random import random_teacher
 

@@ -22,7 +22,7 @@ from run_files import metrics, student
 from transpoint.distill import data, sources
 from transpoint.distill.config import ConfigError, load_recipe
 from transpoint.distill.data import DataError
-from transpoint.distill.stages import stage_inputs
+from transpoint.distill.stages.inputs import stage_inputs
 from transpoint.distill.streaming import StreamedDataset
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"

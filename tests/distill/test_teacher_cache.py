@@ -22,7 +22,7 @@ from transpoint.distill.data import batch_indices, collate
 from transpoint.distill.objectives import Distillation
 from transpoint.distill.run import RunError
 from transpoint.distill.session import Session
-from transpoint.distill.stages import run_recipe
+from transpoint.distill.stages.runner import run_recipe
 from transpoint.distill.teacher_cache import CachedDistillation, CachedTargets, cache_teacher, items_of_distill
 from transpoint.students import StudentConfig, build_student
 from transpoint.teachers import output_head
@@ -295,7 +295,7 @@ def test_the_teacher_is_not_run_while_distill_trains(cached_run, copy, monkeypat
     monkeypatch.setattr(
         CachedDistillation, "forward", lambda self, batch: seen.append(len(calls)) or forward(self, batch)
     )
-    monkeypatch.setattr("transpoint.distill.stages.Session", lambda *_: session)
+    monkeypatch.setattr("transpoint.distill.stages.runner.Session", lambda *_: session)
     run_recipe(recipe, until_stage="distill", console=Console(quiet=True))
     assert len(seen) == 20 and set(seen) == {0}
     assert calls  # held-out quality is measured against the teacher itself

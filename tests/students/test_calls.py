@@ -123,7 +123,7 @@ def test_an_older_transformers_is_refused_in_one_line():
         "import transformers\n"
         "transformers.__version__ = '5.16.1'\n"
         "try:\n"
-        "    import transpoint.students\n"
+        "    from transpoint.students import HybridForCausalLM\n"
         "except ImportError as error:\n"
         "    print(error)\n"
     )

@@ -45,13 +45,15 @@ def test_gradients_are_those_of_finite_differences(make_student):
     parameters = dict(student.named_parameters())
     for part in ("A_log", "dt_bias", "D", "in_proj.weight", "conv1d.weight", "q_norm.weight", "out_proj.weight"):
         name = f"model.layers.0.self_attn.{part}"
-        step = 3e-3 * gradients[name] / gradients[name].norm()
+        norm = gradients[name].norm()
+        size = min(3e-3, 5e-4 / norm.item())  # where the loss is steep, it is curved, too
+        step = size * gradients[name] / norm
         losses = []
         for sign in (1, -1):
             parameters[name].data += sign * step
             losses.append(loss_and_gradients(student)[0])
             parameters[name].data -= sign * step
-        assert (losses[0] - losses[1]) / 6e-3 == pytest.approx(gradients[name].norm().item(), rel=0.01), part
+        assert (losses[0] - losses[1]) / (2 * size) == pytest.approx(norm.item(), rel=0.01), part
 
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated")

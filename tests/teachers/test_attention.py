@@ -5,12 +5,15 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from transpoint.teachers import TeacherError, attention_view, decoder_layers
+from transpoint.teachers import TeacherError, attention_view
 from transpoint.teachers.random import random_teacher
 
 LENGTH = 24  # longer than the windows below
 
 # Family, fields of its config, and what the view of a layer then says.
+PARTIAL = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+TYPES = ["sliding_attention", "full_attention"] * 2
+WINDOWS = [16, None] * 2
 FAMILIES = {
     "llama": ("llama", {}, {}),
     "llama with biases": ("llama", {"attention_bias": True}, {"biases": ("k_proj", "o_proj", "q_proj", "v_proj")}),
@@ -27,6 +30,23 @@ FAMILIES = {
     "stablelm": ("stablelm", {"partial_rotary_factor": 0.5}, {"rotary_dim": 8}),
     "granite": ("granite", {"attention_multiplier": 0.4}, {"scale": 0.4}),
     "mixtral": ("mixtral", {"num_local_experts": 2}, {}),
+    "phi3, in one matrix": ("phi3", {"rope_parameters": PARTIAL}, {"rotary_dim": 8}),
+    "gpt_neox, head by head": (
+        "gpt_neox",
+        {"rope_parameters": PARTIAL},
+        {"num_kv_heads": 4, "rotary_dim": 8, "biases": ("k_proj", "o_proj", "q_proj", "v_proj")},
+    ),
+    "olmo2, norms over all heads": ("olmo2", {}, {"normed": True, "norm_over": "all"}),
+    "olmo3": (
+        "olmo3",
+        {"layer_types": TYPES, "sliding_window": 16},
+        {"normed": True, "norm_over": "all", "window": WINDOWS},
+    ),
+    "gemma3, a rotary for each type": (
+        "gemma3_text",
+        {"layer_types": TYPES, "sliding_window": 16, "query_pre_attn_scalar": 16},
+        {"normed": True, "norm_over": "head", "window": WINDOWS, "layer_type": TYPES},
+    ),
 }
 
 
@@ -57,9 +77,9 @@ def attention_calls(model):
     calls = []
 
     def record(module, args, kwargs, output):
-        calls.append((kwargs["hidden_states"], kwargs["position_embeddings"], output[0]))
+        calls.append((args[0] if args else kwargs["hidden_states"], kwargs["position_embeddings"], output[0]))
 
-    hooks = [layer.self_attn.register_forward_hook(record, with_kwargs=True) for layer in decoder_layers(model)]
+    hooks = [view.module.register_forward_hook(record, with_kwargs=True) for view in attention_view(model)]
     ids = torch.randint(3, 90, (2, LENGTH), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         model(ids, use_cache=False)
@@ -90,9 +110,10 @@ def test_a_view_says_what_the_attention_is(case):
     views = attention_view(model)
     assert len(views) == 4
     for index, view in enumerate(views):
-        assert {name: getattr(view, name) for name in expected} == expected
-        assert view.layer == index and view.name == f"model.layers.{index}.self_attn"
-        assert view.module is model.get_submodule(view.name) and view.q_proj is view.module.q_proj
+        of_layer = {name: value[index] if isinstance(value, list) else value for name, value in expected.items()}
+        assert {name: getattr(view, name) for name in expected} == of_layer
+        assert view.layer == index and view.name.endswith(f"layers.{index}.{view.attribute}")
+        assert view.module is model.get_submodule(view.name) and view.q_proj.linear in view.module.children()
         assert (view.q_norm is not None, view.k_norm is not None) == (normed, normed)
         if normed:
             assert view.q_norm is view.module.q_norm and view.k_norm is view.module.k_norm
@@ -179,10 +200,11 @@ def test_half_precision_teachers_pass_the_numeric_check(dtype):
     assert len(attention_view(teacher("qwen3").to(dtype))) == 4
 
 
-def with_part(name, part):
-    """A llama whose layer 2 has one more part in its attention."""
+def with_part(name, part, **more):
+    """A llama whose layer 2 has one more part in its attention, or several."""
     model = teacher("llama")
-    setattr(model.model.layers[2].self_attn, name, part)
+    for key, value in {name: part, **more}.items():
+        setattr(model.model.layers[2].self_attn, key, value)
     return model
 
 
@@ -219,12 +241,22 @@ REFUSED = {
     ),
     "a layer without self_attn": (
         lambda: teacher("jamba", attn_layer_period=2, attn_layer_offset=1, use_mamba_kernels=False, num_experts=2),
-        "layer 0 (JambaMambaDecoderLayer) is not understood: it has no `self_attn`",
+        "layer 0 (JambaMambaDecoderLayer) is not understood: it has no `self_attn` or `attention`",
     ),
-    "Phi-3, q, k and v in one": (
-        lambda: teacher("phi3"),
-        "model.layers.0.self_attn (Phi3Attention) is not understood: it lacks k_proj, q_proj, v_proj and has o_proj, "
-        "qkv_proj",
+    "Persimmon, q, k and v in one": (
+        lambda: teacher("persimmon"),
+        "model.layers.0.self_attn (PersimmonAttention) is not understood: it lacks k_proj, o_proj, q_proj, v_proj and "
+        "has attention_dropout, dense, k_layernorm, q_layernorm, query_key_value",
+    ),
+    "norms over half of a head": (
+        lambda: with_part("q_norm", nn.RMSNorm(8), k_norm=nn.RMSNorm(8)),
+        "model.layers.2.self_attn (LlamaAttention) is not understood: q_norm is over (8,), neither over one head of "
+        "16 nor over all",
+    ),
+    "norms of two kinds": (
+        lambda: with_part("q_norm", nn.RMSNorm(64), k_norm=nn.RMSNorm(16)),
+        "model.layers.2.self_attn (LlamaAttention) is not understood: k_norm is over (16,), neither over one head of "
+        "16 nor over all",
     ),
     "gpt-oss, sinks": (
         lambda: teacher("gpt_oss", num_local_experts=2, num_experts_per_tok=1),
@@ -251,18 +283,9 @@ REFUSED = {
         "model.layers.2.self_attn (LlamaAttention) is not understood: shapes q 64, k 48, v 32, o 64 do not make heads "
         "of 16",
     ),
-    "OLMo-2, norms over all heads": (
-        lambda: teacher("olmo2"),
-        "model.layers.0.self_attn (Olmo2Attention) is not understood: q_norm is over (64,), not over one head of 16",
-    ),
     "Gemma-2, capped scores": (
         lambda: teacher("gemma2", query_pre_attn_scalar=16, attn_logit_softcapping=50.0),
         "model.layers.0.self_attn (Gemma2Attention) is not understood: it caps its scores (attn_logit_softcapping 50)",
-    ),
-    "Gemma-3, two rotary embeddings": (
-        lambda: teacher("gemma3_text"),
-        "model.layers.0.self_attn (Gemma3Attention) is not understood: its rotary embedding (Gemma3RotaryEmbedding) is "
-        "not one for all layers",
     ),
 }
 

@@ -8,9 +8,11 @@ from pathlib import Path
 import yaml
 from jinja2 import Environment, StrictUndefined
 
-from ..students import HybridForCausalLM
-from ..teachers import TeacherInfo
-from .config import for_others
+from ...students import HybridForCausalLM
+from ...students.configuration_mixers import MIXERS, have_trans_points
+from ...teachers import TeacherInfo
+from ..config import for_others
+from .formats import Format
 
 
 @dataclass
@@ -24,7 +26,7 @@ class CardFacts:
 
 
 def write_card(
-    folder: Path, student: HybridForCausalLM, format: str, figures: dict[str, float], facts: CardFacts
+    folder: Path, student: HybridForCausalLM, format: Format, figures: dict[str, float], facts: CardFacts
 ) -> None:
     """Writes README.md into an exported folder. `figures` are those of `export.verify`."""
     teacher = facts.teacher or TeacherInfo("an unnamed teacher")
@@ -46,35 +48,39 @@ def write_card(
         front=yaml.safe_dump(front, sort_keys=False).strip(),
         teacher=teacher,
         kinds=list(kinds.values()),
+        letters=[f"{letter(name)} {words}" for name, words in {"attention": "attention", **kinds}.items()],
         converted=sum(mixer != "attention" for mixer in mixers),
         layers=len(mixers),
         plan=plan_in_letters(mixers),
-        trans_points=student.trans_points if "transmamba" in mixers else None,
+        trans_points=student.trans_points if have_trans_points(mixers) else None,
+        choosing=[words for name, words in kinds.items() if have_trans_points([name])],
         schedules=[row for row in getattr(student.config, "measured_trans_points", None) or () if row.get("cost")],
         schedule_rows=schedule_rows,
         tokens=facts.tokens,
         quality=facts.quality,
-        format=format,
+        note=format.note,
         figures=figures,
         recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).strip() if recipe is not None else None,
-        load=load_snippet("FOLDER_OR_HUB_ID", format),
+        load=format.snippet("FOLDER_OR_HUB_ID"),
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
-
-
-KINDS = {"mamba2": "Mamba-2", "transmamba": "TransMamba"}
 
 
 def kinds_in(mixers: list[str]) -> dict[str, str]:
     """The mixers of a layer plan besides attention, and what people call each: by its own name where that is not known
     here."""
-    present = sorted(set(mixers) - {"attention"}, key=[*KINDS, *mixers].index)
-    return {kind: KINDS.get(kind, kind) for kind in present}
+    present = sorted(set(mixers) - {"attention"}, key=[*MIXERS, *mixers].index)
+    return {name: MIXERS[name].title if name in MIXERS else name for name in present}
+
+
+def letter(mixer: str) -> str:
+    """What a layer is in a plan: A for attention; of a mixer that is not known here the first of its name."""
+    return MIXERS[mixer].letter if mixer in MIXERS else mixer[0].upper()
 
 
 def plan_in_letters(mixers: list[str]) -> str:
-    """One letter a layer: A attention, M Mamba-2, T TransMamba; of another mixer the first of its name."""
-    return "".join({"attention": "A", **kinds_in(mixers)}[mixer][0].upper() for mixer in mixers)
+    """One letter a layer, as AMAM."""
+    return "".join(map(letter, mixers))
 
 
 def plan_in_words(mixers: list[str]) -> str:
@@ -104,16 +110,6 @@ def schedule_rows(records: list[dict]) -> list[tuple[str, ...]]:
             )
         )
     return rows
-
-
-def load_snippet(path: str, format: str) -> str:
-    """Three lines of plain transformers code that load an export."""
-    extra = ", trust_remote_code=True" if format == "custom" else ""
-    return (
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        f'model = AutoModelForCausalLM.from_pretrained("{path}"{extra})\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{path}"{extra})'
-    )
 
 
 def quality_row(model: str, quality) -> dict:
@@ -147,11 +143,11 @@ attention they replace
 
 
 
-Layer plan (A attention, M Mamba-2, T TransMamba), first layer to last: `{{ plan }}`
+Layer plan ({{ letters | join(", ") }}), first layer to last: `{{ plan }}`
 
 {% if trans_points is not none %}
-A TransMamba layer computes the first tokens of a sequence, up to its TransPoint, by attention, and later ones by a
-state space with the same weights, whose memory does not grow. TransPoints, first layer to last:
+A {{ choosing | join(" or ") }} layer computes the first tokens of a sequence, up to its TransPoint, by attention, and
+later ones by a state space with the same weights, whose memory does not grow. TransPoints, first layer to last:
 `{{ trans_points | join(" ") }}`. Choose others with `from_pretrained(..., trans_points=...)` or
 `model.set_trans_points(...)`.
 {% endif %}
@@ -168,12 +164,7 @@ Licence: the teacher's, which could not be read from its files; look it up befor
 {{ load }}
 ```
 
-{% if format == "native" %}
-It is a GraniteMoeHybrid model without experts: no remote code, transformers 5.23 or later (earlier versions normalise
-over all heads at once and silently give other logits).
-{% else %}
-Its code is in this folder: `modeling_hybrid.py` and what it imports need torch and transformers only.
-{% endif %}
+{{ note }}
 
 {% if quality %}
 ## Quality on held-out text

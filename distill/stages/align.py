@@ -1,0 +1,24 @@
+"""*align*: each mixer alone learns to give the teacher's attention output."""
+
+from typing import TYPE_CHECKING
+
+from .stage import Stage
+
+if TYPE_CHECKING:
+    from ..run import StageFolder
+    from ..session import Session
+
+
+def run(session: "Session", folder: "StageFolder") -> dict:
+    """Trains each mixer alone to give the teacher's attention output from the teacher's own input."""
+    from ..groups import mixer_parameters
+    from ..objectives import Alignment
+    from .training import trained
+
+    student = session.student_before("align").train()
+    objective = Alignment(session.teacher, student)
+    groups = [{"name": "mixers", "parameters": mixer_parameters(student), "lr": session.recipe.align.lr}]
+    return trained(session, folder, student, objective, groups)
+
+
+ALIGN = Stage("align", run, reads=("align", "data"), code=2, makes_student=True, trains=True)

@@ -1,0 +1,27 @@
+"""*calibrate*: decay and scale of each head, measured against the teacher's."""
+
+from typing import TYPE_CHECKING
+
+from .stage import Stage
+
+if TYPE_CHECKING:
+    from ..run import StageFolder
+    from ..session import Session
+
+
+def run(session: "Session", folder: "StageFolder") -> dict:
+    """Sets decay, step and scale from a few teacher batches."""
+    from ..calibrate import calibrate
+    from ..data import collate
+    from ..schedules import at_trans_points
+
+    student = session.student_before("calibrate")
+    batches = [collate([item]) for item in session.train_data.spread(session.recipe.calibrate.sequences)]
+    batches = [{key: value.to(session.accelerator.device) for key, value in batch.items()} for batch in batches]
+    with at_trans_points(student, "mamba"):  # the state-space form is what is missing its decay and scale
+        found = calibrate(session.teacher, student, batches, session.recipe.calibrate.decay)
+    session.save(student, folder)
+    return {"layers": found, "quality": session.measure(student, "calibrate")}
+
+
+CALIBRATE = Stage("calibrate", run, reads=("calibrate", "data"), makes_student=True)

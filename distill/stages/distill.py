@@ -1,0 +1,69 @@
+"""*distill*: the student learns end to end from the teacher's predictions."""
+
+from typing import TYPE_CHECKING
+
+from .stage import Stage
+
+if TYPE_CHECKING:
+    from ..run import StageFolder
+    from ..session import Session
+
+
+def run(session: "Session", folder: "StageFolder") -> dict:
+    """Trains the student end to end on the KL from the teacher's predictions."""
+    import copy
+
+    from ...students.configuration_transmamba import written
+    from ...teachers import output_head
+    from ..groups import distill_groups
+    from ..lora import attach
+    from ..models import has_trans_points
+    from ..objectives import Distillation
+    from ..run import RunError
+    from ..schedules import resolve, trans_points_in_step
+    from ..teacher_cache import CachedDistillation
+    from .training import trained as train_student
+
+    settings = session.recipe.distill
+    student = session.student_before("distill").train()
+    if settings.gradient_checkpointing:
+        # Before 5.23, transformers calls it so.
+        enable = getattr(student, "activation_checkpointing_enable", student.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
+    if settings.lora.rank:
+        attach(student, settings.lora)
+    if settings.teacher_cache:
+        cached = session.cached_targets
+        session.say(f"distill: the teacher is read from {settings.teacher_cache}: {cached.summary}")
+        # A copy, which stays when the teacher leaves the device.
+        head = copy.deepcopy(output_head(session.teacher, check=False)) if cached.index["hidden"] else None
+        objective = CachedDistillation(student, settings, cached.index["vocab_size"], head)
+    else:
+        objective = Distillation(session.teacher, student, settings)
+    groups = distill_groups(student, settings)
+    if not groups:
+        raise RunError("distill trains nothing: every group's learning rate is 0; set distill.groups or distill.lora")
+    if not has_trans_points(student):
+        return train_student(session, folder, student, objective, groups)
+    schedules = resolve(student, [session.recipe.student.trans_points, *settings.sample_schedules])
+    trained = {name: written(points) for name, points in schedules.items()} if settings.steps else {}
+    student.config.measured_trans_points = [
+        {"schedule": name, "trans_points": points, "trained": True, "quality": None} for name, points in trained.items()
+    ]
+
+    def trans_points(step: int) -> list:
+        targets, recipe = list(schedules.values()), session.recipe
+        return trans_points_in_step(step, targets, recipe.data.length, settings, recipe.run.seed)
+
+    return train_student(session, folder, student, objective, groups, trans_points) | {"schedules": trained}
+
+
+def look_ahead(session: "Session") -> None:
+    """A cache of the teacher's predictions that does not fit is refused before the stages before it run."""
+    if session.recipe.distill.teacher_cache:
+        session.check_cached_targets()
+
+
+DISTILL = Stage(
+    "distill", run, reads=("distill", "data"), code=2, makes_student=True, trains=True, look_ahead=look_ahead
+)

@@ -1,0 +1,55 @@
+"""*evaluate*: the exported checkpoint itself is measured, at each schedule, and answers."""
+
+from typing import TYPE_CHECKING
+
+from .stage import Stage
+
+if TYPE_CHECKING:
+    from ..run import StageFolder
+    from ..session import Session
+
+
+def run(session: "Session", folder: "StageFolder") -> dict:
+    """Measures the exported checkpoint itself, at each schedule, and lets teacher and student answer."""
+    from ..export.card import write_card
+    from ..export.formats import find_format
+    from ..files import read_json, write_json
+    from ..models import has_trans_points, load_model
+    from ..quality import answer
+    from ..summary import card_facts
+    from .measuring import measure_schedules, refresh_quality
+    from .pipeline import student_before
+
+    refresh_quality(session)
+    settings = session.recipe.evaluate
+    exported = session.folder("export").done
+    path = session.folder("export") / exported["folder"]
+    model = load_model(path).to(session.accelerator.device)
+    late = None
+    if has_trans_points(model):  # where no layer takes attention any more, or at least the layers that documents reach
+        late = max((point for point in model.trans_points if point < session.held_out.longest), default=None)
+    results = {"quality": session.measure(model, "evaluate", late)}
+    if has_trans_points(model):
+        results["schedules"] = measure_schedules(session, model, results["quality"])
+    results["answers"] = [
+        {
+            "prompt": prompt,
+            "teacher": answer(session.teacher, session.tokenizer, prompt, settings.max_new_tokens),
+            "student": answer(model, session.tokenizer, prompt, settings.max_new_tokens),
+        }
+        for prompt in settings.prompts
+    ]
+    if session.accelerator.is_main_process:
+        write_json(folder / "results.json", results)
+        if "schedules" in results:
+            # So that whoever loads it at another schedule is told what was measured.
+            for place in (path, session.folder(student_before(session.recipe, "evaluate")) / "student"):
+                config = read_json(place / "config.json") | {"measured_trans_points": results["schedules"]}
+                write_json(place / "config.json", config)
+            model.config.measured_trans_points = results["schedules"]
+            kind = find_format(exported["folder"])
+            write_card(path, model, kind, exported["verified"], card_facts(session.root))
+    return results
+
+
+EVALUATE = Stage("evaluate", run, reads=("evaluate", "data"))

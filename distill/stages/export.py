@@ -1,0 +1,50 @@
+"""*export*: the checkpoint that others load is written and verified."""
+
+from typing import TYPE_CHECKING
+
+from .stage import Stage
+
+if TYPE_CHECKING:
+    from ..run import StageFolder
+    from ..session import Session
+
+
+def run(session: "Session", folder: "StageFolder") -> dict:
+    """Writes and verifies the checkpoint that others load."""
+    import torch
+
+    from ..export.write import export
+    from ..summary import card_facts
+    from .measuring import refresh_quality
+
+    refresh_quality(session)
+    if not session.accelerator.is_main_process:
+        return {}
+    settings = session.recipe.export
+    target = folder / settings.format
+    figures = export(
+        session.student_before("export"),
+        session.tokenizer,
+        target,
+        settings.format,
+        getattr(torch, settings.dtype),
+        card_facts(session.root),
+    )
+    session.say(
+        f"export: {target} loads without Transpoint; logits differ by {figures['logits']:.1e} from the student's, "
+        f"decoding by {figures['decode']:.1e} from prefill"
+    )
+    return {"folder": settings.format, "verified": figures}
+
+
+def look_ahead(session: "Session") -> None:
+    """A student that the format cannot hold, whatever the teacher, is refused before it is made."""
+    from ..export.formats import find_format
+    from ..run import RunError
+
+    recipe = session.recipe
+    if reason := find_format(recipe.export.format).why_no_student(recipe.student):
+        raise RunError(f"export.format={recipe.export.format} cannot hold this student: {reason}")
+
+
+EXPORT = Stage("export", run, reads=("export",), look_ahead=look_ahead)

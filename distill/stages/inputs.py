@@ -1,0 +1,59 @@
+"""What the result of each stage depends on."""
+
+from pathlib import Path
+
+from ..config import Recipe
+from ..identity import file_identity, identity, without_resultless
+from ..run import StageFolder
+from ..sources import DataError, source_identity
+from .pipeline import pipeline_of
+
+
+def stage_inputs(recipe: Recipe) -> dict[str, dict]:
+    """For each stage, all that its result depends on: settings, seed, files, what it does, and the stage before it."""
+    settings = recipe.to_dict()
+    for name in ("train", "heldout"):
+        if not settings["data"][name]:
+            raise DataError(f"data.{name} is empty: list files, folders or hub:OWNER/NAME there")
+    text = {
+        "train": [source_identity(source, sampled=recipe.data.streaming) for source in recipe.data.train],
+        "heldout": [source_identity(source) for source in recipe.data.heldout],
+    }
+    needs: dict[str, dict] = {}
+    before = None
+    for stage in pipeline_of(recipe):
+        own = {name: dict(settings[name]) for name in stage.reads} | {"code": stage.code}
+        if "data" in own:
+            own["data"] |= text
+            # What is trained does not depend on what it is measured on.
+            unread = ["heldout", "max_heldout_tokens"] if stage.makes_student else []
+            if not (stage.makes_student and recipe.data.streaming):
+                unread += ["streaming", "shuffle_buffer"]
+            for name in unread:
+                del own["data"][name]
+        if "distill" in own and recipe.distill.teacher_cache:
+            own["distill"]["teacher_cache"] = _cache_identity(recipe.distill.teacher_cache)
+        if "teacher" in own:
+            own["teacher"]["files"] = file_identity(recipe.teacher.source)
+            del own["teacher"]["training_dtype"]  # which counts where something is trained
+        if stage.trains:
+            own["run"] = {"seed": recipe.run.seed, "precision": recipe.run.precision}
+            own["teacher"] = {"training_dtype": recipe.teacher.training_dtype}
+        own = without_resultless(own)
+        if before is not None:
+            own["after"] = {before: identity(needs[before])}
+        needs[stage.name] = own
+        before = stage.name
+    return needs
+
+
+def _cache_identity(folder: str):
+    from ..teacher_cache import cache_identity  # which loads what `transpoint status` does without
+
+    return cache_identity(folder)
+
+
+def finished_elsewhere(recipe: Recipe, stage: str, depends_on: dict) -> StageFolder | None:
+    """The folder of a run in `run.reuse` that has finished a stage which depends on just this."""
+    folders = (StageFolder(Path(root).expanduser(), stage) for root in recipe.run.reuse)
+    return next((folder for folder in folders if folder.why_not_reusable(depends_on) is None), None)

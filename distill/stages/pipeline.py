@@ -1,0 +1,41 @@
+"""Which stages there are, in order. A new one is a file of its own, with a `Stage` in it, and a line here.
+
+This and the stages' files load nothing heavy: the command line and recipes look here. What a stage needs, it imports
+when it runs.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from .align import ALIGN
+from .calibrate import CALIBRATE
+from .distill import DISTILL
+from .evaluate import EVALUATE
+from .export import EXPORT
+from .stage import Stage
+from .transfer import TRANSFER
+
+if TYPE_CHECKING:
+    from ..config import Recipe
+
+PIPELINE: list[Stage] = [TRANSFER, CALIBRATE, ALIGN, DISTILL, EXPORT, EVALUATE]
+
+
+def names(only: Callable[[Stage], bool] = lambda stage: True) -> list[str]:
+    """Of all stages, or some, in order."""
+    return [stage.name for stage in PIPELINE if only(stage)]
+
+
+def pipeline_of(recipe: "Recipe") -> list[Stage]:
+    """The stages of a recipe's run."""
+    return [stage for stage in PIPELINE if stage.wanted(recipe)]
+
+
+def student_before(recipe: "Recipe", name: str) -> str:
+    """The stage whose student a stage gets: the last one before it that leaves one."""
+    found = ""
+    for stage in pipeline_of(recipe):
+        if stage.name == name:
+            return found
+        found = stage.name if stage.makes_student else found
+    raise ValueError(f"no stage '{name}' in this run")

@@ -1,0 +1,41 @@
+"""What a stage is."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..config import Recipe
+    from ..run import StageFolder
+    from ..session import Session
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage: what it does, and what its result depends on.
+
+    Attributes:
+        name: of its folder, and of its section in a recipe.
+        run: does it; takes the session and its folder, returns what done.json holds.
+        reads: the sections of a recipe that its result depends on, besides what the stages before it read.
+        code: of what it does. Raise it where the same settings and inputs would give another result.
+        settings: its section of a recipe, a dataclass of `setting`s; None where it has none, or it is in `Recipe`.
+        makes_student: whether it leaves a student in its folder, "student".
+        trains: whether it trains, and so has the settings of `TrainConfig`, and logs steps.
+        wanted: whether a recipe asks for it. One that is not is no part of its run.
+        look_ahead: refuses, before any stage runs, what would only be found out after those before it.
+    """
+
+    name: str
+    run: Callable[["Session", "StageFolder"], dict]
+    reads: tuple[str, ...]
+    code: int = 1
+    settings: type | None = None
+    makes_student: bool = False
+    trains: bool = False
+    wanted: Callable[["Recipe"], bool] = lambda recipe: True
+    look_ahead: Callable[["Session"], None] = lambda session: None
+
+    def of(self, recipe: "Recipe") -> Any:
+        """Its section of a recipe."""
+        return getattr(recipe, self.name)

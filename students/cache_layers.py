@@ -1,0 +1,83 @@
+"""What a mixer layer remembers while it decodes: the memory of one layer in a `HybridCache`.
+
+This file travels with exported checkpoints: it imports torch and transformers only.
+"""
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+
+class StateLayer(CacheLayerMixin):
+    """The convolution tail and the state of one mixer layer.
+
+    Unlike transformers' linear-attention layers it counts the tokens it has seen, so a model with no attention layer
+    left still knows its positions and masks.
+    """
+
+    tensors = ("conv_state", "ssm_state")
+
+    def __init__(self):
+        super().__init__()
+        self.conv_state: Tensor | None = None  # (B, channels, kernel - 1): the last inputs of the convolution
+        self.ssm_state: Tensor | None = None  # (B, H, P, N), float32
+        self.seen = 0
+        self.tokens = [0]  # how many each row has seen, padding left out; one entry where all rows are alike
+
+    def advance(self, conv_state: Tensor | None, ssm_state: Tensor | None, columns: int, tokens: list[int]) -> None:
+        """Takes the states after `columns` more columns; `tokens`: how many each row has now seen."""
+        self.conv_state, self.ssm_state = conv_state, ssm_state
+        self.seen += columns
+        self.tokens = tokens if len(set(tokens)) > 1 else tokens[:1]
+        self.is_initialized = True
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._map(lambda state: state.index_select(0, beam_idx.to(state.device)))
+        self._select(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map(lambda state: state.repeat_interleave(repeats, dim=0))
+        if len(self.tokens) > 1:
+            self.tokens = [count for count in self.tokens for _ in range(repeats)]
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._map(lambda state: state[indices])
+        self._select(indices)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise RuntimeError("a recurrent state cannot be rolled back: crop and assisted decoding are not possible here")
+
+    def offload(self) -> None:
+        self._map(lambda state: state.to("cpu"))
+
+    def prefetch(self) -> None:
+        """A state goes back to its device in the mixer, which knows it."""
+
+    def lazy_initialization(self, key_states, value_states) -> None:
+        raise TypeError("a mixer layer keeps no keys and values")
+
+    update = lazy_initialization
+
+    def _map(self, function) -> None:
+        for name in self.tensors:
+            if (tensor := getattr(self, name)) is not None:
+                setattr(self, name, function(tensor))
+
+    def _select(self, indices: Tensor) -> None:
+        if len(self.tokens) > 1:  # otherwise the device is not waited for
+            self.tokens = torch.tensor(self.tokens)[indices.cpu()].tolist()
+
+
+def by_row(*counts: list[int]) -> list[list[int]]:
+    """Counts of tokens with as many entries each as there are rows; one entry stands for all rows."""
+    rows = max(map(len, counts))
+    return [entries * rows if len(entries) == 1 else entries for entries in counts]

@@ -1,0 +1,119 @@
+"""Which mixers there are, and what a recipe and a person know of each: no more than that, so that it loads at once.
+
+A new mixer is a file of its own, with a `Mixer` in it, and an entry here. This file travels with exported checkpoints:
+it imports nothing but the standard library.
+"""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Option:
+    """What a recipe may set of a mixer: a keyword argument of its class."""
+
+    default: Any
+    help: str
+    minimum: float | None = None
+    maximum: float | None = None
+    choices: tuple = ()
+
+    @property
+    def unset(self) -> str | None:
+        """What stands in a recipe where nothing is set. Where null means something, it is `auto`."""
+        return "auto" if None in (self.default, *self.choices) else None
+
+    def why_not(self, value: Any) -> str | None:
+        """What was expected in place of a value; None where it will do."""
+        if self.choices:
+            allowed = ["null" if choice is None else str(choice) for choice in self.choices]
+            return None if value in self.choices else f"{', '.join(allowed)} or auto"
+        if isinstance(value, bool) != isinstance(self.default, bool) or not isinstance(value, int | float):
+            return "true or false" if isinstance(self.default, bool) else "a number"
+        if self.minimum is not None and self.maximum is not None and not self.minimum <= value <= self.maximum:
+            return f"{self.minimum:g} to {self.maximum:g}"
+        if self.minimum is not None and not value >= self.minimum:
+            return f"at least {self.minimum:g}"
+        return None
+
+
+@dataclass(frozen=True, eq=False)
+class MixerKind:
+    """A kind of mixer.
+
+    Attributes:
+        title: its name for people.
+        letter: in layer plans.
+        modeling: its class, a `Mixer`, or where that is: "MODULE.CLASS", a module beside this one.
+        options: what a recipe may set, by name.
+        keep_attention: which layers keep attention unless a recipe says it.
+        trans_points: whether each of its layers has a TransPoint that can be chosen.
+        check: takes all options; returns why they do not go together, or None.
+    """
+
+    title: str
+    letter: str
+    modeling: str | type
+    options: dict[str, Option] = field(default_factory=dict)
+    keep_attention: Any = "every:2"
+    trans_points: bool = False
+    check: Callable[[dict], str | None] = lambda options: None
+
+    def load(self) -> type:
+        """The class."""
+        if isinstance(self.modeling, type):
+            return self.modeling
+        module, name = self.modeling.split(".")
+        return getattr(importlib.import_module(f".{module}", __package__), name)
+
+
+def _convolution(options: dict) -> str | None:
+    if options["conv_activation"] and not options["conv_kernel"]:
+        return "student.conv_activation is 'silu' without a convolution; set student.conv_kernel, 1 to 4"
+    return None
+
+
+def _state_space(least: int, kernel: int, activation: str | None, gate: bool, norm: bool, rope: bool) -> dict:
+    """The options of mixers with a state, with these defaults, and at least so many taps of the convolution."""
+    return {
+        "conv_kernel": Option(kernel, f"taps of the causal convolution over x, B and C, {least} to 4", least, 4),
+        "conv_activation": Option(activation, "after the convolution: silu or null", choices=("silu", None)),
+        "gate": Option(gate, "whether the output is gated by SiLU(z)"),
+        "norm": Option(norm, "whether the gated output is RMS-normalised, head by head"),
+        "rope": Option(rope, "whether B and C take the teacher's rotary embedding (no native format has it)"),
+        "qk_norm": Option(True, "whether B and C take the teacher's k/q norms, where it has them"),
+    }
+
+
+MIXERS: dict[str, MixerKind] = {
+    # As the native formats have it.
+    "mamba2": MixerKind(
+        "Mamba-2",
+        "M",
+        "mamba2.Mamba2Mixer",
+        _state_space(least=1, kernel=4, activation="silu", gate=True, norm=True, rope=False),
+        check=_convolution,
+    ),
+    # As near attention as it is.
+    "transmamba": MixerKind(
+        "TransMamba",
+        "T",
+        "modeling_transmamba.TransMambaMixer",
+        _state_space(least=0, kernel=0, activation=None, gate=False, norm=False, rope=True),
+        keep_attention=[],
+        trans_points=True,
+        check=_convolution,
+    ),
+}
+
+
+def names_with_trans_points() -> str:
+    """For messages: the mixers that have TransPoints."""
+    return " or ".join(name for name, kind in MIXERS.items() if kind.trans_points)
+
+
+def have_trans_points(mixers) -> bool:
+    """Whether layers of these kinds have TransPoints that can be chosen."""
+    return any(mixer in MIXERS and MIXERS[mixer].trans_points for mixer in mixers or ())

@@ -1,0 +1,313 @@
+"""What a mixer is: the base class of all that takes the place of self-attention, and what it is told.
+
+The rest of the project asks a mixer what this class has, and never which one it is. This file travels with exported
+checkpoints: it imports torch only.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .cache_layers import StateLayer
+from .errors import StudentError
+
+# What decoders hand to self-attention besides, and what changes nothing in a mixer: positions come with the rotary
+# embedding, documents are in seq_idx, the rest is about outputs and losses, or about kernels of attention.
+UNREAD = {
+    "past_key_values",  # the cache, as it was called before transformers 5.24,
+    "layer_past",  # and by GPT-NeoX
+    "position_ids",
+    "cache_position",
+    "use_cache",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "num_items_in_batch",
+    "kernel_options",
+    "documents",
+}
+# How flash attention is told of packed documents; mixers have them in seq_idx.
+PACKED = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
+
+
+class MixerMask(NamedTuple):
+    """What a mixer is told of its tokens, by keyword or, in a model, in the place of the attention mask.
+
+    Some families' layers hand on no keywords but their own, and all hand on a mask.
+    """
+
+    padding_mask: Tensor | None = None
+    seq_idx: Tensor | None = None
+    documents: Any = None
+    span: Any = None
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The attention that a mixer replaces, in numbers: H query heads, K key/value heads, heads of P.
+
+    A student's config keeps those of all layers, so that mixers are made without a teacher (`HybridConfig.geometry`).
+    """
+
+    attribute: str  # what a layer calls its attention: "self_attn"
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float  # of q.k before softmax
+    rotary_dim: int  # leading dimensions of a head that are rotated (0: none)
+    window: int | None  # a query sees this many last tokens (None: all)
+    norm_over: (
+        str | None
+    )  # what q_norm and k_norm norm: "head", one at a time, or "all" together (None: there are none)
+    biases: tuple[str, ...]  # which of q_proj, k_proj, v_proj and o_proj have one
+
+    @classmethod
+    def of(cls, view: Any) -> "Geometry":
+        """That of a teacher's `AttentionView`."""
+        found = {name: getattr(view, name) for name in cls.__dataclass_fields__}
+        return cls(**found)
+
+    @classmethod
+    def read(cls, attention: nn.Module, attribute: str) -> "Geometry":
+        """That of an attention module with separate projections: students made before their configs had it."""
+        head_dim, config = attention.head_dim, attention.config
+        layer_types = getattr(config, "layer_types", None)
+        window = getattr(attention, "sliding_window", getattr(config, "sliding_window", None))
+        if layer_types is not None and layer_types[attention.layer_idx] != "sliding_attention":
+            window = None
+        projections = ("q_proj", "k_proj", "v_proj", "o_proj")
+        return cls(
+            attribute,
+            attention.q_proj.in_features,
+            attention.q_proj.out_features // head_dim,
+            attention.k_proj.out_features // head_dim,
+            head_dim,
+            float(attention.scaling),
+            head_dim,
+            window,
+            "head" if hasattr(attention, "q_norm") else None,
+            tuple(name for name in projections if getattr(attention, name).bias is not None),
+        )
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """One student tensor (or some of its rows) and where it comes from."""
+
+    target: str  # parameter's name in the student: "model.layers.1.self_attn.in_proj.weight"
+    operation: str  # "copy", "scale", "constant", "identity"
+    source: str | None = None  # parameter's name in the teacher
+    rows: tuple[int, int] | None = None  # of the target; None: all
+    part: str = ""  # what those rows are: "C"
+    value: float | tuple[float, ...] | None = None  # factor of scale, or the constant
+    source_rows: Any = None  # of the source, `teachers.attention.Rows`; None: all
+
+    @classmethod
+    def taken(cls, target: str, view: Any, projection: str, parameter: str, *where, factor: float = 1.0) -> "Transfer":
+        """A parameter of one of a view's projections, times a factor; `where`: rows of the target, and their part."""
+        held = getattr(view, projection)
+        source = f"{view.name}.{held.name}.{parameter}"
+        operation, value = ("copy", None) if factor == 1 else ("scale", factor)
+        return replace(cls(target, operation, source, *where), value=value, source_rows=held.rows)
+
+    def compute(self, teacher: dict[str, Tensor], like: Tensor) -> Tensor:
+        """The new content of the target (or its rows), shaped as `like`.
+
+        Raises:
+            StudentError: the teacher has no such tensor, or it has another shape.
+        """
+        if self.operation == "constant":
+            return torch.as_tensor(self.value, dtype=like.dtype).expand_as(like)
+        if self.operation == "identity":  # of a depthwise convolution (channels, 1, taps): the current token alone
+            taps = torch.zeros_like(like, device="cpu")
+            taps[..., -1] = self.value
+            return taps
+        tensor = teacher.get(self.source)
+        if tensor is None:
+            raise StudentError(f"{self.target} needs {self.source}, which the teacher does not have")
+        tensor = tensor if self.source_rows is None else self.source_rows.of(tensor)
+        if tensor.shape != like.shape:
+            raise StudentError(f"{self.source} is {tuple(tensor.shape)}, {self.target} needs {tuple(like.shape)}")
+        return tensor * self.value if self.operation == "scale" else tensor
+
+    def describe(self) -> str:
+        if self.operation in ("copy", "scale"):
+            source = self.source + (f"[{self.source_rows}]" if self.source_rows is not None else "")
+            return source + (f" * {self.value:.4g}" if self.operation == "scale" else "")
+        if self.operation == "identity":
+            return f"the current token * {self.value:.4g}"
+        values = self.value if isinstance(self.value, tuple) else (self.value,)
+        return " ".join(f"{value:.4g}" for value in (values if len(set(values)) > 1 else values[:1]))
+
+
+class Form(NamedTuple):
+    """One of the ways in which a mixer computes its output."""
+
+    name: str  # in figures: "layer"
+    trans_point: int | float | None = None  # which gives it; None where there is nothing to set
+    unused: tuple[str, ...] = ()  # modules with weights that it does without
+
+
+class Mixer(nn.Module):
+    """What takes the place of self-attention in a layer: a module with the call signature of self-attention.
+
+    `forward(hidden_states, position_embeddings, attention_mask, cache, padding_mask, seq_idx, **others)` gives the
+    output (B,L,hidden) and None; see `Mamba2Mixer.forward`. Its first lines are
+
+        padding_mask, seq_idx, documents, span = self.told(attention_mask, padding_mask, seq_idx)
+        memory = self.memory(cache, others, packed=seq_idx is not None)
+
+    and with a memory it must call `memory.advance`, also where it keeps nothing.
+
+    Args:
+        attention: the self-attention it replaces, of the student's own tree, whose norms it may take over.
+        geometry: of that attention.
+
+    Attributes:
+        exact: parameters that are held in float32 whatever the model is in, by name.
+        remembers: the kind of memory it needs in a cache.
+        trans_point: up to which token of a document it takes attention, see `set_trans_point`.
+        apart: child modules whose parameters `forward` reads without calling the module.
+    """
+
+    exact: ClassVar[tuple[str, ...]] = ()
+    remembers: ClassVar[type[StateLayer]] = StateLayer
+    apart: ClassVar[tuple[str, ...]] = ()
+    has_decay: ClassVar[bool] = False  # whether `calibrate` finds it a half-life and a scale
+    trans_point: int | float = 0
+
+    def __init__(self, attention: nn.Module, geometry: Geometry):
+        super().__init__()
+        self.layer_idx = attention.layer_idx
+        self.geometry = geometry
+        self.num_heads, self.num_kv_heads = geometry.num_heads, geometry.num_kv_heads
+        self.head_dim = geometry.head_dim
+
+    @property
+    def out(self) -> nn.Linear:
+        """The output projection, whatever the mixer calls it."""
+        raise NotImplementedError
+
+    def transfers(self, view: Any) -> list[Transfer]:
+        """Where each of its parameters comes from, of a teacher's `AttentionView`; what it leaves out has the same name
+        there.
+
+        Raises:
+            StudentError: it cannot take this attention's place.
+        """
+        raise NotImplementedError
+
+    def drops(self, view: Any) -> list[str]:
+        """Names in the view's attention, or beginnings of such, of what it does without by choice."""
+        return []
+
+    def forms(self) -> tuple[Form, ...]:
+        """The ways in which it computes its output; `align` compares each with attention."""
+        return (Form("layer"),)
+
+    def flops(self, length: int) -> float:
+        """Operations per token, forward, of what passes between tokens, over a document of `length` tokens."""
+        raise NotImplementedError
+
+    def state_bytes(self) -> int:
+        """What it remembers of one sequence, however long: bytes of the state."""
+        raise NotImplementedError
+
+    def set_trans_point(self, trans_point: int | float) -> None:
+        """Chooses at which token of a document attention ends, where that can be chosen."""
+        raise NotImplementedError
+
+    def set_decay(self, half_life: Tensor, scale: Tensor) -> None:
+        """Where `has_decay`: gives each head (H) this half-life in tokens, when no input moves it, and its output this
+        scale: (H, P) where `scales_channels`, else (H, 1)."""
+        raise NotImplementedError
+
+    @property
+    def scales_channels(self) -> bool:
+        """Where `has_decay`: whether each channel of a head can have a scale of its own."""
+        return False
+
+    @contextmanager
+    def at(self, trans_point: int | float | None) -> Iterator[None]:
+        """The mixer at another TransPoint for a while; None: as it is."""
+        own = self.trans_point
+        if trans_point is not None:
+            self.set_trans_point(trans_point)
+        try:
+            yield
+        finally:
+            if trans_point is not None:
+                self.set_trans_point(own)
+
+    def told(self, mask: Any, padding_mask: Tensor | None = None, seq_idx: Tensor | None = None, *more) -> MixerMask:
+        """What is known of the tokens: what is in the place of the attention mask, or else the keywords."""
+        return mask if isinstance(mask, MixerMask) else MixerMask(padding_mask, seq_idx, *more)
+
+    def memory(self, cache: Any, others: dict, packed: bool) -> StateLayer | None:
+        """This layer's memory in a cache, None without one.
+
+        Args:
+            others: the keywords besides.
+            packed: whether documents are packed.
+
+        Raises:
+            TypeError: a keyword that is not known: it may ask for something that a mixer does not do, or be the cache
+                by yet another name. Or the cache has another kind of memory for this layer.
+        """
+        for name in ("past_key_values", "layer_past"):
+            cache = others.get(name) if cache is None else cache
+        known = UNREAD | PACKED if packed else UNREAD
+        if unknown := [name for name, value in others.items() if value is not None and name not in known]:
+            raise TypeError(
+                f"layer {self.layer_idx} is a mixer, and does not know the keyword {', '.join(map(repr, unknown))}: "
+                f"leave it out; if this version of transformers hands it to each layer, use another one"
+            )
+        if cache is None:
+            return None
+        layers = cache.layers
+        memory = layers[self.layer_idx] if self.layer_idx < len(layers) else cache
+        if type(memory).__name__ != self.remembers.__name__:  # by name: an export has these classes a second time
+            raise TypeError(
+                f"layer {self.layer_idx} is a mixer, but the cache holds a {type(memory).__name__} for it: "
+                "pass `cache=model.new_cache()`, or none"
+            )
+        return memory
+
+    def extra_repr(self) -> str:
+        return f"heads={self.num_heads}, kv_heads={self.num_kv_heads}, head_dim={self.head_dim}"
+
+
+def rotate(t: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary embedding (arXiv 2104.09864) of the leading dimensions of t (B,L,heads,N), half-split layout."""
+    cos, sin = (table.unsqueeze(2).to(t.dtype) for table in position_embeddings)
+    turned, rest = t.split([cos.shape[-1], t.shape[-1] - cos.shape[-1]], dim=-1)
+    a, b = turned.chunk(2, dim=-1)
+    return torch.cat((turned * cos + torch.cat((-b, a), dim=-1) * sin, rest), dim=-1)
+
+
+def attention_flops(width: int, length: int, window: int | None) -> float:
+    """Operations per token, forward, of causal attention over a document of `length` tokens.
+
+    2 x 2 x width for each key that a token sees: its product with the query, and with the value. (length + 1) / 2 keys
+    on average, fewer in a window. width: query heads times their size.
+    """
+    seen = min(window or length, length)
+    keys = (seen * (seen + 1) / 2 + (length - seen) * seen) / length
+    return 4.0 * width * keys
+
+
+def state_flops(heads: int, head_dim: int, length: int, point: int | float) -> float:
+    """Operations per token, forward, of a recurrence whose outputs are read after `point` tokens.
+
+    Token by token (arXiv 2405.21060): 2 N P for each head to add a token to the state, and 2 N P to read it. Chunked
+    algorithms take more products; they are an implementation's choice.
+    """
+    if point >= length or math.isinf(point):
+        return 0.0
+    return 2.0 * heads * head_dim**2 * (1 + (length - point) / length)

@@ -1,0 +1,171 @@
+"""What mixers with a state share (Mamba-2, arXiv 2405.21060): convolution, recurrence, padding, and their start.
+
+This file travels with exported checkpoints: it imports torch only.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .modeling_mixer import Geometry, Mixer, Transfer, rotate, state_flops
+
+try:  # the fused kernels, where the package is installed
+    from transpoint.kernels.conv import causal_conv1d, causal_conv1d_step
+    from transpoint.kernels.norm import gated_rms_norm
+    from transpoint.kernels.ssd import ssd_scan, ssd_step
+except ImportError:  # the plain references, which travel beside this file
+    from .conv_reference import causal_conv1d, causal_conv1d_step
+    from .norm_reference import gated_rms_norm
+    from .ssd_reference import ssd_scan, ssd_step
+
+GATE_OPEN = 1.2784645  # SiLU is 1 there
+STEP_ONE = 0.5413249  # softplus is 1 there
+PADDING_STEP = -1e4  # softplus is exactly 0 there: a padding token leaves the state as it is
+SMALLEST_SCALE = 1e-3  # a step must be positive, though the best scale of a head may not be
+# SiLU(e u) is e u / 2 + (e u)^2 / 4 + ...: a small input keeps it nearly linear, as attention's values and keys are.
+# (Queries are small already, by 1/sqrt(P).) The norm, or calibration, takes the factor out again.
+SILU_INPUT = {"x": 0.25, "B": 0.25, "C": 1.0}
+# Half-life, in tokens, that a head starts with before `calibrate` has measured the teacher's.
+HALF_LIFE = 32.0
+
+
+class WidenedLinear(nn.Linear):
+    """A linear map without bias whose outputs lie in rows of a multiple of 8 numbers, as tensor cores want them.
+
+    An odd number of heads makes for a width that they do not take: a product with an older kernel, at half the speed.
+    """
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        missing = -self.out_features % 8
+        if not missing or not torch.is_grad_enabled():  # decoding would copy the weight for each token
+            return super().forward(inputs)
+        wide = nn.functional.linear(inputs, nn.functional.pad(self.weight, (0, 0, 0, missing)))
+        return wide[..., : self.out_features]
+
+
+class StateSpace(Mixer):
+    """What mixers with a state, and a decay for each head, share.
+
+    All have dt_bias, A_log and D, conv1d and norm (or None for these), and q_norm and k_norm (or None).
+    """
+
+    exact = ("A_log", "dt_bias", "D")
+    apart = ("conv1d", "norm")
+    has_decay = True
+    conv1d: nn.Conv1d | None
+    norm: nn.Module | None
+    q_norm: nn.Module | None
+    k_norm: nn.Module | None
+    dt_bias: nn.Parameter
+    A_log: nn.Parameter
+    D: nn.Parameter
+
+    def __init__(
+        self,
+        attention: nn.Module,
+        geometry: Geometry,
+        conv_activation: str | None,
+        gate: bool,
+        rope: bool,
+        norm_eps: float,
+    ):
+        super().__init__(attention, geometry)
+        self.conv_activation, self.gate, self.norm_eps = conv_activation, gate, norm_eps
+        self.rope = rope and geometry.rotary_dim > 0
+
+    def add_recurrence(self, conv_kernel: int, norm: bool) -> None:
+        """Makes what any state has. The parameters of a depthwise convolution: the convolution is `causal_conv1d`."""
+        P, H, K = self.head_dim, self.num_heads, self.num_kv_heads
+        channels = (2 * K + H) * P
+        self.conv1d = nn.Conv1d(channels, channels, conv_kernel, groups=channels) if conv_kernel else None
+        self.dt_bias = nn.Parameter(torch.full((H,), STEP_ONE))
+        self.A_log = nn.Parameter(torch.zeros(H))
+        self.D = nn.Parameter(torch.zeros(H))
+        self.norm = nn.Module() if norm else None
+        if norm:
+            self.norm.weight = nn.Parameter(torch.ones(H * P))
+
+    def recurrence_transfers(self, name: str) -> list[Transfer]:
+        """Of what no attention has: step, decay, skip, and the norm of what the recurrence reads."""
+        decay = 0.5 ** (1 / HALF_LIFE)  # of the state in one token
+        constants = {"dt_bias": STEP_ONE, "A_log": math.log(-math.log(decay)), "D": 0.0}
+        constants |= {} if self.norm is None else {"norm.weight": 1.0}
+        return [Transfer(f"{name}.{part}", "constant", value=value) for part, value in constants.items()]
+
+    @torch.no_grad()
+    def set_decay(self, half_life: Tensor, scale: Tensor) -> None:
+        ones = torch.ones_like(half_life)
+        step = scale[:, 0].clamp(min=SMALLEST_SCALE) if self.norm is None else ones
+        self.dt_bias.copy_(torch.where(step > 20, step, step.expm1().log()))  # softplus backwards
+        self.A_log.copy_((math.log(2) / (half_life * step)).log())
+        if self.norm is not None:
+            self.norm.weight.copy_(scale.expand(-1, self.head_dim).flatten())
+
+    @property
+    def scales_channels(self) -> bool:
+        return self.norm is not None
+
+    def flops(self, length: int) -> float:
+        taps = self.conv1d.weight.shape[-1] if self.conv1d is not None else 0
+        channels = (2 * self.num_kv_heads + self.num_heads) * self.head_dim
+        read = state_flops(self.num_heads, self.head_dim, length, self.trans_point)
+        return read + (2.0 * taps * channels if read else 0.0)
+
+    def state_bytes(self) -> int:
+        return 4 * self.num_heads * self.head_dim**2
+
+    def place(self, t: Tensor, norm: nn.Module | None, position_embeddings) -> Tensor:
+        """Queries or keys (B,L,heads,P), normed and rotated."""
+        if norm is not None:
+            t = norm(t.flatten(2)).unflatten(-1, (-1, self.head_dim)) if self.geometry.norm_over == "all" else norm(t)
+        return t if position_embeddings is None or not self.geometry.rotary_dim else rotate(t, position_embeddings)
+
+    def _padding(self, memory, padding_mask: Tensor | None, length: int) -> tuple[bool, Tensor | None, list[int]]:
+        """Of `length` more columns: whether they are a step of decoding, which are padding (B,L,1), or None, and, where
+        there is a memory, how many are padding in each row (one entry: in all)."""
+        # Padding comes first in a row. Where all rows have begun, one more token is none (and no device is waited for).
+        stepping = memory is not None and memory.is_initialized and length == 1 and min(memory.tokens) > 0
+        if padding_mask is None or stepping:
+            return stepping, None, [0]
+        padding = (padding_mask[:, -length:] == 0).unsqueeze(-1)
+        if memory is None:
+            return stepping, padding, [0]
+        pads = padding.sum((1, 2)).tolist()
+        return stepping, padding if any(pads) else None, pads
+
+    def _convolve(self, inputs, memory, stepping: bool, padding=None, seq_idx=None) -> tuple[Tensor, Tensor | None]:
+        """The convolution of inputs (B,L,channels), and its tail where there is a memory. Padding (B,L,1) is zero
+        before it, so that it reaches no token, and after it."""
+        weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
+        options = {"activation": self.conv_activation}
+        if stepping:
+            tail = memory.conv_state.to(inputs.device)
+            return causal_conv1d_step(inputs[:, 0], tail, weight, bias, **options)[:, None], tail
+        if padding is not None:
+            inputs = inputs.masked_fill(padding, 0)
+        options["seq_idx"], tail = seq_idx, None
+        if memory is None:
+            outputs = causal_conv1d(inputs, weight, bias, **options)
+        else:
+            outputs, tail = causal_conv1d(
+                inputs, weight, bias, **options, initial_state=memory.conv_state, return_final_state=True
+            )
+        return (outputs if padding is None else outputs.masked_fill(padding, 0)), tail
+
+    def _recur(self, x, dt, B, C, state, stepping: bool, remember: bool, seq_idx=None) -> tuple[Tensor, Tensor | None]:
+        """What the recurrence reads from `state` on (B,L,H,P), and with `remember` the state after the last token."""
+        A, options = -torch.exp(self.A_log.float()), {"D": self.D, "dt_bias": self.dt_bias}
+        if stepping:
+            state = state.to(x.device)
+            return ssd_step(state, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], **options)[:, None], state
+        options |= {"seq_idx": seq_idx, "initial_state": state}
+        if remember:
+            return ssd_scan(x, dt, A, B, C, **options, return_final_state=True)
+        return ssd_scan(x, dt, A, B, C, **options), None
+
+    def _gate_and_norm(self, y: Tensor, z: Tensor | None) -> Tensor:
+        """What comes after the recurrence, on y (B,L,H*P); z of the same shape, or None without a gate."""
+        if self.norm is not None:
+            return gated_rms_norm(y, self.norm.weight, z, groups=self.num_heads, eps=self.norm_eps)
+        return y if z is None else y * nn.functional.silu(z)

