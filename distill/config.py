@@ -44,6 +44,24 @@ from .settings import (
 )
 from .stages.pipeline import PIPELINE
 
+__all__ = [
+    "AlignConfig",
+    "CacheTeacherConfig",
+    "CalibrateConfig",
+    "ConfigError",
+    "DataConfig",
+    "DistillConfig",
+    "EvaluateConfig",
+    "ExportConfig",
+    "Recipe",
+    "RunConfig",
+    "SynthesizeConfig",
+    "TeacherConfig",
+    "describe_keys",
+    "for_others",
+    "load_recipe",
+]
+
 
 class ConfigError(ValueError):
     """A recipe that cannot be run. One line: the key, the value, what was expected."""

@@ -92,8 +92,9 @@ class StudentConfig:
         found = {}
         for name in sorted(fields - self.kind.options.keys()):
             of = [kind.options[name] for kind in MIXERS.values() if name in kind.options]
-            if getattr(self, name) not in [value for option in of for value in (option.unset, option.default)]:
-                found[name] = getattr(self, name)
+            value = getattr(self, name)
+            if value != of[0].unset and any(value != option.default for option in of):
+                found[name] = value
         return found
 
 

@@ -209,7 +209,7 @@ def read_attention(
         TeacherError: the module lacks one of these, has another part, or shapes that do not fit.
     """
     what = f"{name} ({type(module).__name__}) is not understood: "
-    children = dict(module.named_children())
+    children = {name: child for name, child in module.named_children() if not isinstance(child, nn.Dropout)}
     taken = {part.name for part in parts.values()} | (set() if parts else _PARTS)
     if missing := sorted(taken - children.keys()):
         raise TeacherError(f"{what}it lacks {', '.join(missing)} and has {', '.join(sorted(children)) or 'no parts'}")

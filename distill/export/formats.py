@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ...students import HybridForCausalLM, StudentConfig
 
@@ -37,6 +37,7 @@ class Format:
             itself in this format.
         note: what the card says of the format, in Markdown.
         snippet: takes a path or a hub id; lines of code that load it.
+        load: takes the folder; the model in it. None where transformers loads it.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Format:
     check_tokenizer: Callable[["HybridForCausalLM", "PreTrainedTokenizerBase"], None]
     note: str
     snippet: Callable[[str], str]
+    load: "Callable[[Path], PreTrainedModel] | None" = None
 
 
 # By name, a format or where it is: "MODULE.NAME", a module beside this one.

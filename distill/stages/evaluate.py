@@ -24,7 +24,8 @@ def run(session: "Session", folder: "StageFolder") -> dict:
     settings = session.recipe.evaluate
     exported = session.folder("export").done
     path = session.folder("export") / exported["folder"]
-    model = load_model(path).to(session.accelerator.device)
+    load = find_format(exported["folder"]).load or load_model
+    model = load(path).to(session.accelerator.device).eval()
     late = None
     if has_trans_points(model):  # where no layer takes attention any more, or at least the layers that documents reach
         late = max((point for point in model.trans_points if point < session.held_out.longest), default=None)

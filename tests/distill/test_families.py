@@ -52,7 +52,7 @@ def converted():
         ("granitemoehybrid", "GraniteMoeHybridDecoderLayer. is not understood: it has no `self_attn` or `attention`"),
         ("ministral3", "layer 0 .Ministral3Attention. is not understood: .* fails with TypeError: .*position_ids"),
         ("falcon_h1", "FalconH1ForCausalLM: its layers remember more than keys and values"),
-        ("persimmon", "is not understood: it lacks k_proj, o_proj, q_proj, v_proj and has attention_dropout, dense"),
+        ("persimmon", "is not understood: it lacks k_proj, o_proj, q_proj, v_proj and has dense, k_layernorm"),
     ],
 )
 def test_families_that_are_refused(family, reason):

@@ -246,7 +246,7 @@ REFUSED = {
     "Persimmon, q, k and v in one": (
         lambda: teacher("persimmon"),
         "model.layers.0.self_attn (PersimmonAttention) is not understood: it lacks k_proj, o_proj, q_proj, v_proj and "
-        "has attention_dropout, dense, k_layernorm, q_layernorm, query_key_value",
+        "has dense, k_layernorm, q_layernorm, query_key_value",
     ),
     "norms over half of a head": (
         lambda: with_part("q_norm", nn.RMSNorm(8), k_norm=nn.RMSNorm(8)),
