@@ -81,6 +81,20 @@ def align_flops(teacher: PreTrainedModel, student: PreTrainedModel, length: int)
     return total
 
 
+def orient_flops(teacher: PreTrainedModel, student: HybridForCausalLM, length: int) -> float:
+    """Operations per token of a step of orientation, on sequences of `length` tokens that are one document each.
+
+    The teacher forward without its head; the first projections of each mixer that has a matrix, forward and backward,
+    but not to their input; and of each head two matrices, entry by entry, and the gradients of one.
+    """
+    total = _forward(teacher, length) - 2 * _weights(teacher.get_output_embeddings())
+    for mixer in student.mixer_layers():
+        if mixer is not None and mixer.matrix:
+            matrices = 2 * attention_flops(mixer.num_heads * mixer.head_dim, length, None) / 2
+            total += 4 * (_weights(mixer) - _weights(mixer.out)) + 2 * matrices
+    return total
+
+
 def peak_flops(device_name: str, dtype: torch.dtype = torch.bfloat16) -> float | None:
     """Published dense operations a second of a device, by the name that `torch.cuda.get_device_name` gives.
 

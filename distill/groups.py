@@ -45,6 +45,17 @@ def mixer_parameters(student: HybridForCausalLM) -> dict[str, nn.Parameter]:
     return {name: p for name, p in student.named_parameters() if group_of(name, student) == "mixers"}
 
 
+def matrix_parameters(student: HybridForCausalLM) -> dict[str, nn.Parameter]:
+    """The parameters that the matrices of the mixers between tokens depend on, by name."""
+    found = {}
+    names = {id(parameter): name for name, parameter in student.named_parameters()}
+    for mixer in student.mixer_layers():
+        for own, parameter in mixer.named_parameters() if mixer is not None else ():
+            if own.startswith(mixer.matrix):
+                found[names[id(parameter)]] = parameter
+    return found
+
+
 def group_of(name: str, student: HybridForCausalLM) -> str:
     """The group of a student's parameter. A head that is tied to the embeddings is theirs."""
     parts = name.split(".")

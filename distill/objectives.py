@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..kernels.kl import linear_kl
+from ..kernels.matching import mixing_distance
 from ..students import HybridForCausalLM
 from ..students.configuration_mixers import have_trans_points
 from ..students.documents import Documents, Spans, document_index, document_mask, flex_options
@@ -71,6 +72,46 @@ class Alignment(nn.Module):
                         where["span"] = spans.of(mixer)
                     found = mixer(inputs, position_embeddings, **where)[0]
                 figures[f"{form.name}_{view.layer}"] = self.error(found, output)
+        return sum(figures.values()) / len(views), figures
+
+
+class Orientation(nn.Module):
+    """Each mixer alone, all layers at once: the teacher's attention matrix by the matrix of the state-space form.
+
+    The loss is the mean over layers and heads of ||mixer's matrix - attention's||_F^2 / ||attention's||_F^2, from the
+    teacher's own input: MOHAWK's first stage, matrix orientation (arXiv 2408.10189), squared, and relative as
+    `Alignment` is. Figures: one `layer_N` for each mixer that has a matrix.
+    """
+
+    def __init__(self, teacher: PreTrainedModel, student: HybridForCausalLM):
+        super().__init__()
+        layers = enumerate(student.mixer_layers())
+        mixers = {layer: mixer for layer, mixer in layers if mixer is not None and mixer.matrix}
+        self.mixers = nn.ModuleDict({str(layer): mixer for layer, mixer in mixers.items()})
+        self.beside = (teacher, [view for view in attention_view(teacher, check=False) if view.layer in mixers])
+
+    def models(self) -> list[PreTrainedModel]:
+        return [self.beside[0]]
+
+    def compilable(self) -> list[tuple[object, str]]:
+        return [(part, "forward") for layer in self.beside[0].get_decoder().layers for part in layer.children()]
+
+    def kind(self) -> tuple:
+        return ()
+
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        teacher, views = self.beside
+        pairs = attention_pairs(teacher, views, batch)
+        seq_idx = document_index(batch["position_ids"])
+        figures = {}
+        for view in views:
+            inputs, _, position_embeddings = pairs[view.layer]
+            with torch.no_grad():
+                q, k, _ = view.project(inputs.to(view.q_proj.weight.dtype), position_embeddings)
+            own = self.mixers[str(view.layer)].mixing(inputs, position_embeddings, seq_idx)
+            where = {"scale": view.scale, "seq_idx": seq_idx, "window": view.window}
+            distance, norm = mixing_distance(q.detach(), k.detach(), **own, **where, return_norm=True)
+            figures[f"layer_{view.layer}"] = (distance / norm).mean()
         return sum(figures.values()) / len(views), figures
 
 

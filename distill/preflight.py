@@ -14,10 +14,11 @@ from ..students import HybridForCausalLM
 from .config import Recipe
 from .data import check_tokens
 from .files import one_line
-from .flops import align_flops, distill_flops, peak_flops
+from .flops import peak_flops
 from .quality import prompt_tokens
 from .run import RunError
 from .settings import TrainConfig
+from .stages.pipeline import stage_of
 
 logger = logging.getLogger(__name__)
 
@@ -83,8 +84,9 @@ def flops_per_token(
 
     None where they cannot be counted: only figures for people are made of them, which stop no training.
     """
+    count = stage_of(stage).operations
     try:
-        return align_flops(teacher, student, length) if stage == "align" else distill_flops(teacher, student, length)
+        return None if count is None else count(teacher, student, length)
     except Exception as error:  # a model may be of any form
         logger.debug("operations of %s cannot be counted: %s", stage, error)
         return None

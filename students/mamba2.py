@@ -35,6 +35,8 @@ class Mamba2Mixer(StateSpace):
         qk_norm: whether B and C take the teacher's k/q norms, where it has them.
     """
 
+    matrix = ("in_proj.", "conv1d.", "k_norm.", "q_norm.", "dt_bias", "A_log")
+
     def __init__(
         self,
         attention: nn.Module,
@@ -92,20 +94,8 @@ class Mamba2Mixer(StateSpace):
         if seq_idx is not None:
             seq_idx = seq_idx.expand(batch, -1)
         stepping, padding, pads = self._padding(memory, padding_mask, length)
-
-        widths = [self.sizes["z"], self.sizes["x"] + self.sizes["B"] + self.sizes["C"], self.sizes["dt"]]
-        z, xBC, dt = self.in_proj(hidden_states).split(widths, dim=-1)
-        dt = dt if padding is None else dt.masked_fill(padding, PADDING_STEP)
-        xBC, conv_state = self._convolve(xBC, memory, stepping, padding, seq_idx)
-
-        x, B, C = (
-            part.unflatten(-1, (-1, self.head_dim))
-            for part in xBC.split([self.sizes["x"], self.sizes["B"], self.sizes["C"]], dim=-1)
-        )
-        rotary = position_embeddings if self.rope else None
-        B, C = self.place(B, self.k_norm, rotary), self.place(C, self.q_norm, rotary)
-        C = C if self.q_norm is None else C * self.scale
-
+        where = (memory, stepping, padding, seq_idx)
+        z, x, B, C, dt, conv_state = self._project(hidden_states, position_embeddings, *where)
         state = None if memory is None else memory.ssm_state
         y, ssm_state = self._recur(x, dt, B, C, state, stepping, memory is not None, seq_idx)
         if memory is not None:
@@ -113,6 +103,24 @@ class Mamba2Mixer(StateSpace):
             memory.advance(conv_state, ssm_state, length, [seen + length - pad for seen, pad in counts])
         y = self._gate_and_norm(y.flatten(2), z + self.z_bias if self.gate else None)
         return self.out_proj(y.to(hidden_states.dtype)), None
+
+    def _project(self, hidden: Tensor, position_embeddings, memory=None, stepping=False, padding=None, seq_idx=None):
+        """z, x, B, C and dt of hidden states (B,L,hidden), and the convolution's tail."""
+        widths = [self.sizes["z"], self.sizes["x"] + self.sizes["B"] + self.sizes["C"], self.sizes["dt"]]
+        z, xBC, dt = self.in_proj(hidden).split(widths, dim=-1)
+        dt = dt if padding is None else dt.masked_fill(padding, PADDING_STEP)
+        xBC, conv_state = self._convolve(xBC, memory, stepping, padding, seq_idx)
+        x, B, C = (
+            part.unflatten(-1, (-1, self.head_dim))
+            for part in xBC.split([self.sizes["x"], self.sizes["B"], self.sizes["C"]], dim=-1)
+        )
+        rotary = position_embeddings if self.rope else None
+        B, C = self.place(B, self.k_norm, rotary), self.place(C, self.q_norm, rotary)
+        return z, x, B, C if self.q_norm is None else C * self.scale, dt, conv_state
+
+    def mixing(self, hidden_states: Tensor, position_embeddings, seq_idx: Tensor) -> dict[str, Tensor]:
+        _, _, B, C, dt, _ = self._project(hidden_states, position_embeddings, seq_idx=seq_idx)
+        return {"dt": dt, "A": -torch.exp(self.A_log.float()), "B": B, "C": C, "dt_bias": self.dt_bias}
 
     @property
     def out(self) -> nn.Linear:

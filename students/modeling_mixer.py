@@ -172,6 +172,8 @@ class Mixer(nn.Module):
     Attributes:
         exact: parameters that are held in float32 whatever the model is in, by name.
         remembers: the kind of memory it needs in a cache.
+        matrix: beginnings of the names of parameters that the matrix between tokens depends on, and that `orient`
+            trains; none where it has no such matrix, see `mixing`.
         trans_point: up to which token of a document it takes attention, see `set_trans_point`.
         apart: child modules whose parameters `forward` reads without calling the module.
     """
@@ -179,6 +181,7 @@ class Mixer(nn.Module):
     exact: ClassVar[tuple[str, ...]] = ()
     remembers: ClassVar[type[StateLayer]] = StateLayer
     apart: ClassVar[tuple[str, ...]] = ()
+    matrix: ClassVar[tuple[str, ...]] = ()
     has_decay: ClassVar[bool] = False  # whether `calibrate` finds it a half-life and a scale
     trans_point: int | float = 0
 
@@ -217,6 +220,11 @@ class Mixer(nn.Module):
 
     def state_bytes(self) -> int:
         """What it remembers of one sequence, however long: bytes of the state."""
+        raise NotImplementedError
+
+    def mixing(self, hidden_states: Tensor, position_embeddings: Any, seq_idx: Tensor) -> dict[str, Tensor]:
+        """Where there is a `matrix`: that of its state-space form on hidden states (B,L,hidden) of packed documents
+        (B,L), as the arguments dt, A, B, C and dt_bias of `kernels.matching.mixing_distance`."""
         raise NotImplementedError
 
     def set_trans_point(self, trans_point: int | float) -> None:

@@ -118,6 +118,7 @@ class TransMambaMixer(StateSpace):
     """
 
     remembers = TransPointLayer
+    matrix = ("dt_proj.", "conv1d.", "dt_bias", "A_log")  # not what attention has too
 
     def __init__(
         self,
@@ -189,6 +190,14 @@ class TransMambaMixer(StateSpace):
             found.append(Transfer(f"{view.name}.z_proj.bias", "constant", value=GATE_OPEN))
         found.append(Transfer(f"{view.name}.dt_proj.weight", "constant", value=0.0))
         return found + self.recurrence_transfers(view.name)
+
+    def mixing(self, hidden_states: Tensor, position_embeddings, seq_idx: Tensor) -> dict[str, Tensor]:
+        q, k, v = self._project(hidden_states)
+        B, C = (self.place(t, norm, position_embeddings) for t, norm in ((k, self.k_norm), (q, self.q_norm)))
+        if not self.shared:
+            _, B, C, _ = self._inputs(q, k, v, position_embeddings, seq_idx=seq_idx)
+        A, dt = -torch.exp(self.A_log.float()), self.dt_proj(hidden_states)
+        return {"dt": dt, "A": A, "B": B, "C": C * self.scale, "dt_bias": self.dt_bias}
 
     def forms(self) -> tuple[Form, ...]:
         return Form("layer", 0), Form("attention", math.inf, unused=("dt_proj", "z_proj"))

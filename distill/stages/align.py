@@ -21,4 +21,10 @@ def run(session: "Session", folder: "StageFolder") -> dict:
     return trained(session, folder, student, objective, groups)
 
 
-ALIGN = Stage("align", run, reads=("align", "data"), code=2, makes_student=True, trains=True)
+def operations(teacher, student, length: int) -> float:
+    from ..flops import align_flops
+
+    return align_flops(teacher, student, length)
+
+
+ALIGN = Stage("align", run, reads=("align", "data"), code=2, makes_student=True, trains=True, operations=operations)

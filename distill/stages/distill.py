@@ -58,6 +58,12 @@ def run(session: "Session", folder: "StageFolder") -> dict:
     return train_student(session, folder, student, objective, groups, trans_points) | {"schedules": trained}
 
 
+def operations(teacher, student, length: int) -> float:
+    from ..flops import distill_flops
+
+    return distill_flops(teacher, student, length)
+
+
 def look_ahead(session: "Session") -> None:
     """A cache of the teacher's predictions that does not fit is refused before the stages before it run."""
     if session.recipe.distill.teacher_cache:
@@ -65,5 +71,12 @@ def look_ahead(session: "Session") -> None:
 
 
 DISTILL = Stage(
-    "distill", run, reads=("distill", "data"), code=2, makes_student=True, trains=True, look_ahead=look_ahead
+    "distill",
+    run,
+    reads=("distill", "data"),
+    code=2,
+    makes_student=True,
+    trains=True,
+    operations=operations,
+    look_ahead=look_ahead,
 )

@@ -12,18 +12,24 @@ from .calibrate import CALIBRATE
 from .distill import DISTILL
 from .evaluate import EVALUATE
 from .export import EXPORT
+from .orient import ORIENT
 from .stage import Stage
 from .transfer import TRANSFER
 
 if TYPE_CHECKING:
     from ..config import Recipe
 
-PIPELINE: list[Stage] = [TRANSFER, CALIBRATE, ALIGN, DISTILL, EXPORT, EVALUATE]
+PIPELINE: list[Stage] = [TRANSFER, CALIBRATE, ORIENT, ALIGN, DISTILL, EXPORT, EVALUATE]
 
 
 def names(only: Callable[[Stage], bool] = lambda stage: True) -> list[str]:
     """Of all stages, or some, in order."""
     return [stage.name for stage in PIPELINE if only(stage)]
+
+
+def stage_of(name: str) -> Stage:
+    """The stage of a name."""
+    return next(stage for stage in PIPELINE if stage.name == name)
 
 
 def pipeline_of(recipe: "Recipe") -> list[Stage]:

@@ -22,6 +22,8 @@ class Stage:
         settings: its section of a recipe, a dataclass of `setting`s; None where it has none, or it is in `Recipe`.
         makes_student: whether it leaves a student in its folder, "student".
         trains: whether it trains, and so has the settings of `TrainConfig`, and logs steps.
+        operations: takes teacher, student and the length of a sequence; the operations of a token, where it trains (see
+            `flops`).
         wanted: whether a recipe asks for it. One that is not is no part of its run.
         look_ahead: refuses, before any stage runs, what would only be found out after those before it.
     """
@@ -33,6 +35,7 @@ class Stage:
     settings: type | None = None
     makes_student: bool = False
     trains: bool = False
+    operations: Callable[[Any, Any, int], float] | None = None
     wanted: Callable[["Recipe"], bool] = lambda recipe: True
     look_ahead: Callable[["Session"], None] = lambda session: None
 

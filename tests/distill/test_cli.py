@@ -10,16 +10,14 @@ import pytest
 from transformers import AutoTokenizer
 
 import transpoint.distill.stages.runner
+from run_files import STAGES
 from transpoint.distill.cli import COMMANDS, main
 from transpoint.distill.config import describe_keys
 from transpoint.distill.files import read_json
-from transpoint.distill.stages.pipeline import names
 from transpoint.teachers.random import random_teacher
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 HELDOUT = TINY.parent / "sample" / "heldout.jsonl.zst"
-
-STAGES = names()
 
 
 @pytest.fixture(autouse=True)

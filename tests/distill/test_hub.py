@@ -13,14 +13,12 @@ from pathlib import Path
 import pytest
 from huggingface_hub import HfApi
 
+from run_files import STAGES
 from transpoint.distill.export import hub
 from transpoint.distill.identity import identity
 from transpoint.distill.run import RunError, StageFolder
-from transpoint.distill.stages.pipeline import names
 
 TOKEN = "hf_" + "MarkerThatMustNotLeak"
-
-STAGES = names()
 
 
 class FakeHub(ThreadingHTTPServer):

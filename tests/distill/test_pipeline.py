@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from run_files import done, metrics, student
+from run_files import STAGES, done, metrics, student
 from transpoint.distill import session as session_module
 from transpoint.distill.cli import main
 from transpoint.distill.config import load_recipe
@@ -30,8 +30,6 @@ from transpoint.teachers.random import random_teacher
 TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 SAMPLE = TINY.parent / "sample"
 pytestmark = pytest.mark.usefixtures("unverified")
-
-STAGES = names()
 
 
 def files(folder):

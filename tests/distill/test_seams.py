@@ -17,6 +17,7 @@ from transpoint.distill.export import export
 from transpoint.distill.export.formats import FORMATS, ExportError, Format
 from transpoint.distill.settings import setting
 from transpoint.distill.stages.inputs import stage_inputs
+from transpoint.distill.stages.pipeline import names
 from transpoint.distill.stages.runner import run_recipe
 from transpoint.distill.stages.stage import Stage
 from transpoint.students import MIXERS, HybridForCausalLM, MixerKind, Option, StudentConfig, StudentError, build_student
@@ -70,7 +71,9 @@ def shrink(session, folder):
 
 @pytest.fixture
 def toy_stage(pipeline):
-    pipeline.insert(3, Stage("shrink", shrink, reads=("shrink",), settings=ShrinkConfig, makes_student=True))
+    pipeline.insert(
+        names().index("distill"), Stage("shrink", shrink, reads=("shrink",), settings=ShrinkConfig, makes_student=True)
+    )
 
 
 def written_in(folder):
