@@ -7,7 +7,7 @@ PIP := install -q --disable-pip-version-check
 PYTEST := -m pytest -q -n 2 --dist loadfile
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo test test-oldest test-newest lint clean
+.PHONY: demo test test-fast test-oldest test-newest lint types clean
 
 demo: .venv/ready
 	$(BIN)/transpoint run configs/smollm2-135m.yaml
@@ -22,6 +22,16 @@ test-oldest: .venv-oldest/ready
 
 test-newest: .venv-newest/ready
 	OMP_NUM_THREADS=1 .venv-newest/bin/python $(PYTEST) -m stack
+
+# What answers within two minutes: all but what is marked slow.
+test-fast: .venv/ready
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m "not slow"
+
+# The four folders are one package by name only: mypy is shown them as one.
+types: .venv/ready
+	mkdir -p build/types/transpoint
+	for part in distill students kernels teachers; do ln -sfn $(CURDIR)/$$part build/types/transpoint/$$part; done
+	MYPYPATH=build/types $(BIN)/mypy -p transpoint.distill -p transpoint.students -p transpoint.teachers
 
 lint: .venv/ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

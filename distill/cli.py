@@ -6,6 +6,7 @@ import os
 import sys
 import warnings
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 
 from rich.console import Console
@@ -31,16 +32,21 @@ def main(arguments: list[str] | None = None) -> int:
         if isinstance(path := getattr(options, name, None), str):
             setattr(options, name, os.path.expanduser(path))
     spin_briefly(os.environ)
-    if options.command in TRAINING and (said := leave_busy_cores(os.environ)):
-        print(said)
-    _quiet_libraries(options.debug)
     try:
+        if options.command in TRAINING and (said := leave_busy_cores(os.environ)):
+            print(said)
+        _quiet_libraries(options.debug, loading=options.command not in LIGHT)
         COMMANDS[options.command](options)
     except KeyboardInterrupt:
         _complain("interrupted; the same command (without --from) goes on from the last checkpoint")
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except ModuleNotFoundError as error:
+        if options.debug or (error.name or "").partition(".")[0] not in _TRAIN:
+            raise
+        _complain(f"{error.name} is missing: pip install 'transpoint[train]'")
         return 1
     except Exception as error:
         if options.debug:
@@ -52,6 +58,21 @@ def main(arguments: list[str] | None = None) -> int:
         _complain(message if known else f"{type(error).__name__}: {message} (run with --debug for a traceback)")
         return getattr(error, "exit_code", 1)
     return 0
+
+
+# Of the extra `train`.
+_TRAIN = {
+    "accelerate",
+    "peft",
+    "datasets",
+    "deepspeed",
+    "omegaconf",
+    "filelock",
+    "gguf",
+    "zstandard",
+    "jinja2",
+    "psutil",
+}
 
 
 def run(options) -> None:
@@ -327,6 +348,7 @@ COMMANDS = {
 }
 
 
+LIGHT = ("status", "report", "keys")  # which answer at once, without torch
 TRAINING = ("run", "cache-teacher", "synthesize")  # which take long enough to look at what else is at work
 
 
@@ -335,6 +357,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="transpoint",
         description="Turn a pretrained Transformer into a Mamba hybrid: transfer, calibrate, align, distill, export.",
     )
+    parser.add_argument("--version", action="version", version=f"transpoint {version('transpoint')}")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show a traceback when something fails")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -489,13 +512,18 @@ def _by_design(record: logging.LogRecord) -> bool:
     return not any(words in record.getMessage() for words in _BY_DESIGN)
 
 
-def _quiet_libraries(debug: bool) -> None:
-    """Our own progress is what a person should see, and what libraries warn of, but what is so by design."""
+def _quiet_libraries(debug: bool, loading: bool) -> None:
+    """Our own progress is what a person should see, and what libraries warn of, but what is so by design.
+
+    loading: whether they are loaded in any case.
+    """
     if debug:
         logging.basicConfig(level=logging.DEBUG)
         return
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not loading:
+        return
     import torch
     import transformers
 

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from .errors import TeacherError
     from .families import READERS
     from .head import OutputHead, output_head
-    from .loading import TeacherInfo, incomplete, load_teacher, teacher_info
-    from .names import REGISTRY, is_hub_id
+    from .loading import incomplete, load_teacher, teacher_info
+    from .names import REGISTRY, TeacherInfo, is_hub_id
     from .sharing import share_layers
 
 _WHERE = {
@@ -21,7 +21,7 @@ _WHERE = {
     "READERS": "families",
     "REGISTRY": "names",
     "TeacherError": "errors",
-    "TeacherInfo": "loading",
+    "TeacherInfo": "names",
     "attention_view": "attention",
     "decoder_layers": "attention",
     "incomplete": "loading",

@@ -34,4 +34,20 @@ def gpt_neox(model, index, module, name) -> AttentionView:
     return read_attention(model, index, module, name, **parts, o_proj=Projection("dense", module.dense))
 
 
-READERS: dict[str, Reader] = {"phi3": phi3, "gpt_neox": gpt_neox}
+def with_output(output: str) -> Reader:
+    """A reader of attention whose output projection has this name, and all else as most have it."""
+
+    def read(model, index, module, name) -> AttentionView:
+        parts = {part: Projection(part, getattr(module, part)) for part in ("q_proj", "k_proj", "v_proj")}
+        parts["o_proj"] = Projection(output, getattr(module, output))
+        return read_attention(model, index, module, name, **parts)
+
+    return read
+
+
+# By model type.
+READERS: dict[str, Reader] = {
+    "gpt_neox": gpt_neox,  # Pythia
+    "phi": with_output("dense"),  # Phi-1, Phi-2
+    "phi3": phi3,
+}

@@ -8,7 +8,6 @@ import difflib
 import importlib.util
 import logging
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from .errors import TeacherError
 from .gguf_files import complete, refuse_part
-from .names import REGISTRY, is_hub_id
+from .names import REGISTRY, TeacherInfo, is_hub_id
 from .random import RANDOM_FAMILIES, random_teacher
 
 logger = logging.getLogger(__name__)
@@ -27,15 +26,6 @@ _HARMLESS = (
     r"\.(masked_bias|attn\.bias)$",  # causal masks of older models
     r"(^|\.)mtp(\.|_)",  # heads for further tokens, which only speculative decoding reads
 )
-
-
-@dataclass(frozen=True)
-class TeacherInfo:
-    """What a model card says of a teacher: a readable name, a licence identifier (None if unknown), a hub id."""
-
-    name: str
-    license: str | None = None
-    hub_id: str | None = None
 
 
 def load_teacher(

@@ -1,5 +1,6 @@
 """How teachers are named. Loads nothing heavy: recipes ask here whether something is a name or a path."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 # Teachers with a short name. `package` is a Python package that carries the weights as a GGUF file; it is found, never
@@ -12,6 +13,15 @@ REGISTRY = {
         "license": "apache-2.0",
     },
 }
+
+
+@dataclass(frozen=True)
+class TeacherInfo:
+    """What a model card says of a teacher: a readable name, a licence identifier (None if unknown), a hub id."""
+
+    name: str
+    license: str | None = None
+    hub_id: str | None = None
 
 
 def is_hub_id(source: str) -> bool:

@@ -4,15 +4,18 @@ import dataclasses
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 from jinja2 import Environment, StrictUndefined
 
-from ...students import HybridForCausalLM
 from ...students.configuration_mixers import MIXERS, have_trans_points
-from ...teachers import TeacherInfo
+from ...teachers.names import TeacherInfo
 from ..config import for_others
 from .formats import Format
+
+if TYPE_CHECKING:
+    from ...students import HybridForCausalLM
 
 
 @dataclass
@@ -26,7 +29,7 @@ class CardFacts:
 
 
 def write_card(
-    folder: Path, student: HybridForCausalLM, format: Format, figures: dict[str, float], facts: CardFacts
+    folder: Path, student: "HybridForCausalLM", format: Format, figures: dict[str, float], facts: CardFacts
 ) -> None:
     """Writes README.md into an exported folder. `figures` are those of `export.verify`."""
     teacher = facts.teacher or TeacherInfo("an unnamed teacher")

@@ -17,7 +17,7 @@ from transpoint.distill.sources import resolve
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 TINY = CONFIGS / "tiny.yaml"
-SECTIONS = [entry.name for entry in dataclasses.fields(Recipe)]
+SECTIONS = [entry.name for entry in dataclasses.fields(Recipe.schema())]
 KEYS = [key for key, _, _ in describe_keys()]
 PARTS = [key.split(".") for key in KEYS]
 NESTED = sorted({".".join(parts[:n]) for parts in PARTS for n in range(2, len(parts))})  # sections within sections
