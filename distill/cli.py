@@ -6,7 +6,7 @@ import os
 import sys
 import warnings
 from contextlib import contextmanager
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from rich.console import Console
@@ -352,12 +352,19 @@ LIGHT = ("status", "report", "keys")  # which answer at once, without torch
 TRAINING = ("run", "cache-teacher", "synthesize")  # which take long enough to look at what else is at work
 
 
+def _version() -> str:
+    try:
+        return version("transpoint")
+    except PackageNotFoundError:  # run from its folders, as they lie
+        return "(not installed)"
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="transpoint",
         description="Turn a pretrained Transformer into a Mamba hybrid: transfer, calibrate, align, distill, export.",
     )
-    parser.add_argument("--version", action="version", version=f"transpoint {version('transpoint')}")
+    parser.add_argument("--version", action="version", version=f"transpoint {_version()}")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show a traceback when something fails")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
