@@ -58,8 +58,9 @@ def hybrid_generation_config(generation: GenerationConfig) -> GenerationConfig:
     return found
 
 
-_NO_HYBRID = ("cache_", "max_cache", "prompt_lookup", "assistant", "is_assistant", "num_assistant", "target_look")
-_NO_HYBRID += ("max_matching", "speculation", "use_mtp", "dola", "penalty_alpha", "compile", "continuous_batching")
+_NO_HYBRID: tuple[str, ...] = ("cache_", "max_cache", "prompt_lookup", "assistant", "is_assistant", "num_assistant")
+_NO_HYBRID += ("target_look", "max_matching", "speculation", "use_mtp", "dola", "penalty_alpha", "compile")
+_NO_HYBRID += ("continuous_batching",)
 _SAMPLING = {"temperature", "top_k", "top_p", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"}
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -99,7 +100,7 @@ def plan_student(teacher: PreTrainedModel, config: StudentConfig) -> tuple[Hybri
     except (KeyError, TypeError) as error:
         raise StudentError(f"no student can be made of a {type(teacher).__name__}: {error}") from error
     for name, parameter in student.named_parameters():  # `from_pretrained` minds these, `_from_config` does not
-        if name.endswith(tuple(student._keep_in_fp32_modules_strict)):
+        if name.endswith(tuple(student._keep_in_fp32_modules_strict or ())):
             parameter.data = parameter.data.float()
     student.windows_given_up = windows
     return student, transfer_plan(teacher, student)

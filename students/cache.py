@@ -55,7 +55,8 @@ class HybridCache(DynamicCache):
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes it to one safetensors file: tensors as `LAYER.NAME`, counts of tokens as JSON in the metadata."""
-        tensors, counts = {}, []
+        tensors: dict[str, Tensor] = {}
+        counts: list[dict] = []
         for index, layer in enumerate(self.layers):
             facts = {name: value for name, value in vars(layer).items() if not name.startswith("_")}
             held = {name: value for name, value in facts.items() if isinstance(value, Tensor)}
@@ -97,12 +98,14 @@ class HybridCache(DynamicCache):
             if kind.get(name) != value:
                 raise ValueError(f"'{path}' is of a model whose {name} is {kind.get(name)}, this one's is {value}")
         # States are in float32 whatever the model is in.
-        kept = {t.dtype for name, t in tensors.items() if t.is_floating_point() and not name.endswith(".ssm_state")}
-        dtype = dtype or config.dtype
-        if dtype is not None and kept - {dtype}:
+        kept: set[torch.dtype | str] = {
+            t.dtype for name, t in tensors.items() if t.is_floating_point() and not name.endswith(".ssm_state")
+        }
+        expected = dtype or config.dtype
+        if expected is not None and kept - {expected}:
             found = ", ".join(sorted(map(str, kept)))
             raise ValueError(
-                f"'{path}' holds {found}, the model is in {dtype}: load the model in the cache's dtype, or pass "
+                f"'{path}' holds {found}, the model is in {expected}: load the model in the cache's dtype, or pass "
                 "dtype=model.dtype if it was moved to another than its config's"
             )
         cache = cls(config)
@@ -117,8 +120,9 @@ class HybridCache(DynamicCache):
 
 def _kind(config: PreTrainedConfig) -> dict:
     """What a model must have in common with a cache."""
-    names = ("base_model_type", "mixers", "trans_points", "mixer_options", "hidden_size", "num_attention_heads")
-    names += ("num_key_value_heads", "head_dim", "sliding_window", "layer_types", "rope_parameters")
+    names: tuple[str, ...] = ("base_model_type", "mixers", "trans_points", "mixer_options", "hidden_size")
+    names += ("num_attention_heads", "num_key_value_heads", "head_dim", "sliding_window", "layer_types")
+    names += ("rope_parameters",)
     return {name: getattr(config, name, None) for name in names}
 
 

@@ -3,6 +3,8 @@
 This file travels with exported checkpoints: it imports torch and transformers only.
 """
 
+from typing import Any, ClassVar, NoReturn
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
@@ -15,7 +17,7 @@ class StateLayer(CacheLayerMixin):
     left still knows its positions and masks.
     """
 
-    tensors = ("conv_state", "ssm_state")
+    tensors: ClassVar[tuple[str, ...]] = ("conv_state", "ssm_state")
 
     def __init__(self):
         super().__init__()
@@ -62,10 +64,11 @@ class StateLayer(CacheLayerMixin):
     def prefetch(self) -> None:
         """A state goes back to its device in the mixer, which knows it."""
 
-    def lazy_initialization(self, key_states, value_states) -> None:
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> NoReturn:
         raise TypeError("a mixer layer keeps no keys and values")
 
-    update = lazy_initialization
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> NoReturn:
+        self.lazy_initialization(key_states, value_states)
 
     def _map(self, function) -> None:
         for name in self.tensors:

@@ -117,11 +117,11 @@ def _with_options(mixers: tuple[tuple[str, MixerKind], ...]) -> type[StudentConf
     for name, options in by_name.items():
         first = next(iter(options.values()))
         kinds = {str if option.unset else type(option.default) for option in options.values()}
-        kind = kinds.pop() if len(kinds) == 1 else Any
+        hint: Any = kinds.pop() if len(kinds) == 1 else Any
         defaults = ", ".join(f"{_shown(option.default)} for {mixer}" for mixer, option in options.items())
         help = f"{first.help}; {first.unset or 'null'}: {defaults}"
         default = field(default=first.unset, metadata={"help": help})
-        fields.append((name, kind if kind is Any else kind | None, default))
+        fields.append((name, hint if hint is Any else hint | None, default))
     made = dataclasses.make_dataclass(StudentConfig.__name__, fields, bases=(StudentConfig,))
     made.__module__, made.__doc__ = __name__, StudentConfig.__doc__
     return made
@@ -158,9 +158,10 @@ def kept_layers(keep: Any, num_layers: int | None) -> set[int]:
     if isinstance(keep, int | float) and not isinstance(keep, bool):
         if not 0 <= keep <= 1:
             raise StudentError(f"student.keep_attention is {keep}; {expected}")
-        count = round(keep * (num_layers or 0))
+        layers = num_layers or 0
+        count = round(keep * layers)
         # The middle of each of `count` equal parts.
-        return {int((i + 0.5) * num_layers / count) for i in range(count)}
+        return {int((i + 0.5) * layers / count) for i in range(count)}
     if not hasattr(keep, "__iter__") or isinstance(keep, Mapping):
         raise StudentError(f"student.keep_attention is {keep!r}; {expected}")
     kept = set()

@@ -102,7 +102,7 @@ class HybridConfig(PreTrainedConfig):
         Raises:
             StudentError: spec is malformed, or no layer has a choice.
         """
-        if not have_trans_points(self.mixers):
+        if self.mixers is None or not have_trans_points(self.mixers):
             raise StudentError(
                 f"this student has no {names_with_trans_points()} layers, so there are no TransPoints to set"
             )
@@ -205,7 +205,7 @@ def hybrid_config_class(base_model_type: str | None) -> type[HybridConfig]:
         ValueError: transformers has no such model type.
     """
     if base_model_type not in _CLASSES:
-        if base_model_type not in CONFIG_MAPPING:
+        if base_model_type is None or base_model_type not in CONFIG_MAPPING:
             raise ValueError(f"base_model_type '{base_model_type}' is not a model type of this transformers version")
         # The name is the public one: saved checkpoints refer to it. The other is what pickle looks up, see below.
         names = {"__module__": __name__, "__qualname__": f"HybridConfig:{base_model_type}"}

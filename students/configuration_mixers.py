@@ -5,7 +5,7 @@ it imports nothing but the standard library.
 """
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,7 +61,7 @@ class MixerKind:
     trans_points: bool = False
     check: Callable[[dict], str | None] = lambda options: None
 
-    def load(self) -> type:
+    def load(self) -> type[Any]:
         """The class."""
         if isinstance(self.modeling, type):
             return self.modeling
@@ -114,6 +114,6 @@ def names_with_trans_points() -> str:
     return " or ".join(name for name, kind in MIXERS.items() if kind.trans_points)
 
 
-def have_trans_points(mixers) -> bool:
+def have_trans_points(mixers: Iterable[str] | None) -> bool:
     """Whether layers of these kinds have TransPoints that can be chosen."""
     return any(mixer in MIXERS and MIXERS[mixer].trans_points for mixer in mixers or ())

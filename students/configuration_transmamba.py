@@ -4,14 +4,14 @@ This file travels with exported checkpoints: it imports nothing but the standard
 """
 
 import math
-from typing import Any
+from typing import Any, cast
 
 from .configuration_mixers import have_trans_points
 from .errors import StudentError
 
 # Cycled over the layers. The two named after the TransMamba paper (arXiv 2503.24067) are those of its ablation, where
 # at equal training they reached a validation loss of 2.90 and 3.02, one shared TransPoint 3.30 or more.
-_CYCLES = {
+_CYCLES: dict[str, tuple[int | float, ...]] = {
     "paper-v9": (0, 128, 256, 512, 1024, 2048, 4096, 8192),
     "paper-coarse": (0, 1024, 2048, 6144, 8192),
     "teacher": (math.inf,),
@@ -60,7 +60,7 @@ def fixed_point(mixer: str, point: Any) -> Any:
 
 def written(trans_points: list[int | float]) -> list[int | str]:
     """The same as JSON can hold it: infinity as "inf"."""
-    return ["inf" if point == math.inf else point for point in trans_points]
+    return ["inf" if point == math.inf else cast("int", point) for point in trans_points]
 
 
 def _point(point: Any, spec: Any) -> int | float:

@@ -6,10 +6,10 @@ This file travels with exported checkpoints: it imports torch only.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
@@ -44,7 +44,9 @@ def document_mask(
         seen = (key <= query) & (seq_idx[row, query] == seq_idx[row, key])
         if window is not None:
             seen = seen & (key > query - window)
-        return seen if point is None else seen & (position[row, query] < point)
+        if point is None:
+            return seen
+        return seen & (position[row, query] < point)  # type: ignore[index]  # given with a point
 
     batch, length = seq_idx.shape
     return create_block_mask(mask_mod, batch, None, length, length, seq_idx.device, _compile=True)
@@ -56,7 +58,7 @@ def flex_options(head_dim: int, device: torch.device) -> dict[str, int | bool]:
     Tiles that are faster than its own choice are given where that was measured: Hopper, heads of 64, under autocast.
     """
     # Its kernels for few queries (torch 2.11) fail at some lengths below 128, and inside of a layer give wrong numbers.
-    options = {"FORCE_USE_FLEX_ATTENTION": True}
+    options: dict[str, int | bool] = {"FORCE_USE_FLEX_ATTENTION": True}
     hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
     if not hopper or head_dim > 64 or not torch.is_autocast_enabled("cuda"):
         return options
@@ -81,6 +83,20 @@ class Span(NamedTuple):
     options: dict[str, int | bool]
 
 
+class Spanned(Protocol):
+    """What `Spans` asks of a mixer.
+
+    point: its TransPoint on the device, which `set_trans_point` keeps up to date.
+    """
+
+    trans_point: int | float
+    window: int | None
+    head_dim: int
+    point: Tensor | None
+
+    def set_trans_point(self, trans_point: int | float) -> None: ...
+
+
 class Spans:
     """Makes the spans of packed documents, one for each TransPoint and window.
 
@@ -93,7 +109,7 @@ class Spans:
         self.seq_idx, self.position = seq_idx, token_position(seq_idx)
         self._made: dict[tuple, Span] = {}
 
-    def of(self, mixer: nn.Module) -> Span:
+    def of(self, mixer: Spanned) -> Span:
         """The span of a transmamba mixer, by its TransPoint and window."""
         T, device = mixer.trans_point, self.seq_idx.device
         if mixer.point is None or mixer.point.device != device:

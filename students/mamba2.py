@@ -58,7 +58,8 @@ class Mamba2Mixer(StateSpace):
         self.z_bias = nn.Parameter(torch.full((H * P,), GATE_OPEN)) if gate else None
         self.add_recurrence(conv_kernel, norm)
         norms = qk_norm and geometry.norm_over is not None
-        self.q_norm, self.k_norm = (attention.q_norm, attention.k_norm) if norms else (None, None)
+        self.q_norm = attention.get_submodule("q_norm") if norms else None
+        self.k_norm = attention.get_submodule("k_norm") if norms else None
         # Without norms the scale of q.k is folded into the rows of C; a norm would undo that.
         self.scale = geometry.scale if norms else 1.0
         self.out_proj = nn.Linear(H * P, geometry.hidden_size, bias="o_proj" in geometry.biases)

@@ -8,11 +8,11 @@ checkpoints: it imports torch and transformers only.
 import inspect
 import math
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from .cache import HybridCache
@@ -26,7 +26,18 @@ from .modeling_mixer import Geometry, Mixer, MixerMask
 HUB = {"cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token"}
 
 
-class HybridForCausalLM:
+if TYPE_CHECKING:
+    from transformers import GenerationMixin
+
+    class _Teacher(PreTrainedModel, GenerationMixin):
+        """What the teacher's class brings, see `hybrid_model_class`."""
+
+        config: HybridConfig
+else:
+    _Teacher = object
+
+
+class HybridForCausalLM(_Teacher):
     """A causal language model with mixers among its layers. Make one with `from_pretrained` or `build_student`.
 
     Everything a transformers model does, it does: `forward`, `generate` (with a `HybridCache`), `save_pretrained`.
@@ -35,14 +46,17 @@ class HybridForCausalLM:
     """
 
     _is_stateful = True  # generate() must not roll the cache back
+    transfer_plan: Any  # of a student that `build_student` made: the `TransferPlan` that filled it,
+    windows_given_up: list[int]  # and the layers whose teacher's attention had a window that their mixer has not
 
     def __init__(self, config: HybridConfig):
         super().__init__(config)
-        exact = set()
-        for index, (layer, kind) in enumerate(zip(self.get_decoder().layers, config.mixers, strict=True)):
+        mixers, options = cast("list[str]", config.mixers), cast("dict", config.mixer_options)
+        exact: set[str] = set()
+        for index, (layer, kind) in enumerate(zip(self.get_decoder().layers, mixers, strict=True)):
             if kind != "attention":
                 name, mixer_class = config.attention_name, MIXERS[kind].load()
-                setattr(layer, name, mixer_class(getattr(layer, name), self.geometry(index), **config.mixer_options))
+                setattr(layer, name, mixer_class(getattr(layer, name), self.geometry(index), **options))
                 exact |= {f"{name}.{parameter}" for parameter in mixer_class.exact}
         # As decay, step and skip, which lose too much in bfloat16.
         self._keep_in_fp32_modules_strict = set(self._keep_in_fp32_modules_strict or ()) | exact
@@ -55,7 +69,7 @@ class HybridForCausalLM:
             layer.register_forward_pre_hook(partial(_tell_mixer, config.attention_name), with_kwargs=True)
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # type: ignore[override]  # the first parameter has another name
         cls, path, *args, config: HybridConfig | None = None, trans_points: Any = None, **kwargs
     ) -> "HybridForCausalLM":
         """As `PreTrainedModel.from_pretrained`; with `trans_points`, `set_trans_points` chooses other TransPoints."""
@@ -111,9 +125,10 @@ class HybridForCausalLM:
             StudentError: spec is malformed, or no layer has a choice.
         """
         points = self.config.set_trans_points(spec, warn)
-        for kind, mixer, point in zip(self.config.mixers, self.mixer_layers(), points, strict=True):
+        kinds = cast("list[str]", self.config.mixers)
+        for kind, mixer, point in zip(kinds, self.mixer_layers(), points, strict=True):
             if have_trans_points([kind]):
-                mixer.set_trans_point(point)
+                cast("Mixer", mixer).set_trans_point(point)
 
     def new_cache(self) -> HybridCache:
         """An empty cache for this model, to be passed as `cache` (`past_key_values` before transformers 5.24)."""
@@ -129,23 +144,24 @@ class HybridForCausalLM:
                 )
             model_kwargs[name] = self.new_cache()
             return None
-        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        prepare = super()._prepare_cache_for_generation  # type: ignore[misc]  # wants a protocol of transformers' own
+        return prepare(generation_config, model_kwargs, *args, **kwargs)
 
 
 CACHE_NAMES = ("cache", "past_key_values")  # since transformers 5.24, and before
 
 
-def cache_name(decoder_class: type) -> str:
+def cache_name(decoder_class: type[nn.Module]) -> str:
     """The keyword by which a decoder takes its cache. Raises TypeError where it has yet another name."""
     if decoder_class not in _CACHE_NAMES:
         taken = inspect.signature(decoder_class.forward).parameters
         _CACHE_NAMES[decoder_class] = next((name for name in CACHE_NAMES if name in taken), None)
-    if _CACHE_NAMES[decoder_class] is None:
+    if (name := _CACHE_NAMES[decoder_class]) is None:
         raise TypeError(
             f"{decoder_class.__name__} takes no cache by the name of {' or '.join(CACHE_NAMES)}: this version of "
             "transformers is not known, use an earlier one"
         )
-    return _CACHE_NAMES[decoder_class]
+    return name
 
 
 _CACHE_NAMES: dict[type, str | None] = {}
@@ -185,13 +201,14 @@ def _tell_mixers(name: str, decoder, args, kwargs):
         mixer_mask = MixerMask(padding_mask=mask)
     elif cache is None and positions is not None:
         # transformers reads packed documents off position ids under the same condition, for attention layers
-        mixer_mask = MixerMask(seq_idx=document_index(positions))
+        index = document_index(positions)
+        mixer_mask = MixerMask(seq_idx=index)
         modules = [getattr(layer, decoder.config.attention_name) for layer in decoder.layers]
         kinds = zip(modules, decoder.config.mixers, strict=True)
         if mixers := [mixer for mixer, kind in kinds if have_trans_points([kind])]:
             inputs = [*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
             batch = next(len(tensor) for tensor in inputs if tensor is not None)
-            seq_idx = mixer_mask.seq_idx.expand(batch, -1)
+            seq_idx = index.expand(batch, -1)
             if decoder.config._attn_implementation == "flex_attention":
                 made = Spans(seq_idx)
                 spans = {mixer: made.of(mixer) for mixer in mixers}
@@ -234,12 +251,12 @@ def _states(cache) -> list[StateLayer]:
     return [layer for layer in getattr(cache, "layers", ()) if isinstance(layer, StateLayer)]
 
 
-def hybrid_model_class(config: HybridConfig) -> type[PreTrainedModel]:
+def hybrid_model_class(config: HybridConfig) -> type[HybridForCausalLM]:
     """The class that is both `HybridForCausalLM` and the teacher's class (one class for each config class)."""
     key = type(config)
     if key not in _CLASSES:
         teacher_config = _teacher_config_class(key)
-        teacher_class = MODEL_FOR_CAUSAL_LM_MAPPING[teacher_config]
+        teacher_class = cast("type", MODEL_FOR_CAUSAL_LM_MAPPING[teacher_config])
         # The name is the public one: saved checkpoints refer to it. The other is what pickle looks up, see below.
         names = {"__module__": __name__, "__qualname__": f"HybridForCausalLM:{teacher_config.model_type}"}
         fields = {"config_class": key, **names}
@@ -256,9 +273,10 @@ def __getattr__(name: str) -> type:
     return next(made, None) or hybrid_model_class(HybridConfig(base_model_type=base_model_type))
 
 
-def _teacher_config_class(config_class: type[HybridConfig]) -> type:
+def _teacher_config_class(config_class: type[HybridConfig]) -> type[PreTrainedConfig]:
     # By model type: where the code travels with a checkpoint, transformers loads the config's file twice.
-    return next(base for base in config_class.__bases__ if base.model_type != MODEL_TYPE)
+    bases = cast("tuple[type[PreTrainedConfig], ...]", config_class.__bases__)
+    return next(base for base in bases if base.model_type != MODEL_TYPE)
 
 
-_CLASSES: dict[type, type[PreTrainedModel]] = {}
+_CLASSES: dict[type, type[HybridForCausalLM]] = {}

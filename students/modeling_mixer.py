@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +74,7 @@ class Geometry:
         return cls(**found)
 
     @classmethod
-    def read(cls, attention: nn.Module, attribute: str) -> "Geometry":
+    def read(cls, attention: Any, attribute: str) -> "Geometry":
         """That of an attention module with separate projections: students made before their configs had it."""
         head_dim, config = attention.head_dim, attention.config
         layer_types = getattr(config, "layer_types", None)
@@ -126,19 +126,19 @@ class Transfer:
             return torch.as_tensor(self.value, dtype=like.dtype).expand_as(like)
         if self.operation == "identity":  # of a depthwise convolution (channels, 1, taps): the current token alone
             taps = torch.zeros_like(like, device="cpu")
-            taps[..., -1] = self.value
+            taps[..., -1] = cast("float", self.value)
             return taps
-        tensor = teacher.get(self.source)
+        tensor = None if self.source is None else teacher.get(self.source)
         if tensor is None:
             raise StudentError(f"{self.target} needs {self.source}, which the teacher does not have")
         tensor = tensor if self.source_rows is None else self.source_rows.of(tensor)
         if tensor.shape != like.shape:
             raise StudentError(f"{self.source} is {tuple(tensor.shape)}, {self.target} needs {tuple(like.shape)}")
-        return tensor * self.value if self.operation == "scale" else tensor
+        return tensor * cast("float", self.value) if self.operation == "scale" else tensor
 
     def describe(self) -> str:
         if self.operation in ("copy", "scale"):
-            source = self.source + (f"[{self.source_rows}]" if self.source_rows is not None else "")
+            source = f"{self.source}" + (f"[{self.source_rows}]" if self.source_rows is not None else "")
             return source + (f" * {self.value:.4g}" if self.operation == "scale" else "")
         if self.operation == "identity":
             return f"the current token * {self.value:.4g}"
@@ -187,7 +187,7 @@ class Mixer(nn.Module):
 
     def __init__(self, attention: nn.Module, geometry: Geometry):
         super().__init__()
-        self.layer_idx = attention.layer_idx
+        self.layer_idx = cast("int", attention.layer_idx)
         self.geometry = geometry
         self.num_heads, self.num_kv_heads = geometry.num_heads, geometry.num_kv_heads
         self.head_dim = geometry.head_dim
@@ -299,7 +299,7 @@ def rotate(t: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat((turned * cos + torch.cat((-b, a), dim=-1) * sin, rest), dim=-1)
 
 
-def attention_flops(width: int, length: int, window: int | None) -> float:
+def attention_flops(width: int, length: int | float, window: int | None) -> float:
     """Operations per token, forward, of causal attention over a document of `length` tokens.
 
     2 x 2 x width for each key that a token sees: its product with the query, and with the value. (length + 1) / 2 keys

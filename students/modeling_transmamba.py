@@ -78,11 +78,13 @@ class TransPointLayer(StateLayer):
 
     def hold_real(self, real: Tensor | None, batch: int, columns: int) -> None:
         """Adds columns of `real` (B, columns), where None is no padding; before `hold` adds their keys."""
-        if real is None and self.real is None:
-            return
-        if self.real is None and self.keys is not None:
+        if real is None:
+            if self.real is None:
+                return
+            real = self.real.new_ones(batch, columns)
+        elif self.real is None and self.keys is not None:
             self.real = real.new_ones(batch, self.keys.shape[1])
-        self.hold(real=self.real.new_ones(batch, columns) if real is None else real)
+        self.hold(real=real)
 
     def keep(self, columns: int) -> None:
         """Forgets all but the last columns of keys and values."""
@@ -145,7 +147,8 @@ class TransMambaMixer(StateSpace):
         self.v_proj = nn.Linear(hidden_size, K * P, bias="v_proj" in biases)
         self.o_proj = nn.Linear(H * P, hidden_size, bias="o_proj" in biases)
         normed = geometry.norm_over is not None
-        self.q_norm, self.k_norm = (attention.q_norm, attention.k_norm) if normed else (None, None)
+        self.q_norm = attention.get_submodule("q_norm") if normed else None
+        self.k_norm = attention.get_submodule("k_norm") if normed else None
         self.qk_norm = qk_norm and normed
         # Without a convolution both forms read the same values and keys, and a cache holds them once.
         placed = rope or not geometry.rotary_dim
@@ -154,7 +157,7 @@ class TransMambaMixer(StateSpace):
         self.dt_proj = WidenedLinear(hidden_size, H, bias=False)
         self.add_recurrence(conv_kernel, norm)
         self.z_proj = nn.Linear(hidden_size, H * P) if gate else None
-        if gate:
+        if self.z_proj is not None:
             nn.init.constant_(self.z_proj.bias, GATE_OPEN)
 
     def set_trans_point(self, trans_point: int | float) -> None:
@@ -247,9 +250,9 @@ class TransMambaMixer(StateSpace):
             if span is None:
                 documents = documents or Documents(seq_idx)
         if span is not None:
-            y = self._spanned(hidden_states, position_embeddings, seq_idx, span)
+            y = self._spanned(hidden_states, position_embeddings, seq_idx, span)  # type: ignore[arg-type]  # has one
         elif documents is not None and documents.count > batch:
-            y = self._packed(hidden_states, position_embeddings, seq_idx, documents)
+            y = self._packed(hidden_states, position_embeddings, seq_idx, documents)  # type: ignore[arg-type]  # have one
         else:
             y = self._rows(hidden_states, position_embeddings, memory, padding_mask)
         return self.o_proj(y.to(hidden_states.dtype)), None
@@ -270,7 +273,7 @@ class TransMambaMixer(StateSpace):
         finished = remember and min(after) >= T
         first = last = length
         if convert := finished or max(after) > T or memory.ssm_state is not None:
-            left = [max(T - seen, 0) for seen in before]
+            left: list[int] = [max(T - seen, 0) for seen in before]  # type: ignore[misc]  # or inf, which length cuts off
             # A state goes on with every token, though the rows that called for it may be gone (`batch_select_indices`).
             first = min(length, *left) if memory.ssm_state is None else 0
             last = min(length, max(some and some + pad for some, pad in zip(left, pads, strict=True)))
@@ -286,7 +289,7 @@ class TransMambaMixer(StateSpace):
             memory.advance(None, None, length, after)
             if self.window is not None:
                 memory.keep(self.window - 1)
-            return attended
+            return attended  # type: ignore[return-value]  # of all columns
 
         dt = self.dt_proj(hidden)
         dt = dt if padding is None else dt.masked_fill(padding, PADDING_STEP)
@@ -298,7 +301,7 @@ class TransMambaMixer(StateSpace):
             memory.hold(dt=dt[:, :first], **({} if self.shared else {"x": x[:, :first], "B": B[:, :first]}))
         if not convert:
             memory.advance(tail, None, length, after)
-            return attended
+            return attended  # type: ignore[return-value]  # of all columns
 
         if memory.dt is not None:
             columns = memory.dt.shape[1]
@@ -315,7 +318,7 @@ class TransMambaMixer(StateSpace):
         memory.drop("dt", "x", "B", *(("keys", "values", "real") if finished else ()))
         memory.advance(tail, state, length, after)
         if read is None or attended is None:
-            return attended if read is None else read
+            return attended if read is None else read  # type: ignore[return-value]  # there is one of them
         if first < last:
             both = torch.where(attends, attended[:, first:], read[:, : last - first])
             return torch.cat((attended[:, :first], both, read[:, last - first :]), 1)
@@ -339,7 +342,7 @@ class TransMambaMixer(StateSpace):
             ]
             attended = take(torch.cat(parts), back, out).view(batch, length, -1)
         if T >= documents.longest:
-            return attended
+            return attended  # type: ignore[return-value]  # T > 0
         read = self._read(hidden, (q, k, v), (queries, keys), position_embeddings, seq_idx)
         return read if attended is None else torch.where(documents.position.unsqueeze(-1) < T, attended, read)
 
@@ -351,21 +354,21 @@ class TransMambaMixer(StateSpace):
         queries, keys = (self.place(t, norm, position_embeddings) for t, norm in ((q, self.q_norm), (k, self.k_norm)))
         attended = None
         if span.mask is not None:
-            operands = (t.to(v.dtype).transpose(1, 2) for t in (queries, keys, v))
-            attended = flex_attention(
-                *operands, block_mask=span.mask, scale=self.scale, enable_gqa=True, kernel_options=span.options
+            query, key, value = (t.to(v.dtype).transpose(1, 2) for t in (queries, keys, v))
+            attended = flex_attention(  # type: ignore[call-overload]  # its options are a TypedDict
+                query, key, value, block_mask=span.mask, scale=self.scale, enable_gqa=True, kernel_options=span.options
             )
             attended = attended.transpose(1, 2).flatten(2)
         if span.point is None:
-            return attended
+            return attended  # type: ignore[return-value]  # T > 0
         read = self._read(hidden, (q, k, v), (queries, keys), position_embeddings, seq_idx)
         return read if attended is None else torch.where(span.position.unsqueeze(-1) < span.point, attended, read)
 
     def _read(self, hidden: Tensor, projected, placed, position_embeddings, seq_idx: Tensor) -> Tensor:
         """What the heads read (B,L,H*P) from the state, over packed documents."""
-        x, B, C = projected[2], placed[1], placed[0]
+        (q, k, x), (C, B) = projected, placed
         if not self.shared:
-            x, B, C, _ = self._inputs(*projected, position_embeddings, seq_idx=seq_idx)
+            x, B, C, _ = self._inputs(q, k, x, position_embeddings, seq_idx=seq_idx)
         read, _ = self._recur(x, self.dt_proj(hidden), B, C * self.scale, None, False, False, seq_idx)
         return self._gate_and_norm(read.flatten(2), None if self.z_proj is None else self.z_proj(hidden))
 
@@ -394,7 +397,8 @@ class TransMambaMixer(StateSpace):
         `real` (B,S): keys that are no padding.
         """
         if q.shape[1] == 1 and self.window is not None:
-            k, v, real = (t if t is None else t[:, -self.window :] for t in (k, v, real))
+            k, v = (t[:, -self.window :] for t in (k, v))
+            real = None if real is None else real[:, -self.window :]
         queries, held = q.shape[1], k.shape[1]
         mask = None if real is None else real[:, None, None]
         if real is not None or (queries > 1 and (queries < held or (self.window or held) < held)):
@@ -410,8 +414,11 @@ class TransMambaMixer(StateSpace):
             return y.reshape(len(q), 1, -1)
         if mask is not None and groups > 1:  # with a mask, the fused kernels of CUDA know no groups
             k, v = (t.repeat_interleave(groups, dim=2) for t in (k, v))
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         y = F.scaled_dot_product_attention(
-            *(t.transpose(1, 2) for t in (q, k, v)),
+            q,
+            k,
+            v,
             attn_mask=mask,
             is_causal=mask is None,
             scale=self.scale,

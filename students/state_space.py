@@ -15,9 +15,9 @@ try:  # the fused kernels, where the package is installed
     from transpoint.kernels.norm import gated_rms_norm
     from transpoint.kernels.ssd import ssd_scan, ssd_step
 except ImportError:  # the plain references, which travel beside this file
-    from .conv_reference import causal_conv1d, causal_conv1d_step
-    from .norm_reference import gated_rms_norm
-    from .ssd_reference import ssd_scan, ssd_step
+    from .conv_reference import causal_conv1d, causal_conv1d_step  # type: ignore[no-redef]
+    from .norm_reference import gated_rms_norm  # type: ignore[no-redef]
+    from .ssd_reference import ssd_scan, ssd_step  # type: ignore[no-redef]
 
 GATE_OPEN = 1.2784645  # SiLU is 1 there
 STEP_ONE = 0.5413249  # softplus is 1 there
@@ -83,7 +83,7 @@ class StateSpace(Mixer):
         self.A_log = nn.Parameter(torch.zeros(H))
         self.D = nn.Parameter(torch.zeros(H))
         self.norm = nn.Module() if norm else None
-        if norm:
+        if self.norm is not None:
             self.norm.weight = nn.Parameter(torch.ones(H * P))
 
     def recurrence_transfers(self, name: str) -> list[Transfer]:
@@ -100,7 +100,7 @@ class StateSpace(Mixer):
         self.dt_bias.copy_(torch.where(step > 20, step, step.expm1().log()))  # softplus backwards
         self.A_log.copy_((math.log(2) / (half_life * step)).log())
         if self.norm is not None:
-            self.norm.weight.copy_(scale.expand(-1, self.head_dim).flatten())
+            self.norm.get_parameter("weight").copy_(scale.expand(-1, self.head_dim).flatten())
 
     @property
     def scales_channels(self) -> bool:
@@ -137,7 +137,8 @@ class StateSpace(Mixer):
     def _convolve(self, inputs, memory, stepping: bool, padding=None, seq_idx=None) -> tuple[Tensor, Tensor | None]:
         """The convolution of inputs (B,L,channels), and its tail where there is a memory. Padding (B,L,1) is zero
         before it, so that it reaches no token, and after it."""
-        weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
+        conv: nn.Conv1d = self.conv1d  # type: ignore[assignment]  # nobody calls this without one
+        weight, bias = conv.weight.squeeze(1), conv.bias
         options = {"activation": self.conv_activation}
         if stepping:
             tail = memory.conv_state.to(inputs.device)

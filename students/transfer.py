@@ -13,10 +13,12 @@ from dataclasses import dataclass, field
 
 import torch
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..teachers import attention_view
 from .errors import StudentError
+from .modeling_hybrid import HybridForCausalLM
 from .modeling_mixer import Transfer
 
 
@@ -46,7 +48,7 @@ class TransferPlan:
         for transfer in self.transfers:
             if transfer.target not in targets:
                 raise StudentError(f"the plan fills {transfer.target}, which the student does not have")
-            target = targets[transfer.target]
+            target: Tensor = targets[transfer.target]
             target = target[slice(*transfer.rows)] if transfer.rows else target
             target.copy_(transfer.compute(source, target))
 
@@ -67,7 +69,7 @@ class TransferPlan:
         return capture.get()
 
 
-def transfer_plan(teacher: nn.Module, student: nn.Module) -> TransferPlan:
+def transfer_plan(teacher: PreTrainedModel, student: HybridForCausalLM) -> TransferPlan:
     """The plan that turns this teacher into this student (of `hybrid_model_class`, weights not read).
 
     Raises StudentError where something of the teacher would be in no tensor of the student.

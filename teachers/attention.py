@@ -7,7 +7,7 @@ refused rather than converted wrongly, and a reader that is wrong is found out.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -110,12 +110,12 @@ class AttentionView:
         split = (*hidden.shape[:-1], -1, self.head_dim)
         q, k, v = (p(hidden) for p in (self.q_proj, self.k_proj, self.v_proj))
         if self.norm_over == "all":
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = self.q_norm(q), self.k_norm(k)  # type: ignore[misc]  # there are both
         q, k, v = (t.view(split) for t in (q, k, v))
         if self.norm_over == "head":
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = self.q_norm(q), self.k_norm(k)  # type: ignore[misc]  # there are both
         if self.rotary_dim:
-            q, k = (rotate(t, position_embeddings) for t in (q, k))
+            q, k = (rotate(t, position_embeddings) for t in (q, k))  # type: ignore[arg-type]  # there are some
         return q, k, v
 
     def weights(self, q: Tensor, k: Tensor) -> Tensor:
@@ -225,7 +225,7 @@ def read_attention(
     scale = getattr(module, "scaling", None)
     if head_dim is None or scale is None:
         raise TeacherError(f"{what}it does not state head_dim and scaling")
-    found = parts or {part: Projection(part, children[part]) for part in sorted(_PARTS)}
+    found = parts or {part: Projection(part, cast("nn.Linear", children[part])) for part in sorted(_PARTS)}
     q, k, v, o = (found[part] for part in ("q_proj", "k_proj", "v_proj", "o_proj"))
     heads, kv_heads = q.out_features // head_dim, k.out_features // head_dim
     if o.in_features != heads * head_dim or v.out_features != k.out_features or heads % kv_heads:
@@ -236,8 +236,9 @@ def read_attention(
     norm_over = None
     for norm, size in (("q_norm", heads * head_dim), ("k_norm", kv_heads * head_dim)):
         if norm in children:
-            width = tuple(children[norm].weight.shape)
-            over = {(size,): "all", (head_dim,): "head"}.get(width)
+            width = tuple(cast("Tensor", children[norm].weight).shape)
+            kinds: dict[tuple[int, ...], str] = {(size,): "all", (head_dim,): "head"}
+            over = kinds.get(width)
             if over is None or (norm == "k_norm" and over != norm_over and size != head_dim):
                 raise TeacherError(f"{what}{norm} is over {width}, neither over one head of {head_dim} nor over all")
             norm_over = norm_over or over

@@ -6,6 +6,7 @@ the logits that the model itself computes. So a family that does something else 
 """
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ class OutputHead:
 
     @property
     def weight(self) -> Tensor:
-        return self.module.weight
+        return self.module.weight  # type: ignore[return-value]  # torch's stubs: a tensor or a module
 
     @property
     def bias(self) -> Tensor | None:
@@ -87,7 +88,7 @@ def output_head(model: PreTrainedModel, check: bool = True) -> OutputHead:
 @torch.no_grad()
 def _check(model: PreTrainedModel, head: OutputHead, length: int = 8) -> None:
     """Refuses a head that does not give the model's own logits."""
-    ids = torch.arange(length, device=model.device)[None] % len(model.get_input_embeddings().weight)
+    ids = torch.arange(length, device=model.device)[None] % len(cast("Tensor", model.get_input_embeddings().weight))
     training = model.training
     model.eval()
     try:

@@ -9,6 +9,7 @@ import importlib.util
 import logging
 import re
 from pathlib import Path
+from typing import cast
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -50,18 +51,19 @@ def load_teacher(
         TeacherError: nothing is found under that name, or what is found cannot be loaded.
     """
     dtype, source = _dtype(dtype), str(source)
+    tokenizer: PreTrainedTokenizerBase
     if source.startswith("random-"):
         model, tokenizer = random_teacher(source)
         for parameter in model.parameters():  # alone: rotary frequencies stay in float32, as in `from_pretrained`
             parameter.data = parameter.data.to(dtype)
-        return model.to(device).eval(), tokenizer
+        return model.to(device).eval(), tokenizer  # type: ignore[arg-type]  # transformers wraps `to`
     folder, gguf = _locate(source)
     kwargs = {"trust_remote_code": trust_remote_code} | ({"gguf_file": gguf} if gguf else {})
     try:
         if gguf:
             refuse_part(Path(folder) / gguf)
         # `use_safetensors`: a pickled checkpoint is refused, never opened. Of other sizes, `incomplete` says which.
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
             output_loading_info=True,
@@ -69,6 +71,7 @@ def load_teacher(
             **kwargs,
             **({} if gguf else {"use_safetensors": True}),
         )
+        model, info = cast("tuple[PreTrainedModel, dict]", loaded)
         if reason := incomplete(model, info):
             raise TeacherError(f"teacher '{source}' is {reason}")
         if gguf:
@@ -82,7 +85,7 @@ def load_teacher(
     if gguf:
         _forget_quantization(model)
         _name_special_tokens(tokenizer, model)
-    return model.to(device).eval(), tokenizer
+    return model.to(device).eval(), tokenizer  # type: ignore[arg-type]  # transformers wraps `to`
 
 
 def incomplete(model: PreTrainedModel, info: dict) -> str | None:
@@ -101,10 +104,10 @@ def incomplete(model: PreTrainedModel, info: dict) -> str | None:
         )
         if names
     ]
-    if not (wrong := wrong or info.get("error_msgs")):
+    if not (reasons := wrong or info.get("error_msgs")):
         return None
     return (
-        f"no whole {type(model).__name__}: {'; '.join(wrong)}: check that it is the checkpoint of a causal language "
+        f"no whole {type(model).__name__}: {'; '.join(reasons)}: check that it is the checkpoint of a causal language "
         "model, saved under its own names, and fetch it again"
     )
 
@@ -185,7 +188,7 @@ def _locate(source: str) -> tuple[str, str | None]:
 def _locate_registered(name: str) -> tuple[str, str | None]:
     entry = REGISTRY[name]
     spec = importlib.util.find_spec(entry["package"])
-    for place in spec.submodule_search_locations if spec else ():
+    for place in (spec.submodule_search_locations if spec else None) or ():
         for file in sorted(Path(place).glob("*.gguf")):
             return str(file.parent), file.name
     raise TeacherError(
@@ -205,7 +208,7 @@ def _forget_quantization(model: PreTrainedModel) -> None:
     for owner, name in ((model.config, "quantization_config"), (model, "hf_quantizer")):
         if hasattr(owner, name):
             delattr(owner, name)
-    model.is_quantized = False
+    model.is_quantized = False  # type: ignore[assignment]  # torch's stubs: a tensor or a module
 
 
 def _name_special_tokens(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
