@@ -6,9 +6,10 @@ Drawn by matplotlib, an optional dependency: `pip install 'transpoint[figure]'`.
 import io
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from html import escape
+from typing import Any, cast
 
 from .run import RunError
 
@@ -31,7 +32,7 @@ def _styled() -> Iterator[None]:
         import matplotlib
     except ImportError as error:
         raise RunError("a report needs matplotlib: pip install 'transpoint[figure]'") from error
-    style = {
+    style: Any = {  # matplotlib names all keys there are
         "font.size": 9,
         "axes.labelcolor": _INK,
         "axes.edgecolor": _LINE,
@@ -54,7 +55,7 @@ def _styled() -> Iterator[None]:
 
 @_styled()
 def loss_chart(
-    name: str, loss: Series, below: dict[str, dict[str, Series]], marks: dict[str, Sequence[int]], label: str
+    name: str, loss: Series, below: dict[str, dict[str, Series]], marks: Mapping[str, Sequence[int]], label: str
 ) -> str:
     """The loss over the steps, smoothed over raw, and small panels below it.
 
@@ -94,7 +95,7 @@ def loss_chart(
 
 
 @_styled()
-def line_chart(name: str, lines: dict[str, Series], unit: str, label: str) -> str:
+def line_chart(name: str, lines: Mapping[str, Series], unit: str, label: str) -> str:
     """A few lines over steps, from zero."""
     figure, (axes,) = _figure(_NARROW, [1.9])
     for index, (title, (steps, values)) in enumerate(lines.items()):
@@ -109,7 +110,7 @@ def line_chart(name: str, lines: dict[str, Series], unit: str, label: str) -> st
 
 
 @_styled()
-def heat_map(name: str, steps: Sequence[int], rows: dict[int, Sequence[float]], label: str) -> str:
+def heat_map(name: str, steps: Sequence[int], rows: Mapping[int, Sequence[float]], label: str) -> str:
     """Layers by steps, coloured by the logarithm of a figure.
 
     Args:
@@ -197,6 +198,7 @@ def _log_scale(axes, values: Sequence[float], few: bool = False) -> None:
 def _log_ticks(axis, low: float, high: float, few: bool = False) -> None:
     from matplotlib.ticker import LogLocator, NullLocator
 
+    subs: tuple[float, ...]
     decades = math.log10(high / low)
     if few:
         subs = (1.0, 3.0) if decades < 1.6 else (1.0,)
@@ -258,5 +260,5 @@ def _svg(figure, name: str, label: str) -> str:
     used = set(re.findall(r"#([\w.-]+)", text))
     text = re.sub(r' id="([^"]*)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in used else "", text)
     text = re.sub(r'(url\(|xlink:href=")#', rf"\1#{name}-", text)
-    view = re.search(r'viewBox="[^"]*"', text)[0]
+    view = cast("re.Match[str]", re.search(r'viewBox="[^"]*"', text))[0]
     return re.sub(r"<svg.*?>", f'<svg {view} role="img" aria-label="{escape(label)}">', text, count=1, flags=re.DOTALL)

@@ -9,7 +9,7 @@ import logging
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -51,7 +51,7 @@ def save_checkpoint(
     failed = None
     if accelerator.is_main_process:
         try:
-            _write(folder, step, state, gathered, keep)
+            _write(folder, step, cast("dict[str, Tensor]", state), gathered, keep)
         except CheckpointError as error:
             failed = str(error)
     if accelerator.num_processes > 1:
@@ -87,8 +87,8 @@ def find_checkpoint(folder: Path, names: set[str], accelerator: Accelerator) -> 
         found = broadcast_object_list([found])[0]
     if found is None:
         return 0, {}
-    path, record = found
-    return record["step"], {**load_file(Path(path) / "state.safetensors"), "data": record.get("data")}
+    newest, record = found
+    return record["step"], {**load_file(Path(newest) / "state.safetensors"), "data": record.get("data")}
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ import warnings
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 from rich.console import Console
 from rich.markup import escape
@@ -16,6 +17,10 @@ from rich.table import Table
 from .export.formats import FORMATS
 from .stages.pipeline import names, pipeline_of
 from .threads import leave_busy_cores, spin_briefly
+
+if TYPE_CHECKING:
+    from ..students import HybridForCausalLM
+    from .data import PackedDataset
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -93,16 +98,16 @@ def plan(options) -> None:
     from ..students.configuration_mixers import have_trans_points, names_with_trans_points
     from ..teachers import load_teacher
     from .config import load_recipe
-    from .groups import distill_groups, mixer_parameters, only_these_train
+    from .groups import ParameterGroup, distill_groups, mixer_parameters, only_these_train
     from .lora import attach
     from .preflight import gpu_name, what_will_run
     from .schedules import check_schedules, never_distilled
 
     console = Console()
     recipe = load_recipe(options.config, options.overrides)
-    settings = recipe.teacher
+    source = recipe.teacher
     gpu = gpu_name(torch.device("cpu" if recipe.run.device == "cpu" else _device()))
-    teacher, _ = load_teacher(settings.source, settings.dtype, trust_remote_code=settings.trust_remote_code)
+    teacher, _ = load_teacher(source.source, source.dtype, trust_remote_code=source.trust_remote_code)
     longest = getattr(teacher.config, "max_position_embeddings", None)
     check_schedules(recipe, teacher.config.num_hidden_layers, longest)
     student, transfers = plan_student(teacher, recipe.student)
@@ -114,7 +119,7 @@ def plan(options) -> None:
         table.add_row(str(layer), name, *([str(points[layer])] if points else []))
     console.print(table, transfers.table())
     settings = recipe.distill
-    mixer_group = {"name": "mixers", "parameters": mixer_parameters(student), "lr": recipe.align.lr}
+    mixer_group: ParameterGroup = {"name": "mixers", "parameters": mixer_parameters(student), "lr": recipe.align.lr}
     only_these_train(student, [mixer_group])
     console.print(what_will_run("align", [mixer_group], student, teacher, recipe, device=gpu), highlight=False)
     before, after = (sum(p.numel() for p in model.parameters()) for model in (teacher, student))
@@ -182,7 +187,8 @@ def export(options) -> None:
     # Not in the export stage's own folder: its records vouch for what is there.
     target = Path(options.out) if options.out else root / "exports" / f"{options.format}-{options.dtype}"
     dtype = getattr(torch, options.dtype)
-    figures = write(load_model(student), load_tokenizer(student), target, options.format, dtype, card_facts(root))
+    model, tokenizer = cast("HybridForCausalLM", load_model(student)), load_tokenizer(student)
+    figures = write(model, tokenizer, target, options.format, dtype, card_facts(root))
     print(
         f"{target}: the {student.parent.name} stage's student; logits differ by {figures['logits']:.1e}, "
         f"decoding by {figures['decode']:.1e}"
@@ -195,7 +201,7 @@ def evaluate(options) -> None:
     from ..teachers import load_teacher
     from .config import Recipe, load_recipe
     from .data import PackedDataset, check_tokens, tokenize_corpus
-    from .models import load_model, load_tokenizer
+    from .models import embedding_rows, load_model, load_tokenizer, on_device
     from .quality import HeldOut
     from .run import RunError
 
@@ -214,7 +220,7 @@ def evaluate(options) -> None:
     own = load_tokenizer(path, options.trust_remote_code)
     tokenizer = tokenizer if teacher else own
     with _saying_warnings():
-        model = load_model(path, "float32", options.trust_remote_code, options.trans_points).to(device)
+        model = on_device(load_model(path, "float32", options.trust_remote_code, options.trans_points), device)
     corpus, *others = (
         tokenize_corpus(
             data.heldout,
@@ -232,14 +238,13 @@ def evaluate(options) -> None:
             "between predictions of different tokens means nothing; leave out --teacher to measure it alone"
         )
     for one in (teacher, model) if teacher else (model,):
-        check_tokens(corpus.tokens, len(one.get_input_embeddings().weight), tokenizer, ", ".join(corpus.sources))
+        check_tokens(corpus.tokens, embedding_rows(one), tokenizer, ", ".join(corpus.sources))
     dataset = PackedDataset(corpus, min(options.length or data.length, len(corpus.tokens)))
     held_out = HeldOut(dataset, options.sequences or recipe.evaluate.sequences, tokenizer, teacher)
     columns = ("model", "KL from teacher", "perplexity", "bits per byte", "same top token")
     table = Table(*columns, title=escape(corpus.summary()))
-    for name, one in (("teacher", teacher), (escape(str(options.model)), model)):
-        if one is None:
-            continue
+    rows = [("teacher", teacher)] if teacher else []
+    for name, one in (*rows, (escape(str(options.model)), model)):
         quality = held_out.measure(one)
         kl = "" if quality.kl is None else f"{quality.kl:.4f}"
         same = "" if quality.same_top is None else f"{quality.same_top:.1%}"
@@ -248,12 +253,12 @@ def evaluate(options) -> None:
 
 
 def generate(options) -> None:
-    from .models import load_model, load_tokenizer
+    from .models import load_model, load_tokenizer, on_device
     from .quality import answer
 
     path = _model_folder(options.model)
     with _saying_warnings():
-        model = load_model(path, "auto", options.trust_remote_code, options.trans_points).to(_device())
+        model = on_device(load_model(path, "auto", options.trust_remote_code, options.trans_points), _device())
     tokenizer = load_tokenizer(path, options.trust_remote_code)
     print(answer(model, tokenizer, options.prompt, options.max_new_tokens))
 
@@ -291,7 +296,7 @@ def cache_teacher(options) -> None:
     index = write(
         session.recipe,
         session.teacher,
-        session.train_data,
+        cast("PackedDataset", session.train_data),  # a recipe with a cache does not stream
         session.accelerator,
         session.console,
         session.precision,

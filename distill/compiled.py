@@ -3,13 +3,17 @@
 import gc
 from collections.abc import Callable, Hashable
 from contextlib import ExitStack, contextmanager
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch._functorch.config
 from torch import Tensor, nn
 
 from .files import one_line
+from .protocols import Objective
+
+if TYPE_CHECKING:
+    from torch.cuda import _POOL_HANDLE
 
 FLEX = "flex_attention"
 SPECIALISED = 64  # kinds of calls that one function is compiled for: layers of a model differ, and so do batches
@@ -18,7 +22,7 @@ RECORDED = 8  # kinds at most: each holds the memory of its gradients, and what 
 
 
 @contextmanager
-def compiled(objective: nn.Module, backend: str = "inductor"):
+def compiled(objective: Objective, backend: str = "inductor"):
     """Compiles what `objective.compilable()` names, [(object, name of its function)], until it is left.
 
     Each is compiled whole: what would break its graph raises torch's TorchDynamoException at the first call. Functions
@@ -69,7 +73,7 @@ class Recorded:
         self._run, self._parameters, self._adds, self._kind, self._say = run, parameters, adds, kind, say
         self._seen: dict[Hashable, int] = {}
         self._graphs: dict[Hashable, _Graph] = {}
-        self._pool = None
+        self._pool: _POOL_HANDLE | None = None
 
     def __len__(self) -> int:
         """How many kinds of batch are recorded."""

@@ -130,14 +130,16 @@ def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
             type, or one that is impossible.
     """
     values = _read(Path(path), ())
+    nested: Any  # values, and as they are written
+    texts: Any
     for override in overrides:
-        key, separator, value = override.partition("=")
+        key, separator, text = override.partition("=")
         if not separator or not key:
             raise ConfigError(f"'{override}' is no override; expected key=value, as in align.steps=100")
         try:
-            nested, texts = (_load(value, loader) if value else None for loader in (_Loader, _TextLoader))
+            nested, texts = (_load(text, loader) if text else None for loader in (_Loader, _TextLoader))
         except yaml.YAMLError as error:
-            raise ConfigError(f"{key}: '{value}' is not a YAML value ({_one_line(error)})") from error
+            raise ConfigError(f"{key}: '{text}' is not a YAML value ({_one_line(error)})") from error
         for part in reversed(key.split(".")):
             nested, texts = {part: nested}, {part: texts}
         _check_keys(nested, Recipe.schema(), "")
@@ -163,13 +165,13 @@ def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
                 raise ConfigError(f"{key} is {value}; expected null with data.streaming=true: {reason}")
     if not recipe.student.kind.trans_points:
         who = names_with_trans_points()
-        for key, value in (
+        for key, asked in (
             ("distill.anneal.fraction", recipe.distill.anneal.fraction),
             ("distill.sample_schedules", recipe.distill.sample_schedules or None),
             ("evaluate.schedules", recipe.evaluate.schedules),
         ):
-            if value is not None:
-                raise ConfigError(f"{key} is {value}; only student.mixer={who} has TransPoints to set")
+            if asked is not None:
+                raise ConfigError(f"{key} is {asked}; only student.mixer={who} has TransPoints to set")
     return recipe
 
 
@@ -188,13 +190,13 @@ def for_others(recipe: dict) -> dict:
 def describe_keys() -> list[tuple[str, str, str]]:
     """(key, default, help) of every setting, in order."""
 
-    def walk(kind: type, prefix: str) -> typing.Iterator[tuple[str, str, str]]:
+    def walk(kind: Any, prefix: str) -> typing.Iterator[tuple[str, str, str]]:
         for entry in dataclasses.fields(kind):
             key = prefix + entry.name
             if dataclasses.is_dataclass(entry.type):
                 yield from walk(entry.type, key + ".")
             else:
-                default = entry.default_factory() if entry.default is dataclasses.MISSING else entry.default
+                default = entry.default if entry.default_factory is dataclasses.MISSING else entry.default_factory()
                 yield key, "null" if default is None else str(default), entry.metadata["help"]
 
     return list(walk(Recipe.schema(), ""))
@@ -229,7 +231,7 @@ def _read(path: Path, chain: tuple[Path, ...]) -> dict:
 
 
 def _check_keys(values: dict, kind: type, prefix: str) -> None:
-    names = {entry.name: entry.type for entry in dataclasses.fields(kind)}
+    names: dict[str, Any] = {entry.name: entry.type for entry in dataclasses.fields(kind)}
     for key, value in values.items():
         if key not in names:
             every = [known for known, _, _ in describe_keys()]
@@ -305,7 +307,7 @@ def _load(text: str, loader: type[yaml.SafeLoader]) -> Any:
 
 def _as_written(values: dict, texts: Any, kind: type) -> None:
     """Where a setting is text, takes what YAML has read as something else as it was written."""
-    types = {entry.name: entry.type for entry in dataclasses.fields(kind)}
+    types: dict[str, Any] = {entry.name: entry.type for entry in dataclasses.fields(kind)}
     for key, value in values.items():
         written = texts[key]
         if dataclasses.is_dataclass(types[key]):
@@ -322,7 +324,7 @@ def _is_scalar(value: Any) -> bool:
     return value is not None and not isinstance(value, list | dict)
 
 
-def _map_paths(values: dict, kind: type, change: Callable[[str, str], str]) -> None:
+def _map_paths(values: dict, kind: Any, change: Callable[[str, str], str]) -> None:
     """Changes every path among the values, in place: `change` gets it, and whether it is read or written."""
     for entry in dataclasses.fields(kind):
         value = values.get(entry.name)

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import safetensors.torch
@@ -287,7 +288,8 @@ class FieldCheck:
 
     def __init__(self, source: str, documents: Documents):
         self.source, self.documents = source, documents
-        self.rows, self.without, self.first = 0, 0, None
+        self.rows, self.without = 0, 0
+        self.first: dict | None = None
 
     def see(self, row: dict | Skip) -> None:
         """Raises DataError when the first FIELD_PATIENCE rows are all without the fields."""
@@ -373,7 +375,7 @@ def _tokenize(
             raise DataError(f"no usable document in {', '.join(sources)}: {skips}")
         file.flush()
         # Mapped copy-on-write, as torch has no tensor that cannot be written.
-        tokens = np.memmap(aside, dtype, "c") if aside else np.frombuffer(file.getbuffer(), dtype)
+        tokens = np.memmap(aside, dtype, "c") if aside else np.frombuffer(cast(io.BytesIO, file).getbuffer(), dtype)
     return Corpus(
         torch.from_numpy(tokens),
         torch.tensor(starts),
@@ -450,7 +452,8 @@ def _load(folder: Path, fingerprint: str) -> Corpus | None:
         if file_hash(tensors_file) != facts.pop("sha256"):
             raise ValueError("its checksum differs")
         del facts["documents"], facts["tokens"]  # for people
-        return Corpus(**safetensors.torch.load_file(tensors_file), **facts)
+        tensors: dict[str, Any] = safetensors.torch.load_file(tensors_file)
+        return Corpus(**tensors, **facts)
     except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
         logger.warning("tokenised text in %s is damaged (%s): tokenising again", tensors_file, one_line(error))
         return None

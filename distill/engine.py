@@ -7,6 +7,7 @@ them goes on under any other, and on another number of processes.
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, cast
 
 import torch
 from accelerate import Accelerator
@@ -19,7 +20,12 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from ..students import Mixer
 from .compiled import Recorded, compiled
 from .files import one_line
+from .groups import ParameterGroup
+from .protocols import Objective
 from .run import RunError
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 ADAM = ("exp_avg", "exp_avg_sq")  # what AdamW keeps for each parameter, besides its count of steps
 UNCOMPILABLE = (TorchDynamoException, FailOnRecompileLimitHit, GuardOnDataDependentSymNode)
@@ -27,8 +33,8 @@ BUCKET = 1 << 26  # numbers that go from process to process at a time
 
 
 def make_engine(
-    objective: nn.Module,
-    groups: list[dict],
+    objective: Objective,
+    groups: list[ParameterGroup],
     betas: list[float],
     clip: float,
     micros: int,
@@ -40,7 +46,7 @@ def make_engine(
 
     Args:
         objective: `forward(batch) -> (loss, {name: figure})`, the loss a mean over the batch.
-        groups: [{"name", "parameters": {name: parameter}, "lr", "weight_decay"}]: what is trained, by AdamW.
+        groups: what is trained, by AdamW; each with its weight decay.
         clip: the largest norm of the gradient of all of them.
         micros: forward passes whose gradients make up a step.
         compile: whether layers are compiled and, where each process has a whole copy on a GPU, passes are recorded as
@@ -70,7 +76,17 @@ class Engine:
 
     shards = False  # whether parameters are elsewhere than in the modules that were given
 
-    def __init__(self, objective, groups, betas, clip, micros, accelerator, compile, say):
+    def __init__(
+        self,
+        objective: Objective,
+        groups: list[ParameterGroup],
+        betas: list[float],
+        clip: float,
+        micros: int,
+        accelerator: Accelerator,
+        compile: bool,
+        say: Callable[[str], None],
+    ):
         self.accelerator, self.clip, self.micros, self._say = accelerator, clip, micros, say
         self.parameters = {name: p for group in groups for name, p in group["parameters"].items()}
         names = {id(p): name for name, p in objective.named_parameters()}
@@ -81,7 +97,7 @@ class Engine:
         if compile and self._compiles():
             self._compiled.enter_context(compiled(objective))
         self.module, self.optimizer = self._prepare(objective, _adamw(groups, betas))
-        self._recorded = None
+        self._recorded: Recorded | None = None
         if compile and self._records(objective):
             trained = list(self.parameters.values())
             self._recorded = Recorded(self._pass, trained, micros > 1, objective.kind, say)
@@ -144,7 +160,7 @@ class Engine:
     def state(self) -> dict[str, Tensor] | None:
         """The training state, whole: `parameter.NAME`, `optimizer.KEY.NAME`. Every process must call it; in the main
         one it returns tensors on the CPU, in the others None."""
-        state = {}
+        state: dict[str, Tensor] = {}
         for name, parameter in self._sharded().items():
             held = self.optimizer.optimizer.state[parameter]
             tensors = {f"parameter.{name}": parameter.detach()}
@@ -173,7 +189,7 @@ class Engine:
     def _compiles(self) -> bool:
         return True
 
-    def _records(self, objective: nn.Module) -> bool:
+    def _records(self, objective: Objective) -> bool:
         if self.shards or self.accelerator.device.type != "cuda":
             return False
         # These look at the state of random generators, which a recording must not, or are fetched by the host.
@@ -256,7 +272,7 @@ class FSDPEngine(Engine):
         self._passes = 0
         self._set_lr(lr)
         optimizer = self.optimizer.optimizer
-        norm = nn.utils.clip_grad_norm_(self._trained(), self.clip).full_tensor()
+        norm = cast("DTensor", nn.utils.clip_grad_norm_(self._trained(), self.clip)).full_tensor()
         skipped = ~torch.isfinite(norm)
         if not skipped:  # the fused kernel takes no flag beside sharded tensors
             optimizer.step()
@@ -308,7 +324,7 @@ class DeepSpeedEngine(Engine):
         return engine, engine.optimizer
 
     @staticmethod
-    def _register_external(objective: nn.Module) -> None:
+    def _register_external(objective: Objective) -> None:
         """Parameters that are read elsewhere than in the forward pass of the module that has them."""
         from deepspeed.runtime.zero.partition_parameters import register_external_parameter
 
@@ -339,7 +355,7 @@ class DeepSpeedEngine(Engine):
     def state(self):
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-        state = {}
+        state: dict[str, Tensor] = {}
         step = next(iter(self._base.state.values()))["step"]
         for name, parameter in self.parameters.items():
             tensors = {f"parameter.{name}": safe_get_full_fp32_param(parameter)}
@@ -374,7 +390,8 @@ def _no_way_back() -> Iterator[None]:
 
 def _buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
     """Parameters in order, as many at a time as have `BUCKET` numbers, or one that has more."""
-    bucket, count = [], 0
+    bucket: list[nn.Parameter] = []
+    count = 0
     for parameter in parameters:
         if bucket and count + parameter.numel() > BUCKET:
             yield bucket
@@ -384,7 +401,7 @@ def _buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]
     yield bucket
 
 
-def _adamw(groups: list[dict], betas: list[float]) -> torch.optim.AdamW:
+def _adamw(groups: list[ParameterGroup], betas: list[float]) -> torch.optim.AdamW:
     """AdamW with weight decay on matrices only."""
     out = []
     for group in groups:
@@ -392,4 +409,4 @@ def _adamw(groups: list[dict], betas: list[float]) -> torch.optim.AdamW:
             chosen = [p for p in group["parameters"].values() if of_kind(p)]
             if chosen:
                 out.append({"params": chosen, "lr": group["lr"], "top_lr": group["lr"], "weight_decay": decay})
-    return torch.optim.AdamW(out, betas=tuple(betas), fused=True)
+    return torch.optim.AdamW(out, betas=(betas[0], betas[1]), fused=True)

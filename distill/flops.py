@@ -9,6 +9,7 @@ Where gradients flow is read off `requires_grad` of the parameters, so ask when 
 
 import math
 import re
+from typing import cast
 
 import torch
 from torch import nn
@@ -43,7 +44,7 @@ _PEAKS = (
 _PARTIAL = re.compile(r"\b(MIG|Laptop|Max-Q)\b|\bRTX \d+ (D|Ti|SUPER)\b")  # other peaks than the card of that name
 
 
-def distill_flops(teacher: PreTrainedModel | None, student: PreTrainedModel, length: int) -> float:
+def distill_flops(teacher: PreTrainedModel | None, student: HybridForCausalLM, length: int) -> float:
     """Operations per token of a step of distillation, on sequences of `length` tokens that are one document each.
 
     The teacher forward (None: it is read from a cache), the student forward and backward, both with their heads:
@@ -64,7 +65,7 @@ def distill_flops(teacher: PreTrainedModel | None, student: PreTrainedModel, len
     return total + 2 * _weights(head) + 2 * _weights(head, trained=True) + flows * 2 * _weights(head)
 
 
-def align_flops(teacher: PreTrainedModel, student: PreTrainedModel, length: int) -> float:
+def align_flops(teacher: PreTrainedModel, student: HybridForCausalLM, length: int) -> float:
     """Operations per token of a step of alignment, on sequences of `length` tokens that are one document each.
 
     The teacher forward without its head, and each mixer, in each of its forms, forward and backward: gradients flow
@@ -110,7 +111,7 @@ def peak_flops(device_name: str, dtype: torch.dtype = torch.bfloat16) -> float |
 
 
 def _layers(model: PreTrainedModel) -> nn.ModuleList:
-    return model.get_decoder().layers
+    return cast(nn.ModuleList, model.get_decoder().layers)
 
 
 def _forward(model: PreTrainedModel, length: int) -> float:
@@ -137,8 +138,9 @@ def _weights(module: nn.Module | None, trained: bool = False) -> float:
         if len(shape) > 1 and (parameter.requires_grad or not trained):
             total += math.prod(shape) * (_share_of_experts(module, shape[0]) if len(shape) == 3 else 1)
     for child in module.children():
-        experts = isinstance(child, nn.ModuleList) and len(child) > 1  # one for each, in code of its own
-        total += _weights(child, trained) * (_share_of_experts(module, len(child)) if experts else 1)
+        # Experts may be one module each, in code of its own.
+        experts = len(child) if isinstance(child, nn.ModuleList) else 1
+        total += _weights(child, trained) * (_share_of_experts(module, experts) if experts > 1 else 1)
     return total
 
 

@@ -1,15 +1,27 @@
 """Which parameters of a student a stage trains, in groups with their own learning rate and weight decay."""
 
+from typing import NotRequired, TypedDict
+
 from torch import nn
 
 from ..students import HybridForCausalLM
+from .protocols import Objective
 from .settings import DistillConfig, GroupsConfig
 
 GROUPS = tuple(GroupsConfig.__dataclass_fields__)
 
 
-def distill_groups(student: HybridForCausalLM, settings: DistillConfig) -> list[dict]:
-    """The groups that `distill` trains: [{"name", "parameters": {name: parameter}, "lr", "weight_decay"}].
+class ParameterGroup(TypedDict):
+    """Parameters that are trained with one learning rate. Without a weight decay it is the stage's."""
+
+    name: str
+    parameters: dict[str, nn.Parameter]  # by name
+    lr: float
+    weight_decay: NotRequired[float]
+
+
+def distill_groups(student: HybridForCausalLM, settings: DistillConfig) -> list[ParameterGroup]:
+    """The groups that `distill` trains.
 
     A group without a learning rate of its own takes that of the mixers (`lr`) or of what was the teacher's
     (`teacher_lr`). Those at 0 are left out: they stay as they are. Adapters (see `lora`) are a group, and the matrices
@@ -21,7 +33,7 @@ def distill_groups(student: HybridForCausalLM, settings: DistillConfig) -> list[
             members["lora"][name] = parameter
         elif ".base_layer." not in name:
             members[group_of(name, student)][name] = parameter
-    found = []
+    found: list[ParameterGroup] = []
     for name, parameters in members.items():
         own = settings.lora if name == "lora" else getattr(settings.groups, name)
         lr = own.lr if own.lr is not None else settings.lr if name == "mixers" else settings.teacher_lr
@@ -31,7 +43,7 @@ def distill_groups(student: HybridForCausalLM, settings: DistillConfig) -> list[
     return found
 
 
-def only_these_train(module: nn.Module, groups: list[dict]) -> None:
+def only_these_train(module: nn.Module | Objective, groups: list[ParameterGroup]) -> None:
     """Sets `requires_grad` of a module's parameters: whether they are in these groups."""
     for parameter in module.parameters():
         parameter.requires_grad_(False)
@@ -50,7 +62,9 @@ def matrix_parameters(student: HybridForCausalLM) -> dict[str, nn.Parameter]:
     found = {}
     names = {id(parameter): name for name, parameter in student.named_parameters()}
     for mixer in student.mixer_layers():
-        for own, parameter in mixer.named_parameters() if mixer is not None else ():
+        if mixer is None:
+            continue
+        for own, parameter in mixer.named_parameters():
             if own.startswith(mixer.matrix):
                 found[names[id(parameter)]] = parameter
     return found

@@ -6,7 +6,7 @@ import json
 import re
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ..students.config import StudentConfig
 from .config import Recipe
@@ -53,7 +53,7 @@ def without_resultless(needs: dict) -> dict:
             needs["teacher"].pop("source", None)
     if "student" in needs:
         needs["student"] = StudentConfig(**needs["student"]).facts()
-    sections = {entry.name: entry.type for entry in dataclasses.fields(Recipe.schema())}
+    sections: dict[str, Any] = {entry.name: entry.type for entry in dataclasses.fields(Recipe.schema())}
     for section, kind in sections.items():
         if section in needs and section != "student":
             left_out = resultless(kind)
@@ -78,7 +78,7 @@ def started(run: Path, stage: str) -> dict | None:
     for before, recorded in (found.get("after") or {}).items():
         own = read_json(run / before / "stage.json")
         if isinstance(own, dict) and identity(own) == recorded:
-            today["after"] = {before: identity(started(run, before))}
+            today["after"] = {before: identity(cast(dict, started(run, before)))}
     return today
 
 

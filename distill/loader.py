@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .data import collate
+from .protocols import TrainingData
 from .settings import TrainConfig
 
 AHEAD = 2  # batches that wait to be used
@@ -26,7 +27,14 @@ class batches_ahead:
     """
 
     def __init__(
-        self, dataset, steps: range, config: TrainConfig, seed: int, places: range, micro: int, device: torch.device
+        self,
+        dataset: TrainingData,
+        steps: range,
+        config: TrainConfig,
+        seed: int,
+        places: range,
+        micro: int,
+        device: torch.device,
     ):
         self._dataset, self._steps, self._config, self._seed = dataset, steps, config, seed
         self._places, self._micro, self._device = places, micro, device
@@ -54,6 +62,7 @@ class batches_ahead:
 
     def _fill(self) -> None:
         for step in self._steps:
+            ready: tuple[list[dict[str, Tensor]] | BaseException, dict | None]
             try:
                 ready = self._make(step)
             except BaseException as error:  # goes on in the thread that trains

@@ -24,7 +24,10 @@ def attach(student: HybridForCausalLM, settings: LoraSettings) -> None:
             f"{', '.join(sorted(projections))}"
         )
     config = LoraConfig(
-        r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=settings.targets
+        r=settings.rank,
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # it need not be whole
+        lora_dropout=settings.dropout,
+        target_modules=settings.targets,
     )
     inject_adapter_in_model(config, student)
 

@@ -4,12 +4,15 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, cast
 
 import torch
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    GenerationMixin,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -30,18 +33,24 @@ def load_model(
         RunError: it cannot be loaded, is not all there, or has no TransPoints to set.
         StudentError: `trans_points` is no schedule.
     """
-    kwargs = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    kwargs: dict[str, Any] = {
+        "dtype": dtype,
+        "use_safetensors": True,
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,
+    }
     with _naming(path):
         if os.path.isdir(path) and _model_type(Path(path)) == "transpoint_hybrid":
-            model, info = HybridForCausalLM.from_pretrained(path, **kwargs)
+            loaded: Any = HybridForCausalLM.from_pretrained(path, **kwargs)
         else:
-            model, info = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=trust_remote_code, **kwargs)
+            loaded = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=trust_remote_code, **kwargs)
+    model, info = cast("tuple[PreTrainedModel, dict]", loaded)  # as output_loading_info asks
     if reason := incomplete(model, info):
         raise RunError(f"model '{path}' is {reason}")
     if trans_points is not None:
         if not has_trans_points(model):
             raise RunError(f"model '{path}' has no TransPoints to set: it has no {names_with_trans_points()} layer")
-        model.set_trans_points(trans_points)
+        cast(HybridForCausalLM, model).set_trans_points(trans_points)
     return model.eval()
 
 
@@ -77,6 +86,26 @@ def generating(model: PreTrainedModel, **settings) -> Iterator[None]:
         yield
     finally:
         model.generation_config = own
+
+
+def on_device(model: PreTrainedModel, device: str | torch.device) -> PreTrainedModel:
+    """`model.to(device)`: transformers' own hides its type."""
+    return cast(PreTrainedModel, cast(nn.Module, model).to(device))
+
+
+def embedding_rows(model: PreTrainedModel) -> int:
+    """How many tokens the model has an embedding for."""
+    return len(cast(nn.Embedding, model.get_input_embeddings()).weight)
+
+
+def output_rows(model: PreTrainedModel) -> int:
+    """How many tokens the model has a prediction for."""
+    return len(cast(nn.Linear, model.get_output_embeddings()).weight)
+
+
+def generated(model: PreTrainedModel, **inputs: torch.Tensor) -> torch.Tensor:
+    """What `model.generate` gives: tokens, those of the prompt first."""
+    return cast(torch.Tensor, cast(GenerationMixin, model).generate(**inputs))
 
 
 def has_trans_points(model: PreTrainedModel) -> bool:

@@ -7,8 +7,10 @@ of a pass depends on.
 """
 
 import math
+import sys
 from collections.abc import Callable
 from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +18,7 @@ from transformers import PreTrainedModel
 
 from ..kernels.kl import linear_kl
 from ..kernels.matching import mixing_distance
-from ..students import HybridForCausalLM
+from ..students import HybridForCausalLM, Mixer
 from ..students.configuration_mixers import have_trans_points
 from ..students.documents import Documents, Spans, document_index, document_mask, flex_options
 from ..teachers import attention_view, output_head
@@ -40,7 +42,10 @@ class Alignment(nn.Module):
         super().__init__()
         layers = {layer: mixer for layer, mixer in enumerate(student.mixer_layers()) if mixer is not None}
         self.mixers = nn.ModuleDict({str(layer): mixer for layer, mixer in layers.items()})
-        self.beside = (teacher, [view for view in attention_view(teacher, check=False) if view.layer in layers])
+        self.beside: tuple[Any, ...] = (
+            teacher,
+            [view for view in attention_view(teacher, check=False) if view.layer in layers],
+        )
         self.error = relative_error
 
     def models(self) -> list[PreTrainedModel]:
@@ -61,18 +66,18 @@ class Alignment(nn.Module):
         fused = teacher.config._attn_implementation == FLEX
         documents = None if fused else Documents(seq_idx)  # once for all mixers, as it waits for the device
         spans = Spans(seq_idx) if fused else None
-        figures = {}
+        figures: dict[str, Tensor] = {}
         for view in views:
             inputs, output, position_embeddings = pairs[view.layer]
-            mixer = self.mixers[str(view.layer)]
+            mixer = cast(Mixer, self.mixers[str(view.layer)])
             for form in mixer.forms():
                 with mixer.at(form.trans_point):
-                    where = {"seq_idx": seq_idx, "documents": documents}
+                    where: dict[str, Any] = {"seq_idx": seq_idx, "documents": documents}
                     if spans is not None and form.trans_point is not None:
                         where["span"] = spans.of(mixer)
                     found = mixer(inputs, position_embeddings, **where)[0]
                 figures[f"{form.name}_{view.layer}"] = self.error(found, output)
-        return sum(figures.values()) / len(views), figures
+        return cast(Tensor, sum(figures.values())) / len(views), figures
 
 
 class Orientation(nn.Module):
@@ -88,7 +93,10 @@ class Orientation(nn.Module):
         layers = enumerate(student.mixer_layers())
         mixers = {layer: mixer for layer, mixer in layers if mixer is not None and mixer.matrix}
         self.mixers = nn.ModuleDict({str(layer): mixer for layer, mixer in mixers.items()})
-        self.beside = (teacher, [view for view in attention_view(teacher, check=False) if view.layer in mixers])
+        self.beside: tuple[Any, ...] = (
+            teacher,
+            [view for view in attention_view(teacher, check=False) if view.layer in mixers],
+        )
 
     def models(self) -> list[PreTrainedModel]:
         return [self.beside[0]]
@@ -103,16 +111,16 @@ class Orientation(nn.Module):
         teacher, views = self.beside
         pairs = attention_pairs(teacher, views, batch)
         seq_idx = document_index(batch["position_ids"])
-        figures = {}
+        figures: dict[str, Tensor] = {}
         for view in views:
             inputs, _, position_embeddings = pairs[view.layer]
             with torch.no_grad():
                 q, k, _ = view.project(inputs.to(view.q_proj.weight.dtype), position_embeddings)
-            own = self.mixers[str(view.layer)].mixing(inputs, position_embeddings, seq_idx)
+            own = cast(Mixer, self.mixers[str(view.layer)]).mixing(inputs, position_embeddings, seq_idx)
             where = {"scale": view.scale, "seq_idx": seq_idx, "window": view.window}
             distance, norm = mixing_distance(q.detach(), k.detach(), **own, **where, return_norm=True)
             figures[f"layer_{view.layer}"] = (distance / norm).mean()
-        return sum(figures.values()) / len(views), figures
+        return cast(Tensor, sum(figures.values())) / len(views), figures
 
 
 class Distillation(nn.Module):
@@ -131,7 +139,7 @@ class Distillation(nn.Module):
     def __init__(self, teacher: PreTrainedModel, student: HybridForCausalLM, settings: DistillConfig):
         super().__init__()
         self.student = student
-        self.beside = (teacher,)
+        self.beside: tuple[Any, ...] = (teacher,)
         self.settings = settings
 
     def models(self) -> list[PreTrainedModel]:
@@ -185,7 +193,7 @@ def decoder_inputs(batch: dict[str, Tensor], *models: PreTrainedModel) -> dict:
     inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
     if any(model.config._attn_implementation != FLEX for model in models):
         return inputs
-    head_dim = getattr(models[0].config, "head_dim", None) or math.inf
+    head_dim = getattr(models[0].config, "head_dim", None) or sys.maxsize  # unknown: large
     inputs["kernel_options"] = flex_options(head_dim, batch["input_ids"].device)
     # One mask for all, unless some layers have another one.
     windowed = ("sliding_window", "attention_chunk_size")
@@ -255,7 +263,7 @@ def attention_share(student: HybridForCausalLM, batch: dict[str, Tensor]) -> dic
         held = getattr(mixers[points.index(point)], "point", None)
         current = held if held is not None and held.device == device and 0 < point < math.inf else point
         shares.append(points.count(point) * (batch["position_ids"] < current).float().mean())
-    return {"attention": sum(shares) / len(points)}
+    return {"attention": cast(Tensor, sum(shares)) / len(points)}
 
 
 @torch.no_grad()

@@ -15,6 +15,8 @@ from .config import Recipe
 from .data import check_tokens
 from .files import one_line
 from .flops import peak_flops
+from .groups import ParameterGroup
+from .models import embedding_rows, output_rows
 from .quality import prompt_tokens
 from .run import RunError
 from .settings import TrainConfig
@@ -26,7 +28,7 @@ UTILISATION = 0.3  # of a GPU's peak, for a first guess at the time
 ADAM_BYTES = 8  # of two float32 moments, beside 4 of the weight and 4 of its gradient
 
 
-def check_disk(folder: Path, groups: list[dict], student: HybridForCausalLM, config: TrainConfig) -> None:
+def check_disk(folder: Path, groups: list[ParameterGroup], student: HybridForCausalLM, config: TrainConfig) -> None:
     """Raises RunError where the checkpoints of a stage and the student that it leaves would not fit on the disk."""
     kept = min(config.keep_checkpoints, config.steps // config.checkpoint_every) + 1  # one more while it is written
     needed = kept * checkpoint_bytes(groups) + 4 * sum(p.numel() for p in student.parameters())
@@ -48,8 +50,8 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel,
     special = set(tokenizer.all_special_ids) - {tokenizer.bos_token_id, tokenizer.eos_token_id}
     used = ((token, number) for token, number in tokenizer.get_vocab().items() if number not in special)
     token, last = max(used, key=lambda item: item[1])
-    for name, table in (("embeddings", model.get_input_embeddings()), ("output matrix", model.get_output_embeddings())):
-        if last >= (rows := len(table.weight)):
+    for name, rows in (("embeddings", embedding_rows(model)), ("output matrix", output_rows(model))):
+        if last >= rows:
             raise RunError(
                 f"the tokenizer has a token {token!r} of number {last:,}, the {who}'s {name} {rows:,} rows: they do "
                 f"not belong together; use the tokenizer that the {who} was trained with, or resize its embeddings"
@@ -64,7 +66,7 @@ def check_prompts(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, re
             ids = prompt_tokens(tokenizer, prompt)["input_ids"]
         except Exception as error:  # a chat template is code of its own
             raise RunError(f"evaluate.prompts: the tokenizer fails on {prompt!r}: {one_line(error)}") from error
-        check_tokens(ids, len(model.get_input_embeddings().weight), tokenizer, f"prompt {prompt!r}")
+        check_tokens(ids, embedding_rows(model), tokenizer, f"prompt {prompt!r}")
         if longest is not None and ids.shape[1] + settings.max_new_tokens > longest:
             raise RunError(
                 f"evaluate.prompts: {prompt[:40]!r} has {ids.shape[1]:,} tokens, and with evaluate.max_new_tokens more "
@@ -72,7 +74,7 @@ def check_prompts(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, re
             )
 
 
-def checkpoint_bytes(groups: list[dict]) -> int:
+def checkpoint_bytes(groups: list[ParameterGroup]) -> int:
     """Of the trained weights and AdamW's two moments of each, in float32."""
     return (4 + ADAM_BYTES) * _count(groups)
 
@@ -94,7 +96,7 @@ def flops_per_token(
 
 def what_will_run(
     stage: str,
-    groups: list[dict],
+    groups: list[ParameterGroup],
     student: HybridForCausalLM,
     teacher: PreTrainedModel | None,
     recipe: Recipe,
@@ -140,7 +142,7 @@ def what_will_run(
     ]
     peak = peak_flops(device) if device else None
     cost = flops_per_token(stage, teacher, student, recipe.data.length) if peak is not None else None
-    if cost is not None:
+    if peak is not None and cost is not None:
         flops = cost * config.steps * tokens
         minutes = flops / (UTILISATION * peak * processes) / 60
         lines.append(f"time: about {minutes:.0f} minutes, at {UTILISATION:.0%} of the peak of a {device}")
@@ -152,7 +154,7 @@ def gpu_name(device: torch.device) -> str | None:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else None
 
 
-def _count(groups: list[dict]) -> int:
+def _count(groups: list[ParameterGroup]) -> int:
     return sum(p.numel() for group in groups for p in group["parameters"].values())
 
 

@@ -15,7 +15,8 @@ class Progress:
     def __init__(self, console: Console, title: str, total: int, done: int, tokens_per_step: int):
         self.console, self.title, self.total = console, title, total
         self.tokens_per_step = tokens_per_step
-        self.first, self.begun, self.printed, self.loss = done, time.monotonic(), 0.0, None
+        self.first, self.begun, self.printed = done, time.monotonic(), 0.0
+        self.loss: float | None = None
         self.bar = rich_progress.Progress(
             rich_progress.TextColumn("{task.description}"),
             rich_progress.BarColumn(),

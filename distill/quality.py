@@ -1,6 +1,7 @@
 """Held-out quality: how far a student's next-token distributions are from its teacher's, and what it answers."""
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..teachers import output_head
 from .data import DataError, PackedDataset, check_tokens
-from .models import generating
+from .models import embedding_rows, generated, generating
+from .tokenizers import decoded
 
 CHUNK = 512  # tokens whose logits are held at a time
 
@@ -43,7 +45,7 @@ class HeldOut:
             raise DataError("the held-out sequences hold no token that could be predicted: give longer ones, or more")
         self.longest = max(item["input_ids"].shape[1] for item in self.items)
         predicted = (item["input_ids"][0, 1:] for item in self.items)
-        self.bytes = sum(len(tokenizer.decode(ids, skip_special_tokens=True).encode()) for ids in predicted)
+        self.bytes = sum(len(decoded(tokenizer, ids).encode()) for ids in predicted)
         # Hidden states are small; the teacher's logits come again from them, a chunk at a time.
         self.targets = [_hidden(teacher, item) for item in self.items] if teacher is not None else None
         self.teacher = teacher
@@ -57,7 +59,7 @@ class HeldOut:
         nll = kl = late_kl = same = 0.0
         predicted = tokens = late_tokens = 0
         for i, item in enumerate(self.items):
-            hidden = self.targets[i] if model is self.teacher else _hidden(model, item)
+            hidden = self.targets[i] if self.targets is not None and model is self.teacher else _hidden(model, item)
             labels = item["input_ids"][0, 1:]
             for first in range(0, hidden.shape[0], CHUNK):
                 part = slice(first, first + CHUNK)
@@ -65,7 +67,7 @@ class HeldOut:
                 target = labels[part].to(logprobs.device)  # the last token predicts nothing that is here
                 nll += F.nll_loss(logprobs[: len(target)], target, reduction="sum").item()
                 predicted += len(target)
-                if self.targets is not None:
+                if self.targets is not None and self.head is not None:
                     reference = self.head.logits(self.targets[i][part]).log_softmax(-1)
                     width = min(logprobs.shape[-1], reference.shape[-1])  # vocabularies may be padded differently
                     p, q = (t[:, :width].log_softmax(-1) for t in (reference, logprobs.to(reference.device)))
@@ -92,9 +94,10 @@ class HeldOut:
 def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> dict[str, Tensor]:
     """The inputs of a model that is to answer: a chat question where the tokenizer has a template, else a text."""
     if not tokenizer.chat_template:
-        return tokenizer(prompt, return_tensors="pt")
+        return cast("dict[str, Tensor]", tokenizer(prompt, return_tensors="pt"))
     chat = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    return cast("dict[str, Tensor]", inputs)
 
 
 @torch.no_grad()
@@ -104,11 +107,11 @@ def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: s
     Raises DataError for a prompt with a token that the model has no embedding for.
     """
     inputs = prompt_tokens(tokenizer, prompt)
-    check_tokens(inputs["input_ids"], len(model.get_input_embeddings().weight), tokenizer, f"prompt {prompt!r}")
+    check_tokens(inputs["input_ids"], embedding_rows(model), tokenizer, f"prompt {prompt!r}")
     inputs = {key: inputs[key].to(model.device) for key in ("input_ids", "attention_mask")}
     with generating(model, max_new_tokens=max_new_tokens, do_sample=False):
-        output = model.generate(**inputs)
-    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        output = generated(model, **inputs)
+    return decoded(tokenizer, output[0, inputs["input_ids"].shape[1] :]).strip()
 
 
 @torch.no_grad()

@@ -317,11 +317,11 @@ def _training(stage: _Stage) -> dict | None:
             layer: [math.nan if (v := _number(line.get(key))) is None else v for line in stage.lines]
             for layer, key in rows.items()
         }
-        ends = {layer: [v for v in row if not math.isnan(v)][-1:] for layer, row in values.items()}
-        ends = {layer: row[0] for layer, row in ends.items() if row}
+        known = {layer: [v for v in row if not math.isnan(v)] for layer, row in values.items()}
+        ends = {layer: row[-1] for layer, row in known.items() if row}
         if not ends:
             continue
-        worst = sorted(ends, key=ends.get, reverse=True)[:3]
+        worst = sorted(ends, key=ends.__getitem__, reverse=True)[:3]
         title = "alignment of each layer" + (f", {form}" if any(key.startswith("attention_") for key in keys) else "")
         described = f"{title}, over {stage.last:,} steps; largest at the end: " + ", ".join(
             f"layer {layer} ({ends[layer]:.3g})" for layer in worst
@@ -342,7 +342,7 @@ def _speed(stages: list[_Stage]) -> list[dict]:
             {
                 "stage": stage.name,
                 "seconds": _number(stage.done.get("stage_seconds")),
-                "tokens": tokens if tokens is not None else (stage.series("tokens")[1] or [None])[-1],
+                "tokens": tokens if tokens is not None else next(reversed(stage.series("tokens")[1]), None),
                 "speed": statistics.median(speeds[1:] or speeds) if speeds else None,
                 "mfu": statistics.median(used[1:] or used) if used else None,
                 "memory": max(stage.series("memory")[1], default=None),

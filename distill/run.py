@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from filelock import FileLock, Timeout
 
@@ -72,6 +72,11 @@ class StageFolder:
     def done(self) -> dict | None:
         """What done.json holds, or None while the stage is not done."""
         return read_json(self / "done.json")
+
+    @property
+    def results(self) -> dict:
+        """What done.json holds, of a stage that is known to be done."""
+        return cast(dict, self.done)
 
     def begin(self, depends_on: dict, anew: bool = False) -> None:
         """Makes the folder ready: what an interrupted start left is kept if it depends on the same, and not `anew`.

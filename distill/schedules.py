@@ -158,7 +158,7 @@ class Cost:
 
 
 @torch.no_grad()
-def measure_cost(model: PreTrainedModel, trans_points: TransPoints, length: int, tokens: int = 16) -> Cost:
+def measure_cost(model: HybridForCausalLM, trans_points: TransPoints, length: int, tokens: int = 16) -> Cost:
     """Runs a sequence of `length` tokens and decodes `tokens` more; times are the best of two and the median."""
     ids = torch.randint(model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
     ids = ids.to(model.device)

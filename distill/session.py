@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from typing import cast
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -17,7 +18,6 @@ from accelerate.utils import (
 )
 from rich.console import Console
 from rich.text import Text
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -26,8 +26,9 @@ from ..teachers import load_teacher, output_head, share_layers
 from .config import Recipe
 from .data import Corpus, PackedDataset, beginning, check_tokens, tokenize_corpus
 from .identity import identity
-from .models import load_model
+from .models import embedding_rows, load_model, on_device
 from .preflight import check_vocabulary
+from .protocols import Objective
 from .quality import HeldOut
 from .run import RunError, StageFolder
 from .sources import source_identity
@@ -83,7 +84,7 @@ class Session:
     @cached_property
     def _rows_to_check(self) -> int | None:
         """Rows of the teacher's embeddings, where its tokenizer has tokens beyond them."""
-        rows = len(self.teacher.get_input_embeddings().weight)
+        rows = embedding_rows(self.teacher)
         return rows if max(self.tokenizer.get_vocab().values()) >= rows else None
 
     @cached_property
@@ -107,14 +108,15 @@ class Session:
     @cached_property
     def cached_targets(self) -> CachedTargets:
         """The training data with the teacher's cached predictions, checked against the recipe."""
+        # A recipe with a cache does not stream.
+        dataset, folder = cast(PackedDataset, self.train_data), cast(str, self.recipe.distill.teacher_cache)
         # One process reads all of the cache to find out whether it is whole.
-        folder, main = self.recipe.distill.teacher_cache, self.accelerator.is_main_process
-        cached = CachedTargets(self.train_data, folder, verify=main)
+        cached = CachedTargets(dataset, folder, verify=self.accelerator.is_main_process)
         cached.check(self.recipe, output_head(self.teacher, check=False))
         return cached
 
     @contextmanager
-    def teacher_in_training(self, objective: nn.Module) -> Iterator[None]:
+    def teacher_in_training(self, objective: Objective) -> Iterator[None]:
         """The teacher in the dtype and, where processes share it, the share that training has of it meanwhile.
 
         If that is not what it was loaded as, whoever asks for the teacher afterwards gets it loaded again, and the
@@ -143,7 +145,7 @@ class Session:
     @contextmanager
     def teacher_off_device(self) -> Iterator[None]:
         """Leaves the device's memory to the student meanwhile."""
-        self.teacher.to("cpu")
+        on_device(self.teacher, "cpu")
         if self.accelerator.device.type == "cuda":
             torch.cuda.empty_cache()
         try:

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import zstandard
 
@@ -81,7 +81,7 @@ def _items_at(path: Path, source: str) -> list[Item]:
     files = sorted(p for p in path.rglob("*") if p.is_file() and _suffix(p) and not p.name.startswith("."))
     if not files:
         raise DataError(f"folder {path} holds no file of a supported kind ({', '.join(SUFFIXES)})")
-    return [Item(_suffix(p), source, p) for p in files]
+    return [Item(cast(str, _suffix(p)), source, p) for p in files]
 
 
 def _suffix(path: Path) -> str | None:
@@ -375,8 +375,8 @@ def file_hash(path: Path) -> str:
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
     if settled:
-        known = {name: entry for name, entry in _remembered().items() if os.path.exists(name)}
-        _remember({**known, str(path.resolve()): [digest, *state]})
+        there = {name: entry for name, entry in _remembered().items() if os.path.exists(name)}
+        _remember({**there, str(path.resolve()): [digest, *state]})
     return digest
 
 

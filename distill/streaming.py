@@ -182,8 +182,8 @@ class StreamedDataset:
         alone = partial(self._read, source, piece, epoch)
         scan = self._scans.get(key)
         if scan is None:
-            pieces = {other: lane.piece(source, piece.item) for other, lane in self._lanes.items()}
-            pieces = {other: found for other, found in pieces.items() if found}
+            found = {other: lane.piece(source, piece.item) for other, lane in self._lanes.items()}
+            pieces = {other: own for other, own in found.items() if own is not None}
             # After going on from a position, lanes are at different rows: it begins at the first that is wanted.
             begin = min(first, *(self._lanes[other].row(source, piece.item, epoch, first) for other in pieces))
             whole = _Piece(piece.item, min(p.low for p in pieces.values()), max(p.high for p in pieces.values()))
@@ -391,7 +391,8 @@ class _Lane:
     def take(self, length: int) -> dict[str, torch.Tensor]:
         """The next window; `ready` must be at least `length`. The rest of a document begins as a document does."""
         again = self.documents.begin if self.offset and length > len(self.documents.begin) else []
-        pieces, missing = [], length - len(again)
+        pieces: list[np.ndarray] = []
+        missing = length - len(again)
         self.ready -= missing
         while missing:
             at, ids = self.queue[0]
@@ -411,7 +412,9 @@ class _Lane:
         epoch, cursors, index = at.epoch, at.cursors, at.index
         found = at != _Position(0, self.begin, 0)
         while True:
-            readers = [self._rows(source, epoch, cursor) for source, cursor in enumerate(cursors)]
+            readers: list[Iterator | None] = [
+                self._rows(source, epoch, cursor) for source, cursor in enumerate(cursors)
+            ]
             while True:
                 texts, after = self._block(readers, epoch, cursors)
                 if not texts:
@@ -428,12 +431,13 @@ class _Lane:
         self, readers: list[Iterator | None], epoch: int, cursors: tuple
     ) -> tuple[list[str], tuple[tuple[int, int, int], ...]]:
         """The next documents, shuffled, and where the sources are after them; none at the end of the epoch."""
-        texts, after = [], list(cursors)
+        texts: list[str] = []
+        after = list(cursors)
         while len(texts) < self.shuffle_buffer and any(readers):
             # The source that is furthest behind its share: so all of them last through the epoch.
-            left = [source for source, reader in enumerate(readers) if reader]
+            left = {source: reader for source, reader in enumerate(readers) if reader}
             source = min(left, key=lambda source: after[source][2] / self.shares[source][0].weight)
-            row = next(readers[source], None)
+            row = next(left[source], None)
             if row is None:
                 readers[source] = None
                 after[source] = (len(self.shares[source][1]), 0, after[source][2])

@@ -69,7 +69,7 @@ def schedule_table(records: list[dict]) -> Table:
     table = Table("schedule", title=title, padding=(0, 0, 0, 1))
     for name in ("trained", "KL", f"KL>{late}", "ppl", "top", "attn", "cache", "token"):
         table.add_column(name, no_wrap=True)
-    lists = []
+    lists: list[str] = []
     for name, *row, _, token in schedule_rows(records):  # without the time of a prefill
         if len(name) > 14:  # a list too long for its column
             lists.append(f"({len(lists) + 1}) {name}")

@@ -15,23 +15,24 @@ import platform
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import zstandard
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from rich.console import Console
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import Recipe
 from .data import beginning, check_tokens
 from .files import read_json, sha256, write_json
 from .identity import file_identity, model_files
-from .models import generating
+from .models import embedding_rows, generated, generating
 from .progress import Progress
 from .run import RunError
 from .sources import DataError, place, read, resolve, source_identity
+from .tokenizers import decoded
 
 _MARK = "\N{OBJECT REPLACEMENT CHARACTER}"  # stands for a question, to find where the template puts it
 
@@ -126,9 +127,9 @@ class _Sampler:
             torch.manual_seed(int.from_bytes(mixed[:7], "little"))
             counts = {"sampled": len(prompts), "tokens": 0, "cut": 0, "empty": 0}
             if prompts[0].asks:  # all of them do
-                prompts = [self._asked(ids, prompts[0].source) for ids in self._continued(prompts, counts)]
-                counts["empty"] += sum(prompt is None for prompt in prompts)
-                prompts = [prompt for prompt in prompts if prompt is not None]
+                asked = [self._asked(ids, prompts[0].source) for ids in self._continued(prompts, counts)]
+                counts["empty"] += sum(prompt is None for prompt in asked)
+                prompts = [prompt for prompt in asked if prompt is not None]
                 counts["cut"] = 0  # a question that was cut is asked as it is
             rows = []
             for prompt, ids in zip(prompts, self._continued(prompts, counts), strict=True):
@@ -136,7 +137,7 @@ class _Sampler:
                 if not new.strip():
                     counts["empty"] += 1
                     continue
-                row = {"prompt": prompt.text, "source": prompt.source}
+                row: dict[str, Any] = {"prompt": prompt.text, "source": prompt.source}
                 if prompt.messages is None:
                     row = {"text": self._decode(prompt.ids + ids)} | row
                 else:
@@ -153,20 +154,20 @@ class _Sampler:
         """The new tokens of each prompt, without the one that ends it."""
         if not prompts:
             return []
-        rows = len(self.teacher.get_input_embeddings().weight)
+        rows = embedding_rows(self.teacher)
         for prompt in prompts:
             check_tokens(prompt.ids, rows, self.tokenizer, prompt.source)
         width = max(len(prompt.ids) for prompt in prompts)
         ids = torch.tensor([[self.pad] * (width - len(prompt.ids)) + prompt.ids for prompt in prompts])
         attended = torch.tensor([[0] * (width - len(prompt.ids)) + [1] * len(prompt.ids) for prompt in prompts])
         device, settings = self.teacher.device, self.recipe.synthesize
-        sampling = {"do_sample": False}
+        sampling: dict[str, Any] = {"do_sample": False}
         if settings.temperature > 0:
             sampling = {"do_sample": True, "temperature": settings.temperature}
             sampling |= {"top_k": settings.top_k, "top_p": settings.top_p}
         sampling |= {"eos_token_id": self.ends or None, "pad_token_id": self.pad}
         with generating(self.teacher, max_new_tokens=settings.max_new_tokens, **sampling):
-            output: Tensor = self.teacher.generate(input_ids=ids.to(device), attention_mask=attended.to(device))
+            output = generated(self.teacher, input_ids=ids.to(device), attention_mask=attended.to(device))
         found = []
         for row in output[:, width:].tolist():
             end = next((place for place, token in enumerate(row) if token in self.ends), None)
@@ -176,7 +177,7 @@ class _Sampler:
         return found
 
     def _decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return decoded(self.tokenizer, ids, clean_up_tokenization_spaces=False)
 
 
 def _prompts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, skipped: dict[str, int]) -> list[Prompt]:
@@ -208,13 +209,14 @@ def _prompt(row, source: str, recipe: Recipe, tokenizer: PreTrainedTokenizerBase
     settings, data = recipe.synthesize, recipe.data
     if not isinstance(row, dict):
         return row.reason
-    text, messages = row.get(data.text_field), row.get(data.messages_field)
+    text = row.get(data.text_field)
+    messages: Any = row.get(data.messages_field)
     if isinstance(text, str) and text.strip():
         if not settings.chat:
             begin = beginning(tokenizer) if data.bos else []
             ids = begin + tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             ids = ids[: settings.max_prompt_tokens]
-            return Prompt(ids, tokenizer.decode(ids, skip_special_tokens=True), source)
+            return Prompt(ids, decoded(tokenizer, ids), source)
         messages = [{"role": "user", "content": text}]
     try:
         questions = [number for number, message in enumerate(messages) if message["role"] == "user"]
@@ -232,8 +234,9 @@ def _chat(messages: list[dict], tokenizer: PreTrainedTokenizerBase, source: str)
 
 def _question(tokenizer: PreTrainedTokenizerBase) -> Prompt:
     """The beginning of the user's turn, as the chat template writes it."""
-    text = tokenizer.apply_chat_template([{"role": "user", "content": _MARK}], tokenize=False).partition(_MARK)[0]
-    return Prompt(tokenizer(text, add_special_tokens=False)["input_ids"], "", "chat template", asks=True)
+    text = tokenizer.apply_chat_template([{"role": "user", "content": _MARK}], tokenize=False)
+    begin = cast(str, text).partition(_MARK)[0]
+    return Prompt(tokenizer(begin, add_special_tokens=False)["input_ids"], "", "chat template", asks=True)
 
 
 def _beginning(tokenizer: PreTrainedTokenizerBase) -> Prompt:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -135,7 +136,7 @@ class CachedDistillation(nn.Module):
         self.student = student
         self.settings = settings
         self.vocab_size = vocab_size
-        self.beside = (head,)
+        self.beside: tuple[Any, ...] = (head,)
 
     def models(self) -> list[PreTrainedModel]:
         return [self.student]

@@ -1,6 +1,7 @@
 """Tokenizers on disk, and whether two of them do the same."""
 
 from pathlib import Path
+from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -45,6 +46,11 @@ def tokenizer_facts(tokenizer, probes) -> dict:
     if tokenizer.pad_token is not None:
         facts["padded ids"] = tokenizer(probes, padding=True)["input_ids"]
     return facts
+
+
+def decoded(tokenizer: PreTrainedTokenizerBase, ids, **options) -> str:
+    """The text of one row of tokens, without special ones."""
+    return cast(str, tokenizer.decode(ids, skip_special_tokens=True, **options))
 
 
 def first_difference(own: dict, found: dict) -> str | None:

@@ -110,7 +110,7 @@ class Tracking:
         self._told = known["told"] = max(known["told"], _last_step(self.folder / "metrics.jsonl"))
         write_json(record, known)
         run = f"{name}-{self.stage}-{known['id']}"
-        options = {
+        options: dict[str, tuple[tuple, dict]] = {
             # What an earlier start of this stage left in this folder is not shown from `purge_step` on.
             "tensorboard": ((self.stage, str(files)), {"purge_step": self._told + 1}),
             "wandb": ((PROJECT,), {"id": run, "name": run, "group": name, "resume": "allow", "dir": str(files)}),
@@ -133,7 +133,7 @@ def _last_step(log: Path) -> int:
 
 def _flat(values: dict, prefix: str = "") -> dict:
     """{"align.steps": 100}: what trackers take as settings."""
-    found = {}
+    found: dict[str, bool | int | float | str] = {}
     for key, value in values.items():
         if isinstance(value, dict):
             found |= _flat(value, f"{prefix}{key}.")

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -23,12 +24,12 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from .checkpoint import find_checkpoint, load_generators, load_parameters, save_checkpoint
-from .data import PackedDataset
 from .engine import Engine, make_engine
-from .groups import only_these_train
+from .groups import ParameterGroup, only_these_train
 from .loader import batches_ahead
 from .nonfinite import first_nonfinite
 from .progress import Progress
+from .protocols import Objective, TrainingData
 from .run import StageFolder, truncate_log
 from .settings import TrainConfig
 
@@ -59,10 +60,10 @@ class Trained:
 
 
 def train(
-    objective: nn.Module,
-    groups: list[dict],
+    objective: Objective,
+    groups: list[ParameterGroup],
     config: TrainConfig,
-    dataset: PackedDataset,
+    dataset: TrainingData,
     folder: StageFolder,
     accelerator: Accelerator,
     console: Console,
@@ -77,7 +78,7 @@ def train(
 
     Args:
         objective: `forward(batch) -> (loss, {name: figure})`; only the parameters in `groups` are changed.
-        groups: [{"name", "parameters": {name: parameter}, "lr"}], and "weight_decay" where it is not the config's.
+        groups: what is trained; with a weight decay where it is not the config's.
         dataset: `batch(step, batch_size, seed, places)` gives items; a `state_dict(places)`, where there is one, is
             saved with checkpoints and given back to `load_state_dict`.
         on_step: called with each finished step; what tests interrupt a run with.
@@ -104,8 +105,9 @@ def train(
     # The same for all processes, whatever each of them sees of the disk.
     step, state = find_checkpoint(folder / "checkpoints", set(parameters), accelerator)
     load_parameters(state, parameters)
-    groups = [{"weight_decay": config.weight_decay, **group} for group in groups]
-    module = InPrecision(objective, precision, accelerator.device.type)
+    groups = [{**group, "weight_decay": group.get("weight_decay", config.weight_decay)} for group in groups]
+    # It has what its objective has.
+    module = cast(Objective, InPrecision(objective, precision, accelerator.device.type))
     compile = compile and accelerator.device.type == "cuda"
 
     def say(line: str) -> None:
@@ -212,10 +214,14 @@ def learning_rate_factor(step: int, config: TrainConfig) -> float:
 class InPrecision(nn.Module):
     """An objective whose matrix products are in another precision than its parameters."""
 
-    def __init__(self, objective: nn.Module, precision: str, device_type: str):
+    def __init__(self, objective: Objective, precision: str, device_type: str):
         super().__init__()
         self.objective = objective
-        self.options = {"device_type": device_type, "dtype": torch.bfloat16, "enabled": precision == "bf16"}
+        self.options: dict[str, Any] = {
+            "device_type": device_type,
+            "dtype": torch.bfloat16,
+            "enabled": precision == "bf16",
+        }
 
     def __getattr__(self, name: str):
         try:

@@ -95,7 +95,7 @@ def plan_in_words(mixers: list[str]) -> str:
 
 def schedule_rows(records: list[dict]) -> list[tuple[str, ...]]:
     """The records of `evaluate` as rows of text: schedule, trained on, quality, cost."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for record in records:
         quality, cost = record["quality"], record["cost"]
         rows.append(

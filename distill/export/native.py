@@ -7,6 +7,7 @@ and its gated norm is then one for each head, as ours is.
 
 import json
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import transformers
@@ -105,18 +106,20 @@ def write(student: HybridForCausalLM, folder: Path, dtype: torch.dtype) -> None:
     model.save_pretrained(folder)
     written = json.loads((folder / "config.json").read_text())
     # llama.cpp's converter matches the older names, which transformers maps; SGLang reads only a top-level rope_theta.
-    written["layer_types"] = ["mamba" if t == "linear_attention" else "attention" for t in config.layer_types]
-    written["rope_theta"] = config.rope_parameters["rope_theta"]
+    written["layer_types"] = [
+        "mamba" if t == "linear_attention" else "attention" for t in cast("list[str]", config.layer_types)
+    ]
+    written["rope_theta"] = cast(dict, config.rope_parameters)["rope_theta"]
     write_json(folder / "config.json", written)
 
 
 def native_config(student: HybridForCausalLM) -> GraniteMoeHybridConfig:
     """The GraniteMoeHybrid config that holds this student."""
     config, layers = student.config, student.get_decoder().layers
-    mixer = next(mixer for mixer in student.mixer_layers() if mixer is not None)
+    mixer = next(cast(Mamba2Mixer, mixer) for mixer in student.mixer_layers() if mixer is not None)
     types = ["full_attention" if m == "attention" else "linear_attention" for m in config.mixers]
     head_dim, heads = mixer.head_dim, mixer.num_heads
-    return GraniteMoeHybridConfig(
+    return GraniteMoeHybridConfig(  # type: ignore[call-arg]  # its head_dim is not in the signature
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
@@ -153,7 +156,7 @@ def native_config(student: HybridForCausalLM) -> GraniteMoeHybridConfig:
         mamba_n_groups=heads,
         mamba_d_head=head_dim,
         mamba_d_state=head_dim,
-        mamba_d_conv=mixer.conv1d.kernel_size[0],
+        mamba_d_conv=_conv(mixer).kernel_size[0],
         mamba_expand=heads * head_dim // config.hidden_size,
         # Changes no result. transformers' plain scan takes memory with it: one B/C group a head, and no fused kernel.
         mamba_chunk_size=64,
@@ -179,7 +182,7 @@ def native_state(student: HybridForCausalLM) -> dict[str, Tensor]:
             "shared_mlp.input_linear.weight": torch.cat([gate.weight, up.weight]),
             "shared_mlp.output_linear.weight": down.weight,
         }
-        own |= _native_attention(layer.self_attn, config) if mixer is None else _native_mixer(mixer)
+        own |= _native_attention(layer.self_attn, config) if mixer is None else _native_mixer(cast(Mamba2Mixer, mixer))
         state |= {f"model.layers.{i}.{name}": tensor for name, tensor in own.items()}
     if config.num_hidden_layers > len(decoder.layers):
         # A layer whose attention and MLP both project to nothing: its residual stream passes unchanged.
@@ -213,24 +216,30 @@ def _native_mixer(mixer: Mamba2Mixer) -> dict[str, Tensor]:
 
     projection = split(mixer.in_proj.weight, "z x B C dt")
     bias = projection.new_zeros(projection.shape[0])
-    bias[: mixer.sizes["z"]] = mixer.z_bias
+    bias[: mixer.sizes["z"]] = cast(nn.Parameter, mixer.z_bias)
     out_bias = mixer.out_proj.bias
     return {
         "mamba.in_proj.weight": projection,
         "mamba.in_proj.bias": bias,
-        "mamba.conv1d.weight": split(mixer.conv1d.weight, "x B C"),
-        "mamba.conv1d.bias": split(mixer.conv1d.bias, "x B C"),
+        "mamba.conv1d.weight": split(_conv(mixer).weight, "x B C"),
+        "mamba.conv1d.bias": split(cast(Tensor, _conv(mixer).bias), "x B C"),
         "mamba.dt_bias": mixer.dt_bias,
         "mamba.A_log": mixer.A_log,
         "mamba.D": mixer.D,
-        "mamba.norm.weight": mixer.norm.weight,
+        "mamba.norm.weight": cast(Tensor, cast(nn.Module, mixer.norm).weight),
         "mamba.out_proj.weight": mixer.out_proj.weight,
         "mamba.out_proj.bias": bias.new_zeros(mixer.out_proj.out_features) if out_bias is None else out_bias,
     }
 
 
 def _mlp(layer: nn.Module) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
-    return layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj
+    mlp: Any = layer.mlp
+    return mlp.gate_proj, mlp.up_proj, mlp.down_proj
+
+
+def _conv(mixer: Mamba2Mixer) -> nn.Conv1d:
+    """Mamba-2 always has one."""
+    return cast(nn.Conv1d, mixer.conv1d)
 
 
 def _snippet(path: str) -> str:

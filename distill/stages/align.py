@@ -11,13 +11,14 @@ if TYPE_CHECKING:
 
 def run(session: "Session", folder: "StageFolder") -> dict:
     """Trains each mixer alone to give the teacher's attention output from the teacher's own input."""
-    from ..groups import mixer_parameters
+    from ..groups import ParameterGroup, mixer_parameters
     from ..objectives import Alignment
     from .training import trained
 
     student = session.student_before("align").train()
     objective = Alignment(session.teacher, student)
-    groups = [{"name": "mixers", "parameters": mixer_parameters(student), "lr": session.recipe.align.lr}]
+    parameters, lr = mixer_parameters(student), session.recipe.align.lr
+    groups: list[ParameterGroup] = [{"name": "mixers", "parameters": parameters, "lr": lr}]
     return trained(session, folder, student, objective, groups)
 
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from .stage import Stage
 
 if TYPE_CHECKING:
+    from ..protocols import Objective
     from ..run import StageFolder
     from ..session import Session
 
@@ -37,7 +38,7 @@ def run(session: "Session", folder: "StageFolder") -> dict:
         session.say(f"distill: the teacher is read from {settings.teacher_cache}: {cached.summary}")
         # A copy, which stays when the teacher leaves the device.
         head = copy.deepcopy(output_head(session.teacher, check=False)) if cached.index["hidden"] else None
-        objective = CachedDistillation(student, settings, cached.index["vocab_size"], head)
+        objective: Objective = CachedDistillation(student, settings, cached.index["vocab_size"], head)
     else:
         objective = Distillation(session.teacher, student, settings)
     groups = distill_groups(student, settings)

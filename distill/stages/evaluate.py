@@ -1,6 +1,6 @@
 """*evaluate*: the exported checkpoint itself is measured, at each schedule, and answers."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .stage import Stage
 
@@ -22,14 +22,14 @@ def run(session: "Session", folder: "StageFolder") -> dict:
 
     refresh_quality(session)
     settings = session.recipe.evaluate
-    exported = session.folder("export").done
+    exported = session.folder("export").results
     path = session.folder("export") / exported["folder"]
     load = find_format(exported["folder"]).load or load_model
     model = load(path).to(session.accelerator.device).eval()
     late = None
     if has_trans_points(model):  # where no layer takes attention any more, or at least the layers that documents reach
         late = max((point for point in model.trans_points if point < session.held_out.longest), default=None)
-    results = {"quality": session.measure(model, "evaluate", late)}
+    results: dict[str, Any] = {"quality": session.measure(model, "evaluate", late)}
     if has_trans_points(model):
         results["schedules"] = measure_schedules(session, model, results["quality"])
     results["answers"] = [

@@ -1,6 +1,7 @@
 """What the result of each stage depends on."""
 
 from pathlib import Path
+from typing import Any
 
 from ..config import Recipe
 from ..identity import file_identity, identity, without_resultless
@@ -22,7 +23,7 @@ def stage_inputs(recipe: Recipe) -> dict[str, dict]:
     needs: dict[str, dict] = {}
     before = None
     for stage in pipeline_of(recipe):
-        own = {name: dict(settings[name]) for name in stage.reads} | {"code": stage.code}
+        own: dict[str, Any] = {name: dict(settings[name]) for name in stage.reads} | {"code": stage.code}
         if "data" in own:
             own["data"] |= text
             # What is trained does not depend on what it is measured on.

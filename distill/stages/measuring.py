@@ -19,7 +19,7 @@ def refresh_quality(session: Session) -> None:
         if main:
             write_json(teacher, quality)
     for stage in [stage.name for stage in pipeline_of(session.recipe) if stage.makes_student]:
-        done = session.folder(stage).done
+        done = session.folder(stage).results
         if done["quality"]["measured_on"] != session.measured_on:
             done["quality"] = session.measure(session.student(stage), stage)
             if main:
@@ -31,10 +31,11 @@ def measure_schedules(session: Session, model: HybridForCausalLM, own: dict) -> 
     """Quality and cost at each schedule: those it was trained on first; `own` is the quality at its own."""
     recipe = session.recipe
     length = recipe.evaluate.cost_length or recipe.data.length
-    trained = session.folder(student_before(recipe, "evaluate")).done["schedules"]
+    trained = session.folder(student_before(recipe, "evaluate")).results["schedules"]
     others = ["teacher", "mamba"] if recipe.evaluate.schedules is None else recipe.evaluate.schedules
     specs = [recipe.student.trans_points, *recipe.distill.sample_schedules, *others]
-    records, never = [], set()
+    records: list[dict] = []
+    never: set[int | float] = set()
     for name, points in resolve(model, specs).items():
         with at_trans_points(model, points):
             quality = session.measure(model, f"evaluate at {name}", own["late"]) if records else own

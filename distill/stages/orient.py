@@ -20,7 +20,7 @@ class OrientConfig(TrainConfig):
 
 def run(session: "Session", folder: "StageFolder") -> dict:
     """Trains what each mixer's matrix depends on."""
-    from ..groups import matrix_parameters
+    from ..groups import ParameterGroup, matrix_parameters
     from ..objectives import Orientation
     from ..run import RunError
     from .training import trained
@@ -29,7 +29,8 @@ def run(session: "Session", folder: "StageFolder") -> dict:
     if not (parameters := matrix_parameters(student)):
         mixer = session.recipe.student.mixer
         raise RunError(f"orient.steps is set, and a {mixer} mixer has no matrix between tokens: set it to 0")
-    groups = [{"name": "matrices", "parameters": parameters, "lr": session.recipe.orient.lr}]
+    lr = ORIENT.of(session.recipe).lr
+    groups: list[ParameterGroup] = [{"name": "matrices", "parameters": parameters, "lr": lr}]
     return trained(session, folder, student, Orientation(session.teacher, student), groups)
 
 
@@ -39,7 +40,7 @@ def operations(teacher, student, length: int) -> float:
     return orient_flops(teacher, student, length)
 
 
-ORIENT = Stage(
+ORIENT: Stage = Stage(
     "orient",
     run,
     reads=("orient", "data"),
@@ -47,5 +48,5 @@ ORIENT = Stage(
     makes_student=True,
     trains=True,
     operations=operations,
-    wanted=lambda recipe: recipe.orient.steps > 0,
+    wanted=lambda recipe: ORIENT.of(recipe).steps > 0,
 )

@@ -47,7 +47,7 @@ def run_recipe(
         EXPORT.look_ahead(session)
     transfer = session.folder("transfer")
     if forced > 0 and transfer.why_not_reusable(needs["transfer"]) is None:  # otherwise transfer checks them itself
-        check_schedules(recipe, len(transfer.done["mixers"]))
+        check_schedules(recipe, len(transfer.results["mixers"]))
     with alone_in(session.root) if session.accelerator.is_main_process else nullcontext():
         _run_stages(session, needs, forced, last)
     return session
@@ -70,24 +70,24 @@ def _run_stages(session: Session, needs: dict[str, dict], forced: int, last: int
     kind = accelerator.distributed_type
     count += "" if kind == DistributedType.NO else f" ({kind.value})"
     session.say(f"{session.root}: {count} on {accelerator.device.type}, matrix products in {session.precision}")
-    for position, (stage, run) in enumerate((stage.name, stage.run) for stage in stages):
-        folder = session.folder(stage)
-        reason = folder.why_not_reusable(needs[stage])
+    for position, (name, run) in enumerate((stage.name, stage.run) for stage in stages):
+        folder = session.folder(name)
+        reason = folder.why_not_reusable(needs[name])
         if position >= forced:
             reason = f"asked for by --from {stages[forced].name}"
         if reason is None:
-            session.say(f"{stage}: done before, reused")
+            session.say(f"{name}: done before, reused")
             continue
-        if position < forced and (other := finished_elsewhere(recipe, stage, needs[stage])) is not None:
-            session.say(f"{stage}: taken over from {other.path.parent}")
+        if position < forced and (other := finished_elsewhere(recipe, name, needs[name])) is not None:
+            session.say(f"{name}: taken over from {other.path.parent}")
             if main:
-                folder.take_over(other, needs[stage])
+                folder.take_over(other, needs[name])
             session.accelerator.wait_for_everyone()
             continue
-        session.say(Text.assemble((stage, "bold"), f": {reason}"))
+        session.say(Text.assemble((name, "bold"), f": {reason}"))
         session.accelerator.wait_for_everyone()
         if main:
-            folder.begin(needs[stage], anew=position >= forced)
+            folder.begin(needs[name], anew=position >= forced)
         session.accelerator.wait_for_everyone()
         set_seed(recipe.run.seed)
         begun = time.monotonic()

@@ -8,9 +8,10 @@ import torch
 from ...students import HybridForCausalLM
 from ..engine import cut_up
 from ..flops import peak_flops
-from ..groups import only_these_train
+from ..groups import ParameterGroup, only_these_train
 from ..lora import attach, merge
 from ..preflight import check_disk, check_vocabulary, flops_per_token, gpu_name, what_will_run
+from ..protocols import Objective, TrainingData
 from ..run import StageFolder
 from ..schedules import at_trans_points
 from ..session import Session
@@ -24,8 +25,8 @@ def trained(
     session: Session,
     folder: StageFolder,
     student: HybridForCausalLM,
-    objective: torch.nn.Module,
-    groups: list[dict],
+    objective: Objective,
+    groups: list[ParameterGroup],
     trans_points: Callable[[int], list] | None = None,
 ) -> dict:
     """Trains, saves and measures. `trans_points`: the schedule of each step; the student is saved at its own."""
@@ -35,9 +36,9 @@ def trained(
         if trans_points is not None:
             student.set_trans_points(trans_points(step), warn=False)
 
-    cached = isinstance(objective, CachedDistillation)
-    teacher = None if cached else session.teacher
-    dataset = session.cached_targets if cached else session.train_data
+    cached = session.cached_targets if isinstance(objective, CachedDistillation) else None
+    teacher = session.teacher if cached is None else None
+    dataset: TrainingData = session.train_data if cached is None else cached
     accelerator, gpu = session.accelerator, gpu_name(session.accelerator.device)
     only_these_train(student, groups)
     check_vocabulary(session.tokenizer, student, "student")
@@ -58,7 +59,7 @@ def trained(
     del teacher  # or it would be held while it is loaded again
     with (
         at_trans_points(student),
-        session.teacher_off_device() if cached else session.teacher_in_training(objective),
+        session.teacher_in_training(objective) if cached is None else session.teacher_off_device(),
         closing(tracking),
     ):
         outcome = train(
@@ -93,6 +94,6 @@ def trained(
         session.accelerator.wait_for_everyone()
         student = session.student(folder.stage)
     record = {"training": outcome.figures, "quality": session.measure(student, folder.stage)}
-    return record | (
-        {"teacher_cache": {name: dataset.index[name] for name in ("k", "kl", "rest_mass")}} if cached else {}
-    )
+    if cached is not None:
+        record["teacher_cache"] = {name: cached.index[name] for name in ("k", "kl", "rest_mass")}
+    return record
