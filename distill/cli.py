@@ -111,7 +111,7 @@ def plan(options) -> None:
     longest = getattr(teacher.config, "max_position_embeddings", None)
     check_schedules(recipe, teacher.config.num_hidden_layers, longest)
     student, transfers = plan_student(teacher, recipe.student)
-    mixers = student.config.mixers
+    mixers = cast("list[str]", student.config.mixers)
     points = student.trans_points if have_trans_points(mixers) else None
     table = Table("layer", "mixer", *(["TransPoint"] if points else []), title="layer plan")
     for layer, mixer in enumerate(mixers):
@@ -280,10 +280,11 @@ def figure(options) -> None:
         config = plan_student(teacher, recipe.student)[0].config
     else:
         config = HybridConfig.from_pretrained(path)
-    points = config.trans_points or [None] * len(config.mixers)
-    points = [fixed_point(mixer, point) for mixer, point in zip(config.mixers, points, strict=True)]
+    mixers = cast("list[str]", config.mixers)
+    points = config.trans_points or [None] * len(mixers)
+    points = [fixed_point(mixer, point) for mixer, point in zip(mixers, points, strict=True)]
     points = [math.inf if point == "inf" else point for point in points]
-    print(draw(config.mixers, points, options.out, options.tokens))
+    print(draw(mixers, points, options.out, options.tokens))
 
 
 def cache_teacher(options) -> None:

@@ -10,7 +10,7 @@ import math
 import sys
 from collections.abc import Callable
 from functools import partial
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ from ..students.documents import Documents, Spans, document_index, document_mask
 from ..teachers import attention_view, output_head
 from .compiled import FLEX
 from .settings import DistillConfig
+
+if TYPE_CHECKING:
+    from ..students.documents import Spanned
 
 
 class Alignment(nn.Module):
@@ -74,7 +77,7 @@ class Alignment(nn.Module):
                 with mixer.at(form.trans_point):
                     where: dict[str, Any] = {"seq_idx": seq_idx, "documents": documents}
                     if spans is not None and form.trans_point is not None:
-                        where["span"] = spans.of(mixer)
+                        where["span"] = spans.of(cast("Spanned", mixer))
                     found = mixer(inputs, position_embeddings, **where)[0]
                 figures[f"{form.name}_{view.layer}"] = self.error(found, output)
         return cast(Tensor, sum(figures.values())) / len(views), figures

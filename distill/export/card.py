@@ -4,7 +4,7 @@ import dataclasses
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import yaml
 from jinja2 import Environment, StrictUndefined
@@ -33,7 +33,7 @@ def write_card(
 ) -> None:
     """Writes README.md into an exported folder. `figures` are those of `export.verify`."""
     teacher = facts.teacher or TeacherInfo("an unnamed teacher")
-    mixers = student.config.mixers
+    mixers = cast("list[str]", student.config.mixers)
     kinds = kinds_in(mixers)
     front = {
         "license": teacher.license or "unknown",
