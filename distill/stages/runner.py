@@ -13,7 +13,6 @@ from ..run import RunError, alone_in
 from ..schedules import check_schedules
 from ..session import Session
 from ..tracking import check_trackers
-from .export import EXPORT
 from .inputs import finished_elsewhere, stage_inputs
 from .pipeline import pipeline_of
 
@@ -43,8 +42,6 @@ def run_recipe(
     session = Session(recipe, console)
     session.on_step = on_step
     session.exports = "export" in stages[: last + 1]
-    if session.exports:
-        EXPORT.look_ahead(session)
     transfer = session.folder("transfer")
     if forced > 0 and transfer.why_not_reusable(needs["transfer"]) is None:  # otherwise transfer checks them itself
         check_schedules(recipe, len(transfer.results["mixers"]))
@@ -56,15 +53,15 @@ def run_recipe(
 def _run_stages(session: Session, needs: dict[str, dict], forced: int, last: int) -> None:
     """Runs stages up to number `last`, those from number `forced` on in any case."""
     recipe, main = session.recipe, session.accelerator.is_main_process
+    stages = pipeline_of(recipe)[: last + 1]
+    for position, stage in enumerate(stages):
+        if position >= forced or session.folder(stage.name).why_not_reusable(needs[stage.name]) is not None:
+            stage.look_ahead(session)
     if main:
         try:
             recipe.save(session.root / "recipe.yaml")
         except OSError as error:
             raise RunError(f"the run folder cannot be written: {error}; set run.dir to another place") from error
-    stages = pipeline_of(recipe)[: last + 1]
-    for position, stage in enumerate(stages):
-        if position >= forced or session.folder(stage.name).why_not_reusable(needs[stage.name]) is not None:
-            stage.look_ahead(session)
     accelerator = session.accelerator
     count = f"{accelerator.num_processes} process" + ("es" if accelerator.num_processes > 1 else "")
     kind = accelerator.distributed_type
