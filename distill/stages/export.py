@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from .stage import Stage
 
 if TYPE_CHECKING:
+    from ..config import Recipe
     from ..run import StageFolder
     from ..session import Session
 
@@ -37,14 +38,13 @@ def run(session: "Session", folder: "StageFolder") -> dict:
     return {"folder": settings.format, "verified": figures}
 
 
-def look_ahead(session: "Session") -> None:
+def check(recipe: "Recipe") -> None:
     """A student that the format cannot hold, whatever the teacher, is refused before it is made."""
     from ..export.formats import find_format
     from ..run import RunError
 
-    recipe = session.recipe
     if reason := find_format(recipe.export.format).why_no_student(recipe.student):
         raise RunError(f"export.format={recipe.export.format} cannot hold this student: {reason}")
 
 
-EXPORT = Stage("export", run, reads=("export",), look_ahead=look_ahead)
+EXPORT = Stage("export", run, reads=("export",), check=check)

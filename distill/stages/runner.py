@@ -38,6 +38,8 @@ def run_recipe(
     if from_stage and forced > last:
         raise RunError(f"--from {from_stage} comes after --until {until_stage}: nothing would run")
     check_trackers(recipe.run.trackers)
+    for wanted in pipeline_of(recipe)[: last + 1]:
+        wanted.check(recipe)
     needs = stage_inputs(recipe)
     session = Session(recipe, console)
     session.on_step = on_step

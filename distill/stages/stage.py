@@ -25,6 +25,7 @@ class Stage:
         operations: takes teacher, student and the length of a sequence; the operations of a token, where it trains (see
             `flops`).
         wanted: whether a recipe asks for it. One that is not is no part of its run.
+        check: refuses a recipe that it cannot do, before anything is loaded or written.
         look_ahead: refuses, before any stage runs, what would only be found out after those before it.
     """
 
@@ -37,6 +38,7 @@ class Stage:
     trains: bool = False
     operations: Callable[[Any, Any, int], float] | None = None
     wanted: Callable[["Recipe"], bool] = lambda recipe: True
+    check: Callable[["Recipe"], None] = lambda recipe: None
     look_ahead: Callable[["Session"], None] = lambda session: None
 
     def of(self, recipe: "Recipe") -> Any:
