@@ -98,8 +98,7 @@ def plan(options) -> None:
     from ..students.configuration_mixers import have_trans_points, names_with_trans_points
     from ..teachers import load_teacher
     from .config import load_recipe
-    from .groups import ParameterGroup, distill_groups, mixer_parameters, only_these_train
-    from .lora import attach
+    from .groups import only_these_train
     from .preflight import gpu_name, what_will_run
     from .schedules import check_schedules, never_distilled
 
@@ -118,17 +117,14 @@ def plan(options) -> None:
         name = mixer if mixer == "attention" else f"[bold]{mixer}[/bold]"
         table.add_row(str(layer), name, *([str(points[layer])] if points else []))
     console.print(table, transfers.table())
-    settings = recipe.distill
-    mixer_group: ParameterGroup = {"name": "mixers", "parameters": mixer_parameters(student), "lr": recipe.align.lr}
-    only_these_train(student, [mixer_group])
-    console.print(what_will_run("align", [mixer_group], student, teacher, recipe, device=gpu), highlight=False)
     before, after = (sum(p.numel() for p in model.parameters()) for model in (teacher, student))
-    if settings.lora.rank:
-        attach(student, settings.lora)
-    reads = None if settings.teacher_cache else teacher
-    groups = distill_groups(student, settings)
-    only_these_train(student, groups)
-    console.print(what_will_run("distill", groups, student, reads, recipe, device=gpu), highlight=False)
+    for stage in pipeline_of(recipe):
+        if stage.groups is None:
+            continue
+        reads = None if stage.name == "distill" and recipe.distill.teacher_cache else teacher
+        groups = stage.groups(student, recipe)
+        only_these_train(student, groups)
+        console.print(what_will_run(stage.name, groups, student, reads, recipe, device=gpu), highlight=False)
     console.print(f"parameters: {before:,} in the teacher, {after:,} in the student", highlight=False)
     converted = [layer for layer, mixer in enumerate(student.mixer_layers()) if mixer is not None]
     tokens = [2 * g.num_kv_heads * g.head_dim * 2 for g in map(student.geometry, range(len(mixers)))]

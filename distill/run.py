@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 
 from .files import read_json, write_json
 from .identity import identity, started
-from .stages.pipeline import names
+from .stages.pipeline import pipeline_of
 
 
 class RunError(ValueError):
@@ -127,20 +127,22 @@ class StageFolder:
 
 def lineage(root: Path) -> dict[str, dict]:
     """The done records of a run that follow from one another, by stage: what came of earlier settings is left out."""
-    chains: list[list[str]] = [[]]  # the longest is the last one
-    done: dict[str, dict] = {}
-    ids: dict[str, str] = {}
-    for stage in names():
-        folder = StageFolder(root, stage)
-        started, record = folder.started, folder.done
-        if started is None or record is None:
-            continue
-        after = started.get("after") or {}
-        before = next((chain for chain in chains if after == ({chain[-1]: ids[chain[-1]]} if chain else {})), None)
-        if before is not None:
-            chains.append([*before, stage])
-            done[stage], ids[stage] = record, identity(started)
-    return {stage: done[stage] for stage in chains[-1]}
+    from .config import ConfigError, Recipe, load_recipe
+
+    try:
+        recipe = load_recipe(root / "recipe.yaml")
+    except ConfigError:  # there is none, or not one of today's
+        recipe = Recipe()
+    found: dict[str, dict] = {}
+    before = None
+    for stage in pipeline_of(recipe):
+        folder = StageFolder(root, stage.name)
+        started, done = folder.started, folder.done
+        if done is None or started is None or (started.get("after") or {}) != (before or {}):
+            break
+        found[stage.name] = done
+        before = {stage.name: identity(started)}
+    return found
 
 
 def truncate_log(path: Path, last_step: int) -> list[dict]:

@@ -55,7 +55,8 @@ class StudentConfig:
     def mixer_options(self) -> dict[str, Any]:
         """Keyword arguments of the mixer's class: its options, set or by default."""
         options = self.kind.options
-        set_ = {name: value for name in options if (value := getattr(self, name)) != options[name].unset}
+        unset = {entry.name: entry.default for entry in dataclasses.fields(self)}
+        set_ = {name: value for name in options if (value := getattr(self, name)) != unset[name]}
         return {name: option.default for name, option in options.items()} | set_
 
     def check(self) -> None:
@@ -93,7 +94,8 @@ class StudentConfig:
         for name in sorted(fields - self.kind.options.keys()):
             of = [kind.options[name] for kind in MIXERS.values() if name in kind.options]
             value = getattr(self, name)
-            if value != of[0].unset and any(value != option.default for option in of):
+            unset = "auto" if any(option.unset for option in of) else None
+            if value != unset and any(value != option.default for option in of):
                 found[name] = value
         return found
 
@@ -119,8 +121,8 @@ def _with_options(mixers: tuple[tuple[str, MixerKind], ...]) -> type[StudentConf
         kinds = {str if option.unset else type(option.default) for option in options.values()}
         hint: Any = kinds.pop() if len(kinds) == 1 else Any
         defaults = ", ".join(f"{_shown(option.default)} for {mixer}" for mixer, option in options.items())
-        help = f"{first.help}; {first.unset or 'null'}: {defaults}"
-        default = field(default=first.unset, metadata={"help": help})
+        unset = next((option.unset for option in options.values() if option.unset), None)
+        default = field(default=unset, metadata={"help": f"{first.help}; {unset or 'null'}: {defaults}"})
         fields.append((name, hint if hint is Any else hint | None, default))
     made = dataclasses.make_dataclass(StudentConfig.__name__, fields, bases=(StudentConfig,))
     made.__module__, made.__doc__ = __name__, StudentConfig.__doc__

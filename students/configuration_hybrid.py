@@ -170,10 +170,13 @@ def write_code(folder: Path, mixers: Iterable[str]) -> None:
         if path.name not in written:
             written[path.name] = path
             shutil.copyfile(path, folder / path.name)
-            for name in re.findall(r"^ *from \.(\w+) import", path.read_text(encoding="utf-8"), re.MULTILINE):
-                wanted.append(
-                    next(home / f"{name}.py" for home in (*homes, path.parent) if (home / f"{name}.py").exists())
-                )
+            for name in re.findall(r"^ *from \.([\w.]*) import", path.read_text(encoding="utf-8"), re.MULTILINE):
+                # Beside the file that asks for it first: a name of ours there would be another file.
+                places = [home / f"{name}.py" for home in (path.parent, *homes)]
+                found = next((place for place in places if place.exists()), None)
+                if found is None:
+                    raise StudentError(f"{path} imports .{name}, and only files beside it can travel: put it there")
+                wanted.append(found)
     lines = ["", "", "# The mixers of this checkpoint.", "from .configuration_mixers import MIXERS, MixerKind  # noqa"]
     for name, mixer in classes.items():
         lines.append(f"from .{Path(inspect.getfile(mixer)).stem} import {mixer.__name__}  # noqa")

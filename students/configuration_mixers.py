@@ -5,6 +5,7 @@ it imports nothing but the standard library.
 """
 
 import importlib
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,14 +30,22 @@ class Option:
         """What was expected in place of a value; None where it will do."""
         if self.choices:
             allowed = ["null" if choice is None else str(choice) for choice in self.choices]
-            return None if value in self.choices else f"{', '.join(allowed)} or auto"
-        if isinstance(value, bool) != isinstance(self.default, bool) or not isinstance(value, int | float):
-            return "true or false" if isinstance(self.default, bool) else "a number"
-        if self.minimum is not None and self.maximum is not None and not self.minimum <= value <= self.maximum:
-            return f"{self.minimum:g} to {self.maximum:g}"
-        if self.minimum is not None and not value >= self.minimum:
-            return f"at least {self.minimum:g}"
-        return None
+            return None if value in self.choices else f"{', '.join(allowed)} or {self.unset or 'null'}"
+        if isinstance(self.default, bool):
+            return None if isinstance(value, bool) else "true or false"
+        if not isinstance(self.default, int | float):
+            return None if self.default is None or isinstance(value, type(self.default)) else "what its default is"
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return "a number"
+        if isinstance(self.default, int) and not isinstance(value, int):
+            return "a whole number"
+        low = -math.inf if self.minimum is None else self.minimum
+        high = math.inf if self.maximum is None else self.maximum
+        if low <= value <= high:
+            return None
+        if self.minimum is not None and self.maximum is not None:
+            return f"{low:g} to {high:g}"
+        return "a number" if low == -high else f"at least {low:g}" if self.maximum is None else f"at most {high:g}"
 
 
 @dataclass(frozen=True, eq=False)

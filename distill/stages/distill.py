@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from .stage import Stage
 
 if TYPE_CHECKING:
+    from ..groups import ParameterGroup
     from ..protocols import Objective
     from ..run import StageFolder
     from ..session import Session
@@ -16,8 +17,6 @@ def run(session: "Session", folder: "StageFolder") -> dict:
 
     from ...students.configuration_transmamba import written
     from ...teachers import output_head
-    from ..groups import distill_groups
-    from ..lora import attach
     from ..models import has_trans_points
     from ..objectives import Distillation
     from ..run import RunError
@@ -31,8 +30,9 @@ def run(session: "Session", folder: "StageFolder") -> dict:
         # Before 5.23, transformers calls it so.
         enable = getattr(student, "activation_checkpointing_enable", student.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
-    if settings.lora.rank:
-        attach(student, settings.lora)
+    trained_groups = groups(student, session.recipe)
+    if not trained_groups:
+        raise RunError("distill trains nothing: every group's learning rate is 0; set distill.groups or distill.lora")
     if settings.teacher_cache:
         cached = session.cached_targets
         session.say(f"distill: the teacher is read from {settings.teacher_cache}: {cached.summary}")
@@ -41,11 +41,8 @@ def run(session: "Session", folder: "StageFolder") -> dict:
         objective: Objective = CachedDistillation(student, settings, cached.index["vocab_size"], head)
     else:
         objective = Distillation(session.teacher, student, settings)
-    groups = distill_groups(student, settings)
-    if not groups:
-        raise RunError("distill trains nothing: every group's learning rate is 0; set distill.groups or distill.lora")
     if not has_trans_points(student):
-        return train_student(session, folder, student, objective, groups)
+        return train_student(session, folder, student, objective, trained_groups)
     schedules = resolve(student, [session.recipe.student.trans_points, *settings.sample_schedules])
     trained = {name: written(points) for name, points in schedules.items()} if settings.steps else {}
     student.config.measured_trans_points = [
@@ -56,7 +53,16 @@ def run(session: "Session", folder: "StageFolder") -> dict:
         targets, recipe = list(schedules.values()), session.recipe
         return trans_points_in_step(step, targets, recipe.data.length, settings, recipe.run.seed)
 
-    return train_student(session, folder, student, objective, groups, trans_points) | {"schedules": trained}
+    return train_student(session, folder, student, objective, trained_groups, trans_points) | {"schedules": trained}
+
+
+def groups(student, recipe) -> "list[ParameterGroup]":
+    from ..groups import distill_groups
+    from ..lora import attach
+
+    if recipe.distill.lora.rank:
+        attach(student, recipe.distill.lora)
+    return distill_groups(student, recipe.distill)
 
 
 def operations(teacher, student, length: int) -> float:
@@ -78,6 +84,7 @@ DISTILL = Stage(
     code=2,
     makes_student=True,
     trains=True,
+    groups=groups,
     operations=operations,
     look_ahead=look_ahead,
 )

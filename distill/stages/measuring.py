@@ -8,7 +8,7 @@ from ...students.configuration_transmamba import written
 from ..files import read_json, write_json
 from ..schedules import at_trans_points, measure_cost, resolve
 from ..session import Session
-from .pipeline import pipeline_of, student_before
+from .pipeline import pipeline_of
 
 
 def refresh_quality(session: Session) -> None:
@@ -31,7 +31,8 @@ def measure_schedules(session: Session, model: HybridForCausalLM, own: dict) -> 
     """Quality and cost at each schedule: those it was trained on first; `own` is the quality at its own."""
     recipe = session.recipe
     length = recipe.evaluate.cost_length or recipe.data.length
-    trained = session.folder(student_before(recipe, "evaluate")).results["schedules"]
+    done = [session.folder(stage.name).done or {} for stage in pipeline_of(recipe) if stage.trains]
+    trained: dict = next((record["schedules"] for record in reversed(done) if "schedules" in record), {})
     others = ["teacher", "mamba"] if recipe.evaluate.schedules is None else recipe.evaluate.schedules
     specs = [recipe.student.trans_points, *recipe.distill.sample_schedules, *others]
     records: list[dict] = []

@@ -9,6 +9,8 @@ from ..settings import TrainConfig, setting
 from .stage import Stage
 
 if TYPE_CHECKING:
+    from ..config import Recipe
+    from ..groups import ParameterGroup
     from ..run import StageFolder
     from ..session import Session
 
@@ -20,18 +22,27 @@ class OrientConfig(TrainConfig):
 
 def run(session: "Session", folder: "StageFolder") -> dict:
     """Trains what each mixer's matrix depends on."""
-    from ..groups import ParameterGroup, matrix_parameters
     from ..objectives import Orientation
-    from ..run import RunError
     from .training import trained
 
     student = session.student_before("orient").train()
-    if not (parameters := matrix_parameters(student)):
-        mixer = session.recipe.student.mixer
+    objective = Orientation(session.teacher, student)
+    return trained(session, folder, student, objective, groups(student, session.recipe))
+
+
+def groups(student, recipe) -> "list[ParameterGroup]":
+    from ..groups import matrix_parameters
+
+    return [{"name": "matrices", "parameters": matrix_parameters(student), "lr": recipe.orient.lr}]
+
+
+def check(recipe: "Recipe") -> None:
+    """A mixer without a matrix between tokens has nothing to be fitted."""
+    from ..run import RunError
+
+    if not recipe.student.kind.load().matrix:
+        mixer = recipe.student.mixer
         raise RunError(f"orient.steps is set, and a {mixer} mixer has no matrix between tokens: set it to 0")
-    lr = ORIENT.of(session.recipe).lr
-    groups: list[ParameterGroup] = [{"name": "matrices", "parameters": parameters, "lr": lr}]
-    return trained(session, folder, student, Orientation(session.teacher, student), groups)
 
 
 def operations(teacher, student, length: int) -> float:
@@ -47,6 +58,8 @@ ORIENT: Stage = Stage(
     settings=OrientConfig,
     makes_student=True,
     trains=True,
+    groups=groups,
     operations=operations,
+    check=check,
     wanted=lambda recipe: ORIENT.of(recipe).steps > 0,
 )

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ...students import HybridForCausalLM
     from ..config import Recipe
+    from ..groups import ParameterGroup
     from ..run import StageFolder
     from ..session import Session
 
@@ -22,6 +24,7 @@ class Stage:
         settings: its section of a recipe, a dataclass of `setting`s; None where it has none, or it is in `Recipe`.
         makes_student: whether it leaves a student in its folder, "student".
         trains: whether it trains, and so has the settings of `TrainConfig`, and logs steps.
+        groups: takes a student, which it may change, and the recipe; the groups of parameters that it trains.
         operations: takes teacher, student and the length of a sequence; the operations of a token, where it trains (see
             `flops`).
         wanted: whether a recipe asks for it. One that is not is no part of its run.
@@ -36,6 +39,7 @@ class Stage:
     settings: type | None = None
     makes_student: bool = False
     trains: bool = False
+    groups: "Callable[[HybridForCausalLM, Recipe], list[ParameterGroup]] | None" = None
     operations: Callable[[Any, Any, int], float] | None = None
     wanted: Callable[["Recipe"], bool] = lambda recipe: True
     check: Callable[["Recipe"], None] = lambda recipe: None

@@ -79,7 +79,8 @@ def trained(
         )
     if isinstance(dataset, StreamedDataset) and dataset.documents.skipped:
         session.say(f"train text: {dataset.summary()}")
-    lora = settings.lora if folder.stage == "distill" and settings.lora.rank else None
+    lora = getattr(settings, "lora", None)
+    lora = lora if lora is not None and lora.rank else None
     if outcome.weights is None:
         merge(student)
         session.save(student.eval(), folder)

@@ -1,15 +1,18 @@
 """orient: its loss against matrices written out, what it trains, and its place in a run."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from toy_mixer import ToyMixer
 
 from run_files import done
+from transpoint.distill.cli import main
 from transpoint.distill.config import load_recipe
 from transpoint.distill.flops import orient_flops
 from transpoint.distill.groups import matrix_parameters, only_these_train
 from transpoint.distill.objectives import Orientation, attention_pairs
-from transpoint.distill.run import RunError
+from transpoint.distill.run import RunError, lineage
 from transpoint.distill.stages import stage_inputs
 from transpoint.kernels.ssd import ssd_matrix
 from transpoint.students import MIXERS, MixerKind, StudentConfig, build_student
@@ -17,6 +20,7 @@ from transpoint.students.documents import document_index
 from transpoint.teachers import attention_view
 from transpoint.teachers.random import random_teacher
 
+TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 ORIENT = ("orient.steps=20", "orient.batch_size=4", "orient.lr=3e-3", "orient.log_every=5")
 VARIANTS = [
     {},
@@ -99,10 +103,19 @@ def test_orient_is_a_stage_of_runs_that_ask_for_it(tiny_run, tiny_copy, run_tiny
     assert figures["training"]["tokens"] == 20 * 4 * 64
     assert figures["quality"]["kl"] < done(tiny_copy, "calibrate")["quality"]["kl"]
     assert run_tiny(tiny_copy, *ORIENT).count("done before, reused") == 7
+    # What is said of a run that has got as far as orient is of that, not of what came of it before.
+    run_tiny(tiny_copy, *ORIENT, "orient.lr=1e-3", until_stage="orient")
+    assert list(lineage(tiny_copy)) == ["transfer", "calibrate", "orient"]
     # Left out again, it is as if it had not been.
     out = run_tiny(tiny_copy)
     assert "align: changed: after.calibrate (null -> " in out
     assert done(tiny_copy, "distill")["quality"]["kl"] == done(tiny_run, "distill")["quality"]["kl"]
+
+
+def test_plan_says_what_orient_will_train(capsys):
+    for overrides, count in (((), 0), (ORIENT, 1)):
+        assert main(["plan", str(TINY), *overrides]) == 0
+        assert capsys.readouterr().out.count("orient: what will run") == count
 
 
 def test_attention_of_a_transmamba_student_stays_the_teachers():

@@ -21,6 +21,7 @@ from transpoint.distill.stages.pipeline import names
 from transpoint.distill.stages.runner import run_recipe
 from transpoint.distill.stages.stage import Stage
 from transpoint.students import MIXERS, HybridForCausalLM, MixerKind, Option, StudentConfig, StudentError, build_student
+from transpoint.students.configuration_hybrid import write_code
 from transpoint.teachers import READERS, TeacherError, attention_view
 from transpoint.teachers.attention import Projection, Rows, read_attention
 from transpoint.teachers.random import byte_tokenizer
@@ -234,3 +235,70 @@ def test_a_family_without_a_reader_is_refused_and_a_wrong_reader_is_found_out(mo
     monkeypatch.setitem(READERS, "persimmon", wrong)
     with pytest.raises(TeacherError, match="it computes something else than attention"):
         attention_view(model)
+
+
+def test_a_stage_may_come_after_distill(pipeline, tmp_path):
+    """Of a student with TransPoints, whose schedules are those that distill trained it on."""
+
+    def polish(session, folder):
+        student = session.student_before("polish")
+        session.save(student, folder)
+        return {"quality": session.measure(student, "polish")}
+
+    pipeline.insert(names().index("export"), Stage("polish", polish, reads=(), makes_student=True))
+    folder = tmp_path / "run"
+    config = TINY.with_name("tiny-transmamba.yaml")
+    run_recipe(
+        load_recipe(config, [f"run.dir={folder}", "distill.steps=4", "align.steps=2"]), console=Console(quiet=True)
+    )
+    schedules = json.loads((folder / "evaluate" / "results.json").read_text())["schedules"]
+    assert schedules[0]["trained"] and (folder / "polish" / "student" / "config.json").exists()
+    assert "after polish" in (folder / "export" / "custom" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "line, files, reason",
+    [
+        ("from .helper import one", {"helper.py": "one = 1"}, None),
+        ("from .errors import one", {"errors.py": "one = 1"}, "has the name of one of the project's: rename it"),
+        ("from .parts.helper import one", {}, "imports .parts.helper, and only files beside it can travel"),
+    ],
+)
+def test_what_a_foreign_mixer_imports_travels_or_is_refused(line, files, reason, tmp_path, monkeypatch):
+    for name, text in {**files, "my_mixer.py": f"{line}\n\n\nclass Mine:\n    pass\n"}.items():
+        (tmp_path / name).write_text(text)
+    mine = type("Mine", (), {"__module__": "my_mixer"})
+    monkeypatch.setattr("inspect.getfile", lambda one: str(tmp_path / "my_mixer.py"))
+    monkeypatch.setitem(MIXERS, "mine", MixerKind("Mine", "I", mine))
+    if reason is None:
+        write_code(tmp_path / "out", ["mine"])
+        assert {"my_mixer.py", "helper.py", "modeling_mixer.py"} <= {path.name for path in (tmp_path / "out").iterdir()}
+    else:
+        with pytest.raises(StudentError, match=reason):
+            write_code(tmp_path / "out", ["mine"])
+
+
+@pytest.mark.parametrize(
+    "option, right, wrong",
+    [
+        (Option(4, "taps", 1, 8), [1, 8], [0, 9, 2.5, True, "4", float("nan")]),
+        (Option(4, "taps", maximum=8), [-5, 8], [9]),
+        (Option(0.5, "share", minimum=0), [0, 7.5], [-1, float("nan"), "x"]),
+        (Option(True, "gate"), [True, False], [1, None]),
+        (Option("x", "kind"), ["x", "y"], [3]),
+        (Option(None, "anything"), [None, 3, "x"], []),
+        (Option("silu", "act", choices=("silu", "gelu")), ["gelu"], [None, "auto"]),
+    ],
+)
+def test_values_of_options(option, right, wrong):
+    assert option.why_not(option.default) is None
+    assert [value for value in right if option.why_not(value)] == []
+    assert [value for value in wrong if not option.why_not(value)] == []
+
+
+def test_mixers_may_share_an_options_name(monkeypatch):
+    option = Option("silu", "act", choices=("silu", "gelu"))
+    monkeypatch.setitem(MIXERS, "mine", MixerKind("Mine", "I", ToyMixer, {"conv_activation": option}))
+    StudentConfig(mixer="mine").check()
+    assert StudentConfig(mixer="mine").mixer_options == {"conv_activation": "silu"}
+    assert StudentConfig(mixer="mine", conv_activation="gelu").mixer_options == {"conv_activation": "gelu"}
