@@ -78,7 +78,7 @@ def group_of(name: str, student: HybridForCausalLM) -> str:
         return "attention" if cast("list[str]", student.config.mixers)[layer] == "attention" else "mixers"
     if "mlp" in parts:
         return "mlp"
-    if "lm_head" in parts:
+    if student.get_submodule(".".join(parts[:-1])) is student.get_output_embeddings():
         return "head"
     if any(part.startswith(("embed", "wte")) for part in parts):
         return "embeddings"

@@ -15,8 +15,9 @@ def attach(student: HybridForCausalLM, settings: LoraSettings) -> None:
     Raises:
         RunError: a target that the student has not, or the output matrix, which is not called as a module.
     """
-    projections = {name.split(".")[-1] for name, module in student.named_modules() if isinstance(module, nn.Linear)}
-    projections.discard("lm_head")
+    head = student.get_output_embeddings()
+    linear = [name for name, module in student.named_modules() if isinstance(module, nn.Linear) and module is not head]
+    projections = {name.split(".")[-1] for name in linear}
     unknown = [target for target in settings.targets if target not in projections]
     if unknown:
         raise RunError(

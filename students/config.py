@@ -54,10 +54,8 @@ class StudentConfig:
     @property
     def mixer_options(self) -> dict[str, Any]:
         """Keyword arguments of the mixer's class: its options, set or by default."""
-        options = self.kind.options
-        unset = {entry.name: entry.default for entry in dataclasses.fields(self)}
-        set_ = {name: value for name in options if (value := getattr(self, name)) != unset[name]}
-        return {name: option.default for name, option in options.items()} | set_
+        options, given = self.kind.options, self._given()
+        return {name: given.get(name, option.default) for name, option in options.items()}
 
     def check(self) -> None:
         """Raises StudentError for a value that no student can have, whatever the teacher."""
@@ -89,15 +87,17 @@ class StudentConfig:
 
     def _others(self) -> dict[str, Any]:
         """Options of other mixers that are set to something."""
-        fields = {entry.name: entry for entry in dataclasses.fields(self)}.keys() - StudentConfig.__dataclass_fields__
         found = {}
-        for name in sorted(fields - self.kind.options.keys()):
+        for name, value in sorted(self._given().items()):
             of = [kind.options[name] for kind in MIXERS.values() if name in kind.options]
-            value = getattr(self, name)
-            unset = "auto" if any(option.unset for option in of) else None
-            if value != unset and any(value != option.default for option in of):
+            if name not in self.kind.options and any(value != option.default for option in of):
                 found[name] = value
         return found
+
+    def _given(self) -> dict[str, Any]:
+        """Options of any mixer that are not as they stand where nothing is set."""
+        options = [one for one in dataclasses.fields(self) if one.name not in StudentConfig.__dataclass_fields__]
+        return {one.name: value for one in options if (value := getattr(self, one.name)) != one.default}
 
 
 def _remade(values: dict) -> StudentConfig:

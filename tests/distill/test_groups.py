@@ -38,6 +38,17 @@ def test_every_parameter_is_in_one_group_of_a_known_kind(family):
     assert group_of("model.norm.weight", student) == group_of("model.layers.0.input_layernorm.weight", student)
 
 
+def test_a_head_is_known_whatever_it_is_called():
+    """As `embed_out`, for one, in GPT-NeoX of earlier versions of transformers."""
+    student = make("qwen3")
+    student.embed_out = student._modules.pop("lm_head")
+    student.get_output_embeddings = lambda: student.embed_out
+    assert group_of("embed_out.weight", student) == "head"
+    assert group_of("model.embed_tokens.weight", student) == "embeddings"
+    with pytest.raises(RunError, match="names embed_out; this student's projections are "):
+        attach(student, LoraSettings(rank=4, targets=["embed_out"]))
+
+
 def test_learning_rates_and_weight_decay_of_groups():
     groups = DistillConfig().groups
     groups.norms, groups.mlp = GroupConfig(lr=3e-3), GroupConfig(lr=0.0)
