@@ -112,8 +112,10 @@ def test_a_view_says_what_the_attention_is(case):
     for index, view in enumerate(views):
         of_layer = {name: value[index] if isinstance(value, list) else value for name, value in expected.items()}
         assert {name: getattr(view, name) for name in expected} == of_layer
-        assert view.layer == index and view.name.endswith(f"layers.{index}.{view.attribute}")
-        assert view.module is model.get_submodule(view.name) and view.q_proj.linear in view.module.children()
+        assert view.layer == index and view.name == f"{model.base_model_prefix}.layers.{index}.{view.attribute}"
+        assert view.module is model.get_submodule(view.name) and view.q_proj.linear is getattr(
+            view.module, view.q_proj.name
+        )
         assert (view.q_norm is not None, view.k_norm is not None) == (normed, normed)
         if normed:
             assert view.q_norm is view.module.q_norm and view.k_norm is view.module.k_norm
