@@ -18,12 +18,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .errors import DistillError
 from .files import read_json, sha256, write_json
 
 logger = logging.getLogger(__name__)
 
 
-class CheckpointError(OSError):
+class CheckpointError(DistillError, OSError):
     """A checkpoint that could not be written. One line; the earlier ones are intact."""
 
 

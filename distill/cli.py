@@ -14,13 +14,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..students.errors import StudentError
+from ..teachers.errors import TeacherError
+from .errors import DistillError
 from .export.formats import FORMATS
 from .stages.pipeline import names, pipeline_of
 from .threads import leave_busy_cores, spin_briefly
 
 if TYPE_CHECKING:
     from ..students import HybridForCausalLM
-    from .data import PackedDataset
+    from .packed import PackedDataset
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -56,9 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         if options.debug:
             raise
-        known = isinstance(error, ValueError | OSError | RuntimeError) and type(error).__module__.startswith(
-            "transpoint."
-        )
+        known = isinstance(error, DistillError | StudentError | TeacherError)
         message = " ".join(str(error).split())
         _complain(message if known else f"{type(error).__name__}: {message} (run with --debug for a traceback)")
         return getattr(error, "exit_code", 1)
@@ -196,10 +197,12 @@ def evaluate(options) -> None:
 
     from ..teachers import load_teacher
     from .config import Recipe, load_recipe
-    from .data import PackedDataset, check_tokens, tokenize_corpus
+    from .data import tokenize_corpus
+    from .errors import RunError
     from .models import embedding_rows, load_model, load_tokenizer, on_device
+    from .packed import PackedDataset
     from .quality import HeldOut
-    from .run import RunError
+    from .rows import check_tokens
 
     path, device = _model_folder(options.model), _device()
     recipe = Recipe()
@@ -451,7 +454,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run_folder(path: str) -> Path:
-    from .run import RunError
+    from .errors import RunError
 
     if not (Path(path) / "recipe.yaml").is_file():
         raise RunError(f"'{path}' is no run folder: it has no recipe.yaml")
@@ -459,7 +462,8 @@ def _run_folder(path: str) -> Path:
 
 
 def _latest_student(root: Path) -> Path:
-    from .run import RunError, lineage
+    from .errors import RunError
+    from .run import lineage
 
     done = lineage(root)
     for stage in reversed(names(lambda stage: stage.makes_student)):
@@ -470,7 +474,8 @@ def _latest_student(root: Path) -> Path:
 
 def _export_folder(path: str) -> Path:
     """An exported folder, or the one a run's export stage wrote."""
-    from .run import RunError, lineage
+    from .errors import RunError
+    from .run import lineage
 
     if (Path(path) / "config.json").is_file():
         return Path(path)

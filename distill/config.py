@@ -30,6 +30,7 @@ from ..students.config import StudentConfig
 from ..students.configuration_mixers import names_with_trans_points
 from ..students.errors import StudentError
 from ..teachers.names import REGISTRY, is_hub_id
+from .errors import DistillError
 from .settings import (
     AlignConfig,
     CacheTeacherConfig,
@@ -63,7 +64,7 @@ __all__ = [
 ]
 
 
-class ConfigError(ValueError):
+class ConfigError(DistillError, ValueError):
     """A recipe that cannot be run. One line: the key, the value, what was expected."""
 
 

@@ -1,13 +1,4 @@
-"""Text in, packed token sequences out.
-
-`tokenize_corpus` reads the sources of a recipe, tokenises them once and keeps the result in a cache; `PackedDataset`
-cuts the tokens into sequences of equal length; `batch_indices` says which sequences make up step k, so that resuming
-needs no state. Rows that cannot be used are skipped, counted by reason and reported. What a person has to mend is a
-`DataError`.
-
-What a *source* may be, `sources.py` says. Rows hold a text (string) or messages (a chat: a list of {role, content});
-a row with both is read as text.
-"""
+"""Text in, tokens out: the sources of a recipe are read and tokenised once, and the result is kept in a cache."""
 
 import hashlib
 import io
@@ -18,9 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from copy import copy
 from dataclasses import dataclass, field
-from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any, cast
@@ -32,12 +21,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from .files import one_line
+from .rows import FieldCheck, RowEncoder, skips_in_words
 from .sources import DataError, Item, Skip, content_hash, file_hash, place, read, resolve
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1  # of the cache; raise it when the same input would give other tokens
-FIELD_PATIENCE = 10_000  # rows without the wanted fields before a long source is given up
 
 
 @dataclass
@@ -66,7 +55,7 @@ class Corpus:
         """One line for people."""
         line = f"{self.documents:,} documents, {len(self.tokens):,} tokens"
         if self.skipped:
-            line += f"; {_skips_in_words(self.skipped, self.examples_of_skipped)}"
+            line += f"; {skips_in_words(self.skipped, self.examples_of_skipped)}"
         if self.unread:
             line += f"; token limit reached before {', '.join(self.unread)}"
         return line
@@ -96,7 +85,7 @@ def tokenize_corpus(
     if max_tokens is not None and max_tokens < 1:
         raise DataError(f"the token limit is {max_tokens}: give a positive number, or null to read everything")
     items = [item for source in sources for item in resolve(source)]
-    documents = Documents(tokenizer, text_field, messages_field, bos)
+    documents = RowEncoder(tokenizer, text_field, messages_field, bos)
     fingerprint = _fingerprint(items, documents, max_tokens)
     if cache is None:
         return _tokenize(items, documents, max_tokens, fingerprint, None)
@@ -109,229 +98,7 @@ def tokenize_corpus(
     return corpus
 
 
-class PackedDataset(torch.utils.data.Dataset):
-    """A corpus cut into consecutive windows of `length` tokens that do not overlap; the last partial one is dropped.
-
-    Item i is {"input_ids": (length,) int64, "position_ids": (length,) int64}. Positions restart at 0 with each document
-    and each window: that is how models and mixers know the documents in a window apart. A window that begins inside of
-    a document begins as a document does, and leaves out as many tokens at its end: models that were trained with a
-    beginning token lean on it, wherever a text is cut.
-    """
-
-    def __init__(self, corpus: Corpus, length: int):
-        if length < 1:
-            raise DataError(f"data.length is {length}: give a positive number of tokens")
-        if len(corpus.tokens) < length:
-            raise DataError(
-                f"the text has {len(corpus.tokens):,} tokens, less than one sequence of {length:,}: "
-                "set a shorter data.length or give more text"
-            )
-        self.corpus = corpus
-        self.tokens_per_item = length
-
-    def __len__(self) -> int:
-        return len(self.corpus.tokens) // self.tokens_per_item
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"sequence {index} of {len(self)}")
-        first = index * self.tokens_per_item
-        tokens = self.corpus.tokens[first : first + self.tokens_per_item]
-        # In NumPy: torch's searchsorted starts threads, which takes 100 times as long on a busy CPU.
-        starts = self.corpus.starts.numpy()
-        offsets = np.arange(first, first + self.tokens_per_item)
-        document = np.searchsorted(starts, offsets, side="right") - 1
-        positions = offsets - np.maximum(starts[document], first)
-        begin, tokens = self.corpus.begin, tokens.long()
-        if begin and first != starts[document[0]] and len(begin) < self.tokens_per_item:
-            tokens = torch.cat((torch.tensor(begin), tokens[: -len(begin)]))
-            same = document == document[0]
-            kept = positions[: -len(begin)] + len(begin) * same[: -len(begin)]
-            positions = np.concatenate((np.arange(len(begin)), kept))
-        return {"input_ids": tokens, "position_ids": torch.from_numpy(positions)}
-
-    def batch(self, step: int, batch_size: int, seed: int, slots: range) -> list[dict[str, torch.Tensor]]:
-        """The items of batch `step` (from 0) at some of its `batch_size` places: those of one process, say."""
-        indices = batch_indices(len(self), batch_size, seed, step)
-        return [self[indices[slot]] for slot in slots]
-
-    def spread(self, count: int) -> list[dict[str, torch.Tensor]]:
-        """`count` items evenly over the whole, or all if there are fewer."""
-        count = min(count, len(self))
-        return [self[i * len(self) // count] for i in range(count)]
-
-
-def batch_indices(n_items: int, batch_size: int, seed: int, step: int) -> list[int]:
-    """The items of batch `step` (from 0, counted through all epochs).
-
-    Batches are cut from one endless stream: a seeded permutation of all items for each epoch, end to end. So every item
-    comes once per epoch, nothing is dropped, a batch may span epochs, and the answer depends on the arguments alone.
-    """
-    if n_items < 1 or batch_size < 1 or step < 0:
-        raise ValueError(f"n_items={n_items} and batch_size={batch_size} must be positive, step={step} at least 0")
-    stream = range(step * batch_size, (step + 1) * batch_size)
-    return [int(_permutation(n_items, seed, i // n_items)[i % n_items]) for i in stream]
-
-
-def collate(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Stack the tensors of items: (length,) each -> (B, length)."""
-    return {key: torch.stack([item[key] for item in items]) for key in items[0]}
-
-
-@lru_cache(maxsize=4)
-def _permutation(n_items: int, seed: int, epoch: int) -> np.ndarray:
-    mixed = hashlib.sha256(f"{seed} {epoch}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(mixed[:7], "little"))
-    return torch.randperm(n_items, generator=generator).numpy()
-
-
-# Rows -> documents -> tokens
-
-
-class Chat(str):
-    """A document that a chat template has written, its beginning too."""
-
-
-class Documents:
-    """Turns rows into texts and these into tokens, and counts the rows it cannot use.
-
-    begin: the tokens that a text begins with. skipped: reason -> rows. examples_of_skipped: reason -> the first place.
-    """
-
-    def __init__(self, tokenizer, text_field: str, messages_field: str, bos: bool = True):
-        self.tokenizer = tokenizer
-        self.text_field = text_field
-        self.messages_field = messages_field
-        self.begin = beginning(tokenizer) if bos else []
-        self.skipped: dict[str, int] = {}
-        self.examples_of_skipped: dict[str, str] = {}
-
-    def text(self, row: dict | Skip, where: str) -> str | None:
-        """The document in `row`, or None for a row that cannot be used."""
-        try:
-            return self._text(row)
-        except Skip as skip:
-            self.skip(where, skip)
-            return None
-
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        """The tokens of each document, the tokenizer's eos at its end if it has one; none for a text without tokens."""
-        tokenizer, begin, eos = self.tokenizer, self.begin, self.tokenizer.eos_token_id
-        encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-        found = []
-        for text, ids in zip(texts, encoded, strict=True):
-            if ids and not isinstance(text, Chat) and ids[: len(begin)] != begin:
-                ids = begin + ids
-            found.append([*ids, eos] if ids and eos is not None and ids[-1] != eos else ids)
-        return found
-
-    def skip(self, where: str, skip: Skip) -> None:
-        self.skipped[skip.reason] = self.skipped.get(skip.reason, 0) + 1
-        self.examples_of_skipped.setdefault(skip.reason, where + skip.cause)
-
-    def uncounted(self) -> "Documents":
-        """One that does the same, and counts for itself."""
-        other = copy(self)
-        other.skipped, other.examples_of_skipped = {}, {}
-        return other
-
-    def skips_in_words(self) -> str:
-        return _skips_in_words(self.skipped, self.examples_of_skipped)
-
-    @property
-    def fields(self) -> list:
-        """What of it the tokens depend on, besides the tokenizer: as earlier versions had it where nothing begins."""
-        return [self.text_field, self.messages_field, *([self.begin] if self.begin else [])]
-
-    @property
-    def no_field(self) -> str:
-        return f"no {self.text_field} or {self.messages_field} field"
-
-    def _text(self, row: dict | Skip) -> str:
-        """The document in `row`; raises Skip."""
-        if isinstance(row, Skip):
-            raise row
-        if self.text_field not in row and self.messages_field not in row:
-            raise Skip(self.no_field)
-        text, messages = row.get(self.text_field), row.get(self.messages_field)
-        if not text and messages:
-            text = self._chat(messages)
-        if not text:
-            raise Skip("empty text")
-        try:
-            text = text.decode() if isinstance(text, bytes) else text
-            if not isinstance(text, str):
-                raise Skip("text is not a string")
-            text.encode()  # JSON can hold half a surrogate pair, which no tokenizer takes
-        except UnicodeError as error:
-            raise Skip("not valid UTF-8", error) from error
-        if not text.strip():
-            raise Skip("empty text")
-        return text
-
-    def _chat(self, messages) -> Chat:
-        if not self.tokenizer.chat_template:
-            raise DataError(
-                f"rows hold chats ({self.messages_field}) but the tokenizer has no chat template: "
-                "use an instruction-tuned teacher's tokenizer, set its chat_template, or give rows with plain text"
-            )
-        if not isinstance(messages, list):
-            raise Skip("messages is not a list")
-        try:
-            return Chat(self.tokenizer.apply_chat_template(messages, tokenize=False))
-        except Exception as error:  # a template is code of its own
-            raise Skip("chat template failed", error) from error
-
-
-class FieldCheck:
-    """Notices a source of which no row has the wanted fields."""
-
-    def __init__(self, source: str, documents: Documents):
-        self.source, self.documents = source, documents
-        self.rows, self.without = 0, 0
-        self.first: dict | None = None
-
-    def see(self, row: dict | Skip) -> None:
-        """Raises DataError when the first FIELD_PATIENCE rows are all without the fields."""
-        if isinstance(row, dict):
-            self.rows += 1
-            self.without += self.documents.text_field not in row and self.documents.messages_field not in row
-            self.first = self.first or row
-            if self.rows == FIELD_PATIENCE:
-                self.end()
-
-    def end(self) -> None:
-        """Raises DataError if all rows so far were without the fields."""
-        if self.rows and self.without == self.rows:
-            found = ", ".join(self.first or {}) or "no field at all"
-            raise DataError(
-                f"{self.source}: {self.documents.no_field} in any of the {self.rows:,} rows read; the first row has "
-                f"{found}: set data.text_field or data.messages_field"
-            )
-
-
-def beginning(tokenizer) -> list[int]:
-    """The tokens that a tokenizer puts before every text, as `generate` has it: its beginning token, or none."""
-    plain, whole = (tokenizer.encode("a", add_special_tokens=special) for special in (False, True))
-    places = range(len(whole) - len(plain) + 1)
-    return whole[: next((place for place in places if whole[place : place + len(plain)] == plain), 0)]
-
-
-def check_tokens(ids: list[int] | torch.Tensor, rows: int, tokenizer, where: str) -> None:
-    """Raises DataError if the tokens of the text at `where` hold one that a model of `rows` embeddings has none for.
-
-    Such are special tokens that a tokenizer was given and its model was not, for padding say.
-    """
-    last = int(np.asarray(ids).max(initial=0))
-    if last >= rows:
-        raise DataError(
-            f"{where}: the text holds the token {tokenizer.convert_ids_to_tokens(last)!r} of number {last:,}, the "
-            f"model's embeddings {rows:,} rows: take it out of the text, or of the chat template that puts it there, "
-            "or resize the model's embeddings"
-        )
-
-
-def _texts(items: list[Item], documents: Documents) -> Iterator[tuple[str, str, str]]:
+def _texts(items: list[Item], documents: RowEncoder) -> Iterator[tuple[str, str, str]]:
     """(source, place, text) of each document; DataError for a source of which no row has the wanted fields."""
     for source, of_source in groupby(items, key=lambda item: item.source):
         check = FieldCheck(source, documents)
@@ -345,7 +112,7 @@ def _texts(items: list[Item], documents: Documents) -> Iterator[tuple[str, str, 
 
 
 def _tokenize(
-    items: list[Item], documents: Documents, max_tokens: int | None, fingerprint: str, aside: Path | None
+    items: list[Item], documents: RowEncoder, max_tokens: int | None, fingerprint: str, aside: Path | None
 ) -> Corpus:
     """`aside`: a file that the tokens are written to as they come, and mapped from; None keeps them in memory."""
     tokenizer = documents.tokenizer
@@ -413,15 +180,10 @@ def _progress(max_tokens: int | None) -> Iterator[Callable[[int, int], None]]:
         yield lambda documents, tokens: progress.update(task, documents=documents, completed=tokens)
 
 
-def _skips_in_words(skipped: dict[str, int], examples: dict[str, str]) -> str:
-    reasons = [f"{count:,} {reason} (first: {examples[reason]})" for reason, count in skipped.items()]
-    return f"skipped {sum(skipped.values()):,}: {', '.join(reasons)}" if reasons else ""
-
-
 # Cache: KEY.safetensors (tokens, starts) and KEY.json (everything else and the first file's checksum)
 
 
-def _fingerprint(items: list[Item], documents: Documents, max_tokens: int | None) -> str:
+def _fingerprint(items: list[Item], documents: RowEncoder, max_tokens: int | None) -> str:
     contents, fields = [[item.kind, content_hash(item)] for item in items], documents.fields
     parts = [FORMAT, contents, _tokenizer_identity(documents.tokenizer), *fields[:2], max_tokens, *fields[2:]]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -19,10 +19,10 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from ..students import Mixer
 from .compiled import Recorded, compiled
+from .errors import RunError
 from .files import one_line
 from .groups import ParameterGroup
 from .protocols import Objective
-from .run import RunError
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor

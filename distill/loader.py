@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .data import collate
+from .packed import collate
 from .protocols import TrainingData
 from .settings import TrainConfig
 

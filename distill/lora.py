@@ -5,7 +5,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..students import HybridForCausalLM
-from .run import RunError
+from .errors import RunError
 from .settings import LoraSettings
 
 

@@ -20,8 +20,8 @@ from transformers import (
 from ..students import HybridForCausalLM
 from ..students.configuration_mixers import have_trans_points, names_with_trans_points
 from ..teachers import incomplete
+from .errors import RunError
 from .files import read_json
-from .run import RunError
 
 
 def load_model(

@@ -9,8 +9,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..teachers import output_head
-from .data import DataError, PackedDataset, check_tokens
 from .models import embedding_rows, generated, generating
+from .packed import PackedDataset
+from .rows import check_tokens
+from .sources import DataError
 from .tokenizers import decoded
 
 CHUNK = 512  # tokens whose logits are held at a time

@@ -20,9 +20,10 @@ from markupsafe import Markup
 
 from ..students.configuration_mixers import have_trans_points
 from .charts import heat_map, line_chart, loss_chart
+from .errors import RunError
 from .export.card import kinds_in
 from .files import read_json
-from .run import RunError, StageFolder, lineage
+from .run import StageFolder, lineage
 from .stages.pipeline import names
 
 EVENTS = 200  # shown in the table

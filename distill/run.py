@@ -22,13 +22,10 @@ from typing import Any, cast
 
 from filelock import FileLock, Timeout
 
+from .errors import RunError
 from .files import read_json, write_json
 from .identity import identity, started
 from .stages.pipeline import pipeline_of
-
-
-class RunError(ValueError):
-    """A run folder that cannot be used as asked. One line, naming the thing and the remedy."""
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from typing import Any, cast
 
 import zstandard
 
+from .errors import DistillError
 from .files import one_line, read_json, write_json
 
 logger = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ REMEMBERED_FROM = 64 * 2**20  # bytes of a file whose hash is remembered: what t
 SAMPLES, SAMPLE = 1024, 2**16  # pieces of a large file, and bytes of each, that may stand for the whole
 
 
-class DataError(ValueError):
+class DataError(DistillError, ValueError):
     """Text that cannot be used as asked. The message is one line that names the thing and the remedy."""
 
 

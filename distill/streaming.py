@@ -24,7 +24,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 import torch
 
-from .data import Documents, FieldCheck, check_tokens
+from .rows import FieldCheck, RowEncoder, check_tokens
 from .sources import DataError, HubDatasets, Item, Skip, place, read, resolve, shards, size
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ class StreamedDataset:
     """Endless packed sequences from `sources`, for the trainer: `batch` is a function of its arguments.
 
     An item is {"input_ids": (length,) int64, "position_ids": (length,) int64}, consecutive `length` tokens of a lane;
-    positions restart at 0 with each document and each window. Documents and the rows they come from are as in
+    positions restart at 0 with each document and each window. RowEncoder and the rows they come from are as in
     `data.tokenize_corpus`. `shuffle_buffer`: documents of a lane that are held and shuffled together. `rows`: of the
     model's embeddings, beyond which there may be no token.
 
@@ -68,7 +68,7 @@ class StreamedDataset:
         self.tokens_per_item = length
         self.shuffle_buffer = shuffle_buffer
         self.rows = rows
-        self.documents = Documents(tokenizer, text_field, messages_field, bos)
+        self.documents = RowEncoder(tokenizer, text_field, messages_field, bos)
         self._hub = HubDatasets()
         self._items = [resolve(source) for source in sources]
         self._sources  # noqa: B018 - opens hub datasets: better an error now than after the teacher's first forward pass
@@ -329,7 +329,7 @@ class _Lane:
         name: str,
         seed: int,
         shares: list[tuple[_Source, list[_Piece]]],
-        documents: Documents,
+        documents: RowEncoder,
         shuffle_buffer: int,
         read: Callable[[int, _Piece, int, int], Iterator[tuple[int, dict | Skip]]],
         state: dict | None,
@@ -408,7 +408,7 @@ class _Lane:
         return {"input_ids": torch.from_numpy(np.concatenate(pieces)), "position_ids": torch.from_numpy(positions)}
 
     def _all_texts(self, at: _Position) -> Iterator[tuple[_Position, str]]:
-        """Documents from a position on, epoch after epoch."""
+        """RowEncoder from a position on, epoch after epoch."""
         epoch, cursors, index = at.epoch, at.cursors, at.index
         found = at != _Position(0, self.begin, 0)
         while True:

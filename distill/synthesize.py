@@ -25,12 +25,12 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import Recipe
-from .data import beginning, check_tokens
+from .errors import RunError
 from .files import read_json, sha256, write_json
 from .identity import file_identity, model_files
 from .models import embedding_rows, generated, generating
 from .progress import Progress
-from .run import RunError
+from .rows import beginning, check_tokens
 from .sources import DataError, place, read, resolve, source_identity
 from .tokenizers import decoded
 

@@ -15,8 +15,9 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from accelerate.utils import is_tensorboard_available, is_trackio_available, is_wandb_available
 
 from .config import Recipe, for_others
+from .errors import RunError
 from .files import read_json, write_json
-from .run import RunError, StageFolder
+from .run import StageFolder
 
 PROJECT = "transpoint"  # of Weights & Biases and trackio
 _INSTALLED = {

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from .checkpoint import find_checkpoint, load_generators, load_parameters, save_checkpoint
 from .engine import Engine, make_engine
+from .errors import DistillError
 from .groups import ParameterGroup, only_these_train
 from .loader import batches_ahead
 from .nonfinite import first_nonfinite
@@ -37,7 +38,7 @@ SPIKE = 2.0  # times the median of the last lines' losses that a loss is worth a
 LINES = 20
 
 
-class TrainingError(RuntimeError):
+class TrainingError(DistillError, RuntimeError):
     """Training that cannot go on. One line; what was saved stays."""
 
 

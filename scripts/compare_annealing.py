@@ -20,7 +20,8 @@ from accelerate.state import AcceleratorState
 from rich.console import Console
 
 from transpoint.distill.config import load_recipe
-from transpoint.distill.data import PackedDataset, batch_indices, collate, tokenize_corpus
+from transpoint.distill.data import tokenize_corpus
+from transpoint.distill.packed import PackedDataset, batch_indices, collate
 from transpoint.distill.stages.runner import run_recipe
 from transpoint.teachers.random import random_teacher
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..errors import DistillError
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
     from ...students import HybridForCausalLM, StudentConfig
 
 
-class ExportError(ValueError):
+class ExportError(DistillError, ValueError):
     """A student that a format cannot hold, or an export that is not equal to it. One line with the reason."""
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
-from ..run import RunError
+from ..errors import RunError
 
 
 def push(folder: Path, repo_id: str, private: bool = False) -> str:

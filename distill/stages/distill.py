@@ -17,9 +17,9 @@ def run(session: "Session", folder: "StageFolder") -> dict:
 
     from ...students.configuration_transmamba import written
     from ...teachers import output_head
+    from ..errors import RunError
     from ..models import has_trans_points
     from ..objectives import Distillation
-    from ..run import RunError
     from ..schedules import resolve, trans_points_in_step
     from ..teacher_cache import CachedDistillation
     from .training import trained as train_student

@@ -40,8 +40,8 @@ def run(session: "Session", folder: "StageFolder") -> dict:
 
 def check(recipe: "Recipe") -> None:
     """A student that the format cannot hold, whatever the teacher, is refused before it is made."""
+    from ..errors import RunError
     from ..export.formats import find_format
-    from ..run import RunError
 
     if reason := find_format(recipe.export.format).why_no_student(recipe.student):
         raise RunError(f"export.format={recipe.export.format} cannot hold this student: {reason}")

@@ -38,7 +38,7 @@ def groups(student, recipe) -> "list[ParameterGroup]":
 
 def check(recipe: "Recipe") -> None:
     """A mixer without a matrix between tokens has nothing to be fitted."""
-    from ..run import RunError
+    from ..errors import RunError
 
     if not recipe.student.kind.load().matrix:
         mixer = recipe.student.mixer

@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.text import Text
 
 from ..config import Recipe
-from ..run import RunError, alone_in
+from ..errors import RunError
+from ..run import alone_in
 from ..schedules import check_schedules
 from ..session import Session
 from ..tracking import check_trackers

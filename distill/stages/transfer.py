@@ -15,9 +15,9 @@ def run(session: "Session", folder: "StageFolder") -> dict:
 
     from ...students import build_student
     from ...teachers import teacher_info
+    from ..errors import RunError
     from ..export.formats import find_format
     from ..preflight import check_prompts
-    from ..run import RunError
     from ..schedules import check_schedules, never_distilled
 
     recipe = session.recipe

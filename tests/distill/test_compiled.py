@@ -17,7 +17,7 @@ from transpoint.distill.config import Recipe
 from transpoint.distill.engine import make_engine
 from transpoint.distill.groups import distill_groups, mixer_parameters, only_these_train
 from transpoint.distill.objectives import Alignment, Distillation, decoder_inputs, hidden_states
-from transpoint.distill.session import make_accelerator
+from transpoint.distill.processes import make_accelerator
 from transpoint.distill.settings import DistillConfig
 from transpoint.distill.trainer import InPrecision
 from transpoint.students import StudentConfig, build_student

@@ -20,16 +20,11 @@ from omegaconf import OmegaConf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from transpoint.distill import data, sources
-from transpoint.distill.data import (
-    Corpus,
-    DataError,
-    PackedDataset,
-    batch_indices,
-    collate,
-    tokenize_corpus,
-)
+from transpoint.distill import data, rows, sources
+from transpoint.distill.data import Corpus, tokenize_corpus
+from transpoint.distill.packed import PackedDataset, batch_indices, collate
 from transpoint.distill.settings import DataConfig
+from transpoint.distill.sources import DataError
 
 SAMPLE = Path(__file__).parents[2] / "configs" / "sample"
 TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<eos>{% endfor %}"
@@ -359,7 +354,7 @@ def test_fields_of_other_names(form, tmp_path, tokenizer):
 
 
 def test_a_long_source_without_the_field_is_given_up_early(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(data, "FIELD_PATIENCE", 3)
+    monkeypatch.setattr(rows, "FIELD_PATIENCE", 3)
     (tmp_path / "a.jsonl").write_bytes(jsonl([{"content": "x"}] * 10))
     assert "in any of the 3 rows read" in message([str(tmp_path / "a.jsonl")], tokenizer)
 

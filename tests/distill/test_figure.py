@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from transpoint.distill.cli import main
+from transpoint.distill.errors import RunError
 from transpoint.distill.figure import COLOURS, draw
-from transpoint.distill.run import RunError
 from transpoint.students import StudentConfig, build_student
 from transpoint.teachers.random import random_teacher
 

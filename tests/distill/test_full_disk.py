@@ -10,7 +10,7 @@ from filelock import FileLock
 from safetensors.torch import load_file
 
 from run_files import metrics
-from transpoint.distill.run import RunError
+from transpoint.distill.errors import RunError
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = ("run.precision=fp32", "align.steps=12", "align.checkpoint_every=2", "align.log_every=1")

@@ -14,9 +14,10 @@ import pytest
 from huggingface_hub import HfApi
 
 from run_files import STAGES
+from transpoint.distill.errors import RunError
 from transpoint.distill.export import hub
 from transpoint.distill.identity import identity
-from transpoint.distill.run import RunError, StageFolder
+from transpoint.distill.run import StageFolder
 
 TOKEN = "hf_" + "MarkerThatMustNotLeak"
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from transpoint.distill.errors import RunError
 from transpoint.distill.models import load_model
-from transpoint.distill.run import RunError
 from transpoint.students import StudentConfig, build_student
 from transpoint.teachers.random import random_teacher
 

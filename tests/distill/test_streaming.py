@@ -19,9 +19,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from run_files import metrics, student
-from transpoint.distill import data, sources
+from transpoint.distill import rows, sources
 from transpoint.distill.config import ConfigError, load_recipe
-from transpoint.distill.data import DataError
+from transpoint.distill.sources import DataError
 from transpoint.distill.stages.inputs import stage_inputs
 from transpoint.distill.streaming import StreamedDataset
 
@@ -477,7 +477,7 @@ def test_no_usable_document(row, tmp_path):
 
 
 def test_documents_without_tokens(tmp_path, monkeypatch):
-    monkeypatch.setattr("transpoint.distill.data.Documents.encode", lambda self, texts: [[] for _ in texts])
+    monkeypatch.setattr("transpoint.distill.rows.RowEncoder.encode", lambda self, texts: [[] for _ in texts])
     path = write(tmp_path / "a.jsonl", range(1, 9))
     assert "no tokens (first: sequence 0 of 1 in a batch)" in message(lambda: batches(streamed([path]), [0], 1))
 
@@ -489,7 +489,7 @@ def test_one_short_document_for_a_lane_fills_long_windows(tmp_path):
 
 
 def test_fields_of_other_names(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "FIELD_PATIENCE", 10)
+    monkeypatch.setattr(rows, "FIELD_PATIENCE", 10)
     path = tmp_path / "a.jsonl"
     path.write_text('{"content": "1", "id": 2}\n' * 100)
     assert message(lambda: batches(streamed([path]), [0], 1)) == (

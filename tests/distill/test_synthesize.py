@@ -20,7 +20,7 @@ from transpoint.distill import synthesize as module
 from transpoint.distill.cli import main
 from transpoint.distill.config import load_recipe
 from transpoint.distill.data import tokenize_corpus
-from transpoint.distill.run import RunError
+from transpoint.distill.errors import RunError
 from transpoint.distill.session import Session
 from transpoint.distill.sources import DataError
 from transpoint.distill.synthesize import synthesize
