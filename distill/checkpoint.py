@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .errors import DistillError
-from .files import read_json, sha256, write_json
+from .run.files import read_json, sha256, write_json
 
 logger = logging.getLogger(__name__)
 

@@ -18,8 +18,8 @@ from ..students.errors import StudentError
 from ..teachers.errors import TeacherError
 from .errors import DistillError
 from .export.formats import FORMATS
+from .run.threads import leave_busy_cores, spin_briefly
 from .stages.pipeline import names, pipeline_of
-from .threads import leave_busy_cores, spin_briefly
 
 if TYPE_CHECKING:
     from ..students import HybridForCausalLM
@@ -148,7 +148,7 @@ def plan(options) -> None:
 
 def status(options) -> None:
     from .config import load_recipe
-    from .run import StageFolder
+    from .run.folder import StageFolder
     from .stages.inputs import finished_elsewhere, stage_inputs
 
     root = _run_folder(options.run)
@@ -463,7 +463,7 @@ def _run_folder(path: str) -> Path:
 
 def _latest_student(root: Path) -> Path:
     from .errors import RunError
-    from .run import lineage
+    from .run.folder import lineage
 
     done = lineage(root)
     for stage in reversed(names(lambda stage: stage.makes_student)):
@@ -475,7 +475,7 @@ def _latest_student(root: Path) -> Path:
 def _export_folder(path: str) -> Path:
     """An exported folder, or the one a run's export stage wrote."""
     from .errors import RunError
-    from .run import lineage
+    from .run.folder import lineage
 
     if (Path(path) / "config.json").is_file():
         return Path(path)

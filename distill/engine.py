@@ -20,9 +20,9 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from ..students import Mixer
 from .compiled import Recorded, compiled
 from .errors import RunError
-from .files import one_line
 from .groups import ParameterGroup
 from .protocols import Objective
+from .run.files import one_line
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor

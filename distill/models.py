@@ -21,7 +21,7 @@ from ..students import HybridForCausalLM
 from ..students.configuration_mixers import have_trans_points, names_with_trans_points
 from ..teachers import incomplete
 from .errors import RunError
-from .files import read_json
+from .run.files import read_json
 
 
 def load_model(

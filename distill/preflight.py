@@ -13,12 +13,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..students import HybridForCausalLM
 from .config import Recipe
 from .errors import RunError
-from .files import one_line
 from .flops import peak_flops
 from .groups import ParameterGroup
 from .models import embedding_rows, output_rows
 from .quality import prompt_tokens
 from .rows import check_tokens
+from .run.files import one_line
 from .settings import TrainConfig
 from .stages.pipeline import stage_of
 

@@ -22,8 +22,8 @@ from ..students.configuration_mixers import have_trans_points
 from .charts import heat_map, line_chart, loss_chart
 from .errors import RunError
 from .export.card import kinds_in
-from .files import read_json
-from .run import StageFolder, lineage
+from .run.files import read_json
+from .run.folder import StageFolder, lineage
 from .stages.pipeline import names
 
 EVENTS = 200  # shown in the table

@@ -17,7 +17,6 @@ from ..students import HybridForCausalLM
 from ..teachers import load_teacher, output_head, share_layers
 from .config import Recipe
 from .data import Corpus, tokenize_corpus
-from .identity import identity
 from .models import embedding_rows, load_model, on_device
 from .packed import PackedDataset
 from .preflight import check_vocabulary
@@ -25,7 +24,8 @@ from .processes import make_accelerator, precision
 from .protocols import Objective
 from .quality import HeldOut
 from .rows import beginning, check_tokens
-from .run import StageFolder
+from .run.folder import StageFolder
+from .run.identity import identity
 from .sources import source_identity
 from .stages.pipeline import student_before
 from .streaming import StreamedDataset

@@ -23,7 +23,7 @@ from typing import Any, cast
 import zstandard
 
 from .errors import DistillError
-from .files import one_line, read_json, write_json
+from .run.files import one_line, read_json, write_json
 
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from rich.text import Text
 from ..teachers import TeacherInfo, teacher_info
 from .export.card import CardFacts, plan_in_letters, plan_in_words, quality_row, schedule_rows
 from .export.formats import find_format
-from .files import read_json
-from .run import lineage
+from .run.files import read_json
+from .run.folder import lineage
 from .session import Session
 from .stages.pipeline import names
 

@@ -26,11 +26,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import Recipe
 from .errors import RunError
-from .files import read_json, sha256, write_json
-from .identity import file_identity, model_files
 from .models import embedding_rows, generated, generating
-from .progress import Progress
 from .rows import beginning, check_tokens
+from .run.files import read_json, sha256, write_json
+from .run.identity import file_identity, model_files
+from .run.progress import Progress
 from .sources import DataError, place, read, resolve, source_identity
 from .tokenizers import decoded
 

@@ -38,11 +38,11 @@ from ..students import HybridForCausalLM
 from ..teachers import OutputHead, output_head
 from .config import Recipe
 from .errors import RunError
-from .files import read_json, sha256, write_json
-from .identity import file_identity, model_files
 from .objectives import attention_share, compilable_layers, decoder_inputs, predictions_loss, trans_point_pattern
 from .packed import PackedDataset, batch_indices, collate
-from .progress import Progress
+from .run.files import read_json, sha256, write_json
+from .run.identity import file_identity, model_files
+from .run.progress import Progress
 from .settings import CacheTeacherConfig, DistillConfig
 
 FORMAT = 1  # of the folder; raise it when an older one would be read wrongly

@@ -5,7 +5,7 @@ from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 
-from .files import read_json, write_json
+from .run.files import read_json, write_json
 
 # What tokenizers differ in: runs of spaces, line ends, capitals, digits, accents and their decompositions, other
 # scripts, characters of several code points, bytes without a meaning, and nothing.

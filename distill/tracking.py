@@ -16,8 +16,8 @@ from accelerate.utils import is_tensorboard_available, is_trackio_available, is_
 
 from .config import Recipe, for_others
 from .errors import RunError
-from .files import read_json, write_json
-from .run import StageFolder
+from .run.files import read_json, write_json
+from .run.folder import StageFolder
 
 PROJECT = "transpoint"  # of Weights & Biases and trackio
 _INSTALLED = {

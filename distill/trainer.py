@@ -29,9 +29,9 @@ from .errors import DistillError
 from .groups import ParameterGroup, only_these_train
 from .loader import batches_ahead
 from .nonfinite import first_nonfinite
-from .progress import Progress
 from .protocols import Objective, TrainingData
-from .run import StageFolder, truncate_log
+from .run.folder import StageFolder, truncate_log
+from .run.progress import Progress
 from .settings import TrainConfig
 
 SPIKE = 2.0  # times the median of the last lines' losses that a loss is worth a word from

@@ -17,7 +17,7 @@ from transformers import GraniteMoeHybridConfig, GraniteMoeHybridForCausalLM
 
 from ...students import HybridForCausalLM, Mamba2Mixer, StudentConfig
 from ...students.configuration_mixers import have_trans_points
-from ..files import write_json
+from ..run.files import write_json
 from .formats import Format
 from .verify import check_tokenizer_with, rounded, verify
 

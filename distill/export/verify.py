@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 
 from ...students import HybridForCausalLM
 from ...students.configuration_mixers import have_trans_points
-from ..files import read_json, write_json
+from ..run.files import read_json, write_json
 from ..tokenizers import PROBES, first_difference, save_tokenizer, tokenizer_facts
 from .formats import ExportError
 

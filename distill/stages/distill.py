@@ -7,7 +7,7 @@ from .stage import Stage
 if TYPE_CHECKING:
     from ..groups import ParameterGroup
     from ..protocols import Objective
-    from ..run import StageFolder
+    from ..run.folder import StageFolder
     from ..session import Session
 
 

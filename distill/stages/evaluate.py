@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from .stage import Stage
 
 if TYPE_CHECKING:
-    from ..run import StageFolder
+    from ..run.folder import StageFolder
     from ..session import Session
 
 
@@ -13,9 +13,9 @@ def run(session: "Session", folder: "StageFolder") -> dict:
     """Measures the exported checkpoint itself, at each schedule, and lets teacher and student answer."""
     from ..export.card import write_card
     from ..export.formats import find_format
-    from ..files import read_json, write_json
     from ..models import has_trans_points, load_model
     from ..quality import answer
+    from ..run.files import read_json, write_json
     from ..summary import card_facts
     from .measuring import measure_schedules, refresh_quality
     from .pipeline import student_before

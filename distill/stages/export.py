@@ -6,7 +6,7 @@ from .stage import Stage
 
 if TYPE_CHECKING:
     from ..config import Recipe
-    from ..run import StageFolder
+    from ..run.folder import StageFolder
     from ..session import Session
 
 

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Recipe
-from ..identity import file_identity, identity, without_resultless
-from ..run import StageFolder
+from ..run.folder import StageFolder
+from ..run.identity import file_identity, identity, without_resultless
 from ..sources import DataError, source_identity
 from .pipeline import pipeline_of
 

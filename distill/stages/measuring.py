@@ -6,7 +6,7 @@ import math
 from ...students import HybridForCausalLM
 from ...students.configuration_transmamba import written
 from ..cost import measure_cost
-from ..files import read_json, write_json
+from ..run.files import read_json, write_json
 from ..schedules import at_trans_points, resolve
 from ..session import Session
 from .pipeline import pipeline_of

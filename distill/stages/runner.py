@@ -10,7 +10,7 @@ from rich.text import Text
 
 from ..config import Recipe
 from ..errors import RunError
-from ..run import alone_in
+from ..run.folder import alone_in
 from ..schedules import check_schedules
 from ..session import Session
 from ..tracking import check_trackers

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from ...students import HybridForCausalLM
     from ..config import Recipe
     from ..groups import ParameterGroup
-    from ..run import StageFolder
+    from ..run.folder import StageFolder
     from ..session import Session
 
 

@@ -12,7 +12,7 @@ from ..groups import ParameterGroup, only_these_train
 from ..lora import attach, merge
 from ..preflight import check_disk, check_vocabulary, flops_per_token, gpu_name, what_will_run
 from ..protocols import Objective, TrainingData
-from ..run import StageFolder
+from ..run.folder import StageFolder
 from ..schedules import at_trans_points
 from ..session import Session
 from ..streaming import StreamedDataset

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, cast
 from .stage import Stage
 
 if TYPE_CHECKING:
-    from ..run import StageFolder
+    from ..run.folder import StageFolder
     from ..session import Session
 
 

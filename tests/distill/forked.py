@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-from transpoint.distill.threads import spin_briefly
+from transpoint.distill.run.folder.threads import spin_briefly
 
 ROOT = Path(__file__).parents[2]
 

@@ -13,7 +13,7 @@ import transpoint.distill.stages.runner
 from run_files import STAGES
 from transpoint.distill.cli import COMMANDS, main
 from transpoint.distill.config import describe_keys
-from transpoint.distill.files import read_json
+from transpoint.distill.run.folder.files import read_json
 from transpoint.teachers.random import random_teacher
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"

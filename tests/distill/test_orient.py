@@ -13,7 +13,7 @@ from transpoint.distill.errors import RunError
 from transpoint.distill.flops import orient_flops
 from transpoint.distill.groups import matrix_parameters, only_these_train
 from transpoint.distill.objectives import Orientation, attention_pairs
-from transpoint.distill.run import lineage
+from transpoint.distill.run.folder.folder import lineage
 from transpoint.distill.stages import stage_inputs
 from transpoint.kernels.ssd import ssd_matrix
 from transpoint.students import MIXERS, MixerKind, StudentConfig, build_student

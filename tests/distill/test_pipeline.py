@@ -15,10 +15,10 @@ from transpoint.distill import session as session_module
 from transpoint.distill.cli import main
 from transpoint.distill.config import load_recipe
 from transpoint.distill.errors import RunError
-from transpoint.distill.files import read_json, write_json
-from transpoint.distill.identity import identity
 from transpoint.distill.models import load_model
-from transpoint.distill.run import StageFolder, lineage
+from transpoint.distill.run.folder.files import read_json, write_json
+from transpoint.distill.run.folder.folder import StageFolder, lineage
+from transpoint.distill.run.folder.identity import identity
 from transpoint.distill.session import Session
 from transpoint.distill.sources import DataError
 from transpoint.distill.stages.inputs import stage_inputs

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transpoint.distill import run
 from transpoint.distill.errors import RunError
-from transpoint.distill.files import read_json, write_json
-from transpoint.distill.identity import file_identity, identity
-from transpoint.distill.run import StageFolder, truncate_log
+from transpoint.distill.run.folder import folder as run
+from transpoint.distill.run.folder.files import read_json, write_json
+from transpoint.distill.run.folder.folder import StageFolder, truncate_log
+from transpoint.distill.run.folder.identity import file_identity, identity
 
 NEEDS = {"align": {"steps": 20, "betas": [0.9, 0.95], "micro": None}, "after": {"calibrate": "abc"}}
 

@@ -27,7 +27,7 @@ from torch import nn
 from transpoint.distill import checkpoint
 from transpoint.distill.data import Corpus
 from transpoint.distill.packed import PackedDataset, batch_indices, collate
-from transpoint.distill.run import StageFolder
+from transpoint.distill.run.folder.folder import StageFolder
 from transpoint.distill.settings import TrainConfig
 from transpoint.distill.trainer import Stopped, TrainingError, learning_rate_factor, train
 

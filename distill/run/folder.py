@@ -22,10 +22,10 @@ from typing import Any, cast
 
 from filelock import FileLock, Timeout
 
-from .errors import RunError
+from ..errors import RunError
+from ..stages.pipeline import pipeline_of
 from .files import read_json, write_json
 from .identity import identity, started
-from .stages.pipeline import pipeline_of
 
 
 @contextmanager
@@ -124,7 +124,7 @@ class StageFolder:
 
 def lineage(root: Path) -> dict[str, dict]:
     """The done records of a run that follow from one another, by stage: what came of earlier settings is left out."""
-    from .config import ConfigError, Recipe, load_recipe
+    from ..config import ConfigError, Recipe, load_recipe
 
     try:
         recipe = load_recipe(root / "recipe.yaml")

@@ -8,10 +8,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
-from ..students.config import StudentConfig
-from .config import Recipe
+from ...students.config import StudentConfig
+from ..config import Recipe
+from ..settings import resultless
 from .files import read_json, sha256
-from .settings import resultless
 
 # Of a folder, the files that loading a model reads.
 _MODEL_FILE = re.compile(
@@ -87,7 +87,7 @@ def _begins_nothing(student: Path) -> bool:
     """Whether the tokenizer of a run puts nothing before a text: then it does not matter whether it is asked to."""
     from transformers import AutoTokenizer
 
-    from .rows import beginning
+    from ..rows import beginning
 
     try:
         return not beginning(AutoTokenizer.from_pretrained(student))
