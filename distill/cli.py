@@ -23,7 +23,7 @@ from .stages.pipeline import names, pipeline_of
 
 if TYPE_CHECKING:
     from ..students import HybridForCausalLM
-    from .packed import PackedDataset
+    from .data.packed import PackedDataset
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -197,12 +197,12 @@ def evaluate(options) -> None:
 
     from ..teachers import load_teacher
     from .config import Recipe, load_recipe
-    from .data import tokenize_corpus
+    from .data.corpus import tokenize_corpus
+    from .data.packed import PackedDataset
+    from .data.rows import check_tokens
     from .errors import RunError
     from .models import embedding_rows, load_model, load_tokenizer, on_device
-    from .packed import PackedDataset
     from .quality import HeldOut
-    from .rows import check_tokens
 
     path, device = _model_folder(options.model), _device()
     recipe = Recipe()
@@ -288,9 +288,9 @@ def figure(options) -> None:
 
 def cache_teacher(options) -> None:
     from .config import load_recipe
+    from .data.teacher_cache import cache_teacher as write
+    from .data.teacher_cache import describe
     from .session import Session
-    from .teacher_cache import cache_teacher as write
-    from .teacher_cache import describe
 
     session = Session(load_recipe(options.config, options.overrides))
     index = write(
@@ -312,9 +312,9 @@ def report(options) -> None:
 
 def synthesize(options) -> None:
     from .config import load_recipe
+    from .data.synthesize import describe
+    from .data.synthesize import synthesize as sample
     from .session import Session
-    from .synthesize import describe
-    from .synthesize import synthesize as sample
 
     session = Session(load_recipe(options.config, options.overrides))
     recipe = session.recipe

@@ -16,20 +16,20 @@ from transformers import PreTrainedModel
 from ..students import HybridForCausalLM
 from ..teachers import load_teacher, output_head, share_layers
 from .config import Recipe
-from .data import Corpus, tokenize_corpus
+from .data.corpus import Corpus, tokenize_corpus
+from .data.packed import PackedDataset
+from .data.rows import beginning, check_tokens
+from .data.sources import source_identity
+from .data.streaming import StreamedDataset
+from .data.teacher_cache import CachedTargets
 from .models import embedding_rows, load_model, on_device
-from .packed import PackedDataset
 from .preflight import check_vocabulary
 from .processes import make_accelerator, precision
 from .protocols import Objective
 from .quality import HeldOut
-from .rows import beginning, check_tokens
 from .run.folder import StageFolder
 from .run.identity import identity
-from .sources import source_identity
 from .stages.pipeline import student_before
-from .streaming import StreamedDataset
-from .teacher_cache import CachedTargets
 from .tokenizers import save_tokenizer
 
 

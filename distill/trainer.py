@@ -24,10 +24,10 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from .checkpoint import find_checkpoint, load_generators, load_parameters, save_checkpoint
+from .data.prefetch import batches_ahead
 from .engine import Engine, make_engine
 from .errors import DistillError
 from .groups import ParameterGroup, only_these_train
-from .loader import batches_ahead
 from .nonfinite import first_nonfinite
 from .protocols import Objective, TrainingData
 from .run.folder import StageFolder, truncate_log

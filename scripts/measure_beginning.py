@@ -11,10 +11,10 @@ import sys
 
 import torch
 
-from transpoint.distill.data import tokenize_corpus
-from transpoint.distill.packed import PackedDataset
+from transpoint.distill.data.corpus.corpus import tokenize_corpus
+from transpoint.distill.data.corpus.packed import PackedDataset
+from transpoint.distill.data.corpus.rows import beginning
 from transpoint.distill.quality import HeldOut
-from transpoint.distill.rows import beginning
 from transpoint.teachers import load_teacher
 
 

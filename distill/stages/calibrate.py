@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 def run(session: "Session", folder: "StageFolder") -> dict:
     """Sets decay, step and scale from a few teacher batches."""
     from ..calibrate import calibrate
-    from ..packed import collate
+    from ..data.packed import collate
     from ..schedules import at_trans_points
 
     student = session.student_before("calibrate")

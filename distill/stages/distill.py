@@ -17,11 +17,11 @@ def run(session: "Session", folder: "StageFolder") -> dict:
 
     from ...students.configuration_transmamba import written
     from ...teachers import output_head
+    from ..data.teacher_cache import CachedDistillation
     from ..errors import RunError
     from ..models import has_trans_points
     from ..objectives import Distillation
     from ..schedules import resolve, trans_points_in_step
-    from ..teacher_cache import CachedDistillation
     from .training import trained as train_student
 
     settings = session.recipe.distill

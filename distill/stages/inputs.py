@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Recipe
+from ..data.sources import DataError, source_identity
 from ..run.folder import StageFolder
 from ..run.identity import file_identity, identity, without_resultless
-from ..sources import DataError, source_identity
 from .pipeline import pipeline_of
 
 
@@ -49,7 +49,7 @@ def stage_inputs(recipe: Recipe) -> dict[str, dict]:
 
 
 def _cache_identity(folder: str):
-    from ..teacher_cache import cache_identity  # which loads what `transpoint status` does without
+    from ..data.teacher_cache import cache_identity  # which loads what `transpoint status` does without
 
     return cache_identity(folder)
 

@@ -6,6 +6,8 @@ from contextlib import closing
 import torch
 
 from ...students import HybridForCausalLM
+from ..data.streaming import StreamedDataset
+from ..data.teacher_cache import CachedDistillation
 from ..engine import cut_up
 from ..flops import peak_flops
 from ..groups import ParameterGroup, only_these_train
@@ -15,8 +17,6 @@ from ..protocols import Objective, TrainingData
 from ..run.folder import StageFolder
 from ..schedules import at_trans_points
 from ..session import Session
-from ..streaming import StreamedDataset
-from ..teacher_cache import CachedDistillation
 from ..tracking import Tracking
 from ..trainer import train
 

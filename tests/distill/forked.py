@@ -101,7 +101,7 @@ def _fork(job: dict) -> bool:
 if __name__ == "__main__":
     import deepspeed  # noqa: F401 - here, and not in every child
 
+    import transpoint.distill.data.synthesize  # noqa: F401
     import transpoint.distill.stages  # noqa: F401
-    import transpoint.distill.synthesize  # noqa: F401
 
     sys.exit(0 if all([_fork(job) for job in json.load(sys.stdin)]) else 1)

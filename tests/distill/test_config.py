@@ -13,7 +13,7 @@ import transpoint.distill.session
 import transpoint.teachers
 from transpoint.distill import cli
 from transpoint.distill.config import ConfigError, Recipe, describe_keys, load_recipe
-from transpoint.distill.sources import resolve
+from transpoint.distill.data.corpus.sources import resolve
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 TINY = CONFIGS / "tiny.yaml"

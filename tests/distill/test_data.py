@@ -20,11 +20,12 @@ from omegaconf import OmegaConf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from transpoint.distill import data, rows, sources
-from transpoint.distill.data import Corpus, tokenize_corpus
-from transpoint.distill.packed import PackedDataset, batch_indices, collate
+from transpoint.distill.data.corpus import corpus as data
+from transpoint.distill.data.corpus import rows, sources
+from transpoint.distill.data.corpus.corpus import Corpus, tokenize_corpus
+from transpoint.distill.data.corpus.packed import PackedDataset, batch_indices, collate
+from transpoint.distill.data.corpus.sources import DataError
 from transpoint.distill.settings import DataConfig
-from transpoint.distill.sources import DataError
 
 SAMPLE = Path(__file__).parents[2] / "configs" / "sample"
 TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<eos>{% endfor %}"

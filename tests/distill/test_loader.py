@@ -7,9 +7,9 @@ import pytest
 import torch
 import zstandard
 
-from transpoint.distill.loader import batches_ahead
+from transpoint.distill.data.corpus.prefetch import batches_ahead
+from transpoint.distill.data.corpus.sources import DataError
 from transpoint.distill.settings import TrainConfig
-from transpoint.distill.sources import DataError
 
 
 class Numbered:

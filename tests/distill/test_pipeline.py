@@ -14,13 +14,13 @@ from run_files import STAGES, done, metrics, student
 from transpoint.distill import session as session_module
 from transpoint.distill.cli import main
 from transpoint.distill.config import load_recipe
+from transpoint.distill.data.corpus.sources import DataError
 from transpoint.distill.errors import RunError
 from transpoint.distill.models import load_model
 from transpoint.distill.run.folder.files import read_json, write_json
 from transpoint.distill.run.folder.folder import StageFolder, lineage
 from transpoint.distill.run.folder.identity import identity
 from transpoint.distill.session import Session
-from transpoint.distill.sources import DataError
 from transpoint.distill.stages.inputs import stage_inputs
 from transpoint.distill.stages.pipeline import names
 from transpoint.distill.stages.runner import run_recipe

@@ -19,11 +19,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from run_files import metrics, student
-from transpoint.distill import rows, sources
 from transpoint.distill.config import ConfigError, load_recipe
-from transpoint.distill.sources import DataError
+from transpoint.distill.data.corpus import rows, sources
+from transpoint.distill.data.corpus.sources import DataError
+from transpoint.distill.data.corpus.streaming import StreamedDataset
 from transpoint.distill.stages.inputs import stage_inputs
-from transpoint.distill.streaming import StreamedDataset
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 EOS = 0
@@ -263,7 +263,7 @@ def test_lanes_of_a_process_read_a_file_together(tmp_path, read):
 def test_a_lane_too_far_behind_reads_alone(patience, texts, read, monkeypatch):
     whole = batches(streamed(texts), range(100), 4)
     together = len(read)
-    monkeypatch.setattr("transpoint.distill.streaming.PATIENCE", patience)
+    monkeypatch.setattr("transpoint.distill.data.streaming.PATIENCE", patience)
     assert batches(streamed(texts), range(100), 4) == whole
     assert patience > 0 or len(read) - together > together
 
@@ -477,7 +477,7 @@ def test_no_usable_document(row, tmp_path):
 
 
 def test_documents_without_tokens(tmp_path, monkeypatch):
-    monkeypatch.setattr("transpoint.distill.rows.RowEncoder.encode", lambda self, texts: [[] for _ in texts])
+    monkeypatch.setattr("transpoint.distill.data.rows.RowEncoder.encode", lambda self, texts: [[] for _ in texts])
     path = write(tmp_path / "a.jsonl", range(1, 9))
     assert "no tokens (first: sequence 0 of 1 in a batch)" in message(lambda: batches(streamed([path]), [0], 1))
 

@@ -16,14 +16,14 @@ import zstandard
 from rich.console import Console
 
 from forked import run_all
-from transpoint.distill import synthesize as module
 from transpoint.distill.cli import main
 from transpoint.distill.config import load_recipe
-from transpoint.distill.data import tokenize_corpus
+from transpoint.distill.data.corpus import synthesize as module
+from transpoint.distill.data.corpus.corpus import tokenize_corpus
+from transpoint.distill.data.corpus.sources import DataError
+from transpoint.distill.data.corpus.synthesize import synthesize
 from transpoint.distill.errors import RunError
 from transpoint.distill.session import Session
-from transpoint.distill.sources import DataError
-from transpoint.distill.synthesize import synthesize
 from transpoint.teachers.random import byte_tokenizer, random_teacher
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"

@@ -15,15 +15,20 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from run_files import done, metrics, student
-from transpoint.distill import teacher_cache
 from transpoint.distill.cli import main
 from transpoint.distill.config import load_recipe
+from transpoint.distill.data.corpus import teacher_cache
+from transpoint.distill.data.corpus.packed import batch_indices, collate
+from transpoint.distill.data.corpus.teacher_cache import (
+    CachedDistillation,
+    CachedTargets,
+    cache_teacher,
+    items_of_distill,
+)
 from transpoint.distill.errors import RunError
 from transpoint.distill.objectives import Distillation
-from transpoint.distill.packed import batch_indices, collate
 from transpoint.distill.session import Session
 from transpoint.distill.stages.runner import run_recipe
-from transpoint.distill.teacher_cache import CachedDistillation, CachedTargets, cache_teacher, items_of_distill
 from transpoint.students import StudentConfig, build_student
 from transpoint.teachers import output_head
 

@@ -24,15 +24,15 @@ from accelerate.utils import gather_object
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .config import Recipe
-from .errors import RunError
-from .models import embedding_rows, generated, generating
+from ..config import Recipe
+from ..errors import RunError
+from ..models import embedding_rows, generated, generating
+from ..run.files import read_json, sha256, write_json
+from ..run.identity import file_identity, model_files
+from ..run.progress import Progress
+from ..tokenizers import decoded
 from .rows import beginning, check_tokens
-from .run.files import read_json, sha256, write_json
-from .run.identity import file_identity, model_files
-from .run.progress import Progress
 from .sources import DataError, place, read, resolve, source_identity
-from .tokenizers import decoded
 
 _MARK = "\N{OBJECT REPLACEMENT CHARACTER}"  # stands for a question, to find where the template puts it
 

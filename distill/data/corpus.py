@@ -20,8 +20,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from ..run.files import one_line
 from .rows import FieldCheck, RowEncoder, skips_in_words
-from .run.files import one_line
 from .sources import DataError, Item, Skip, content_hash, file_hash, place, read, resolve
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from .data import Corpus
+from .corpus import Corpus
 from .sources import DataError
 
 

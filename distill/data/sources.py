@@ -22,8 +22,8 @@ from typing import Any, cast
 
 import zstandard
 
-from .errors import DistillError
-from .run.files import one_line, read_json, write_json
+from ..errors import DistillError
+from ..run.files import one_line, read_json, write_json
 
 logger = logging.getLogger(__name__)
 

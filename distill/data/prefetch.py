@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..protocols import TrainingData
+from ..settings import TrainConfig
 from .packed import collate
-from .protocols import TrainingData
-from .settings import TrainConfig
 
 AHEAD = 2  # batches that wait to be used
 

@@ -31,19 +31,19 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..kernels.kl import linear_kl
-from ..kernels.kl_cached import cached_kl
-from ..kernels.kl_reference import CHUNK_BYTES, _matmul, capped
-from ..students import HybridForCausalLM
-from ..teachers import OutputHead, output_head
-from .config import Recipe
-from .errors import RunError
-from .objectives import attention_share, compilable_layers, decoder_inputs, predictions_loss, trans_point_pattern
+from ...kernels.kl import linear_kl
+from ...kernels.kl_cached import cached_kl
+from ...kernels.kl_reference import CHUNK_BYTES, _matmul, capped
+from ...students import HybridForCausalLM
+from ...teachers import OutputHead, output_head
+from ..config import Recipe
+from ..errors import RunError
+from ..objectives import attention_share, compilable_layers, decoder_inputs, predictions_loss, trans_point_pattern
+from ..run.files import read_json, sha256, write_json
+from ..run.identity import file_identity, model_files
+from ..run.progress import Progress
+from ..settings import CacheTeacherConfig, DistillConfig
 from .packed import PackedDataset, batch_indices, collate
-from .run.files import read_json, sha256, write_json
-from .run.identity import file_identity, model_files
-from .run.progress import Progress
-from .settings import CacheTeacherConfig, DistillConfig
 
 FORMAT = 1  # of the folder; raise it when an older one would be read wrongly
 
