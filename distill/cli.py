@@ -99,9 +99,9 @@ def plan(options) -> None:
     from ..students.configuration_mixers import have_trans_points, names_with_trans_points
     from ..teachers import load_teacher
     from .config import load_recipe
-    from .groups import only_these_train
-    from .preflight import gpu_name, what_will_run
-    from .schedules import check_schedules, never_distilled
+    from .train.groups import only_these_train
+    from .train.preflight import gpu_name, what_will_run
+    from .train.schedules import check_schedules, never_distilled
 
     console = Console()
     recipe = load_recipe(options.config, options.overrides)

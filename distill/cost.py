@@ -8,7 +8,7 @@ import torch
 from transformers import Cache, PreTrainedModel
 
 from ..students import HybridForCausalLM
-from .schedules import TransPoints
+from .train.schedules import TransPoints
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from ..students import HybridForCausalLM, Mixer
 from ..students.configuration_mixers import have_trans_points
 from ..students.documents import Documents, Spans, document_index, document_mask, flex_options
 from ..teachers import attention_view, output_head
-from .compiled import FLEX
 from .settings import DistillConfig
+from .train.compiled import FLEX
 
 if TYPE_CHECKING:
     from ..students.documents import Spanned

@@ -23,14 +23,14 @@ from .data.sources import source_identity
 from .data.streaming import StreamedDataset
 from .data.teacher_cache import CachedTargets
 from .models import embedding_rows, load_model, on_device
-from .preflight import check_vocabulary
 from .processes import make_accelerator, precision
-from .protocols import Objective
 from .quality import HeldOut
 from .run.folder import StageFolder
 from .run.identity import identity
 from .stages.pipeline import student_before
 from .tokenizers import save_tokenizer
+from .train.preflight import check_vocabulary
+from .train.protocols import Objective
 
 
 class Session:

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..protocols import TrainingData
 from ..settings import TrainConfig
+from ..train.protocols import TrainingData
 from .packed import collate
 
 AHEAD = 2  # batches that wait to be used

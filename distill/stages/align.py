@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING
 from .stage import Stage
 
 if TYPE_CHECKING:
-    from ..groups import ParameterGroup
     from ..run.folder import StageFolder
     from ..session import Session
+    from ..train.groups import ParameterGroup
 
 
 def run(session: "Session", folder: "StageFolder") -> dict:
@@ -21,13 +21,13 @@ def run(session: "Session", folder: "StageFolder") -> dict:
 
 
 def groups(student, recipe) -> "list[ParameterGroup]":
-    from ..groups import mixer_parameters
+    from ..train.groups import mixer_parameters
 
     return [{"name": "mixers", "parameters": mixer_parameters(student), "lr": recipe.align.lr}]
 
 
 def operations(teacher, student, length: int) -> float:
-    from ..flops import align_flops
+    from ..train.flops import align_flops
 
     return align_flops(teacher, student, length)
 

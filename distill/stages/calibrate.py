@@ -11,9 +11,9 @@ if TYPE_CHECKING:
 
 def run(session: "Session", folder: "StageFolder") -> dict:
     """Sets decay, step and scale from a few teacher batches."""
-    from ..calibrate import calibrate
     from ..data.packed import collate
-    from ..schedules import at_trans_points
+    from ..train.calibration import calibrate
+    from ..train.schedules import at_trans_points
 
     student = session.student_before("calibrate")
     batches = [collate([item]) for item in session.train_data.spread(session.recipe.calibrate.sequences)]

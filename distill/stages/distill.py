@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING
 from .stage import Stage
 
 if TYPE_CHECKING:
-    from ..groups import ParameterGroup
-    from ..protocols import Objective
     from ..run.folder import StageFolder
     from ..session import Session
+    from ..train.groups import ParameterGroup
+    from ..train.protocols import Objective
 
 
 def run(session: "Session", folder: "StageFolder") -> dict:
@@ -21,7 +21,7 @@ def run(session: "Session", folder: "StageFolder") -> dict:
     from ..errors import RunError
     from ..models import has_trans_points
     from ..objectives import Distillation
-    from ..schedules import resolve, trans_points_in_step
+    from ..train.schedules import resolve, trans_points_in_step
     from .training import trained as train_student
 
     settings = session.recipe.distill
@@ -57,8 +57,8 @@ def run(session: "Session", folder: "StageFolder") -> dict:
 
 
 def groups(student, recipe) -> "list[ParameterGroup]":
-    from ..groups import distill_groups
-    from ..lora import attach
+    from ..train.groups import distill_groups
+    from ..train.lora import attach
 
     if recipe.distill.lora.rank:
         attach(student, recipe.distill.lora)
@@ -66,7 +66,7 @@ def groups(student, recipe) -> "list[ParameterGroup]":
 
 
 def operations(teacher, student, length: int) -> float:
-    from ..flops import distill_flops
+    from ..train.flops import distill_flops
 
     return distill_flops(teacher, student, length)
 

@@ -7,8 +7,8 @@ from ...students import HybridForCausalLM
 from ...students.configuration_transmamba import written
 from ..cost import measure_cost
 from ..run.files import read_json, write_json
-from ..schedules import at_trans_points, resolve
 from ..session import Session
+from ..train.schedules import at_trans_points, resolve
 from .pipeline import pipeline_of
 
 

@@ -10,9 +10,9 @@ from .stage import Stage
 
 if TYPE_CHECKING:
     from ..config import Recipe
-    from ..groups import ParameterGroup
     from ..run.folder import StageFolder
     from ..session import Session
+    from ..train.groups import ParameterGroup
 
 
 @dataclass
@@ -31,7 +31,7 @@ def run(session: "Session", folder: "StageFolder") -> dict:
 
 
 def groups(student, recipe) -> "list[ParameterGroup]":
-    from ..groups import matrix_parameters
+    from ..train.groups import matrix_parameters
 
     return [{"name": "matrices", "parameters": matrix_parameters(student), "lr": recipe.orient.lr}]
 
@@ -46,7 +46,7 @@ def check(recipe: "Recipe") -> None:
 
 
 def operations(teacher, student, length: int) -> float:
-    from ..flops import orient_flops
+    from ..train.flops import orient_flops
 
     return orient_flops(teacher, student, length)
 

@@ -11,9 +11,9 @@ from rich.text import Text
 from ..config import Recipe
 from ..errors import RunError
 from ..run.folder import alone_in
-from ..schedules import check_schedules
 from ..session import Session
-from ..tracking import check_trackers
+from ..train.schedules import check_schedules
+from ..train.tracking import check_trackers
 from .inputs import finished_elsewhere, stage_inputs
 from .pipeline import pipeline_of
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ...students import HybridForCausalLM
     from ..config import Recipe
-    from ..groups import ParameterGroup
     from ..run.folder import StageFolder
     from ..session import Session
+    from ..train.groups import ParameterGroup
 
 
 @dataclass(frozen=True)

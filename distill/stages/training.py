@@ -8,17 +8,17 @@ import torch
 from ...students import HybridForCausalLM
 from ..data.streaming import StreamedDataset
 from ..data.teacher_cache import CachedDistillation
-from ..engine import cut_up
-from ..flops import peak_flops
-from ..groups import ParameterGroup, only_these_train
-from ..lora import attach, merge
-from ..preflight import check_disk, check_vocabulary, flops_per_token, gpu_name, what_will_run
-from ..protocols import Objective, TrainingData
 from ..run.folder import StageFolder
-from ..schedules import at_trans_points
 from ..session import Session
-from ..tracking import Tracking
-from ..trainer import train
+from ..train.engines import cut_up
+from ..train.flops import peak_flops
+from ..train.groups import ParameterGroup, only_these_train
+from ..train.lora import attach, merge
+from ..train.preflight import check_disk, check_vocabulary, flops_per_token, gpu_name, what_will_run
+from ..train.protocols import Objective, TrainingData
+from ..train.schedules import at_trans_points
+from ..train.tracking import Tracking
+from ..train.trainer import train
 
 
 def trained(

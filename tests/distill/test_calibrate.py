@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from transpoint.distill import calibrate as module
-from transpoint.distill.calibrate import HALF_LIVES, calibrate
+from transpoint.distill.train import calibration as module
+from transpoint.distill.train.calibration import HALF_LIVES, calibrate
 from transpoint.students import StudentConfig, build_student
 from transpoint.students.documents import Documents
 from transpoint.teachers.random import random_teacher

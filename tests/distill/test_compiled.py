@@ -11,15 +11,15 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.attention import flex_attention
 
 from forked import in_two
-from transpoint.distill import engine as engine_module
-from transpoint.distill.compiled import SEEN, compiled
 from transpoint.distill.config import Recipe
-from transpoint.distill.engine import make_engine
-from transpoint.distill.groups import distill_groups, mixer_parameters, only_these_train
 from transpoint.distill.objectives import Alignment, Distillation, decoder_inputs, hidden_states
 from transpoint.distill.processes import make_accelerator
 from transpoint.distill.settings import DistillConfig
-from transpoint.distill.trainer import InPrecision
+from transpoint.distill.train import engines as engine_module
+from transpoint.distill.train.compiled import SEEN, compiled
+from transpoint.distill.train.engines import make_engine
+from transpoint.distill.train.groups import distill_groups, mixer_parameters, only_these_train
+from transpoint.distill.train.trainer import InPrecision
 from transpoint.students import StudentConfig, build_student
 from transpoint.teachers import load_teacher
 

@@ -8,8 +8,8 @@ from torch._dynamo.exc import TorchDynamoException
 
 from forked import in_two
 from transpoint.distill.config import Recipe
-from transpoint.distill.engine import make_engine
 from transpoint.distill.processes import make_accelerator
+from transpoint.distill.train.engines import make_engine
 
 LR, DECAY = 0.1, 0.5
 

@@ -19,9 +19,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from families import tiny_teacher
 from transpoint.distill.export.formats import find_format
-from transpoint.distill.flops import distill_flops
 from transpoint.distill.objectives import Distillation
 from transpoint.distill.settings import DistillConfig
+from transpoint.distill.train.flops import distill_flops
 from transpoint.students import HybridForCausalLM, StudentConfig, StudentError, build_student
 from transpoint.teachers import TeacherError, output_head
 

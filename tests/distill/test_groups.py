@@ -5,10 +5,10 @@ import torch
 from safetensors.torch import load_file
 
 from transpoint.distill.errors import RunError
-from transpoint.distill.groups import distill_groups, group_of
-from transpoint.distill.lora import attach, merge
 from transpoint.distill.models import load_model
 from transpoint.distill.settings import DistillConfig, GroupConfig, LoraSettings
+from transpoint.distill.train.groups import distill_groups, group_of
+from transpoint.distill.train.lora import attach, merge
 from transpoint.students import StudentConfig, build_student
 from transpoint.teachers.random import random_teacher
 

@@ -10,11 +10,11 @@ from run_files import done
 from transpoint.distill.cli import main
 from transpoint.distill.config import load_recipe
 from transpoint.distill.errors import RunError
-from transpoint.distill.flops import orient_flops
-from transpoint.distill.groups import matrix_parameters, only_these_train
 from transpoint.distill.objectives import Orientation, attention_pairs
 from transpoint.distill.run.folder.folder import lineage
 from transpoint.distill.stages import stage_inputs
+from transpoint.distill.train.flops import orient_flops
+from transpoint.distill.train.groups import matrix_parameters, only_these_train
 from transpoint.kernels.ssd import ssd_matrix
 from transpoint.students import MIXERS, MixerKind, StudentConfig, build_student
 from transpoint.students.documents import document_index

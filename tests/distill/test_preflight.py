@@ -11,9 +11,15 @@ from rich.console import Console
 from transpoint.distill.config import Recipe, load_recipe
 from transpoint.distill.data.corpus.sources import DataError
 from transpoint.distill.errors import RunError
-from transpoint.distill.groups import distill_groups
-from transpoint.distill.preflight import check_disk, check_prompts, check_vocabulary, checkpoint_bytes, what_will_run
 from transpoint.distill.session import Session
+from transpoint.distill.train.groups import distill_groups
+from transpoint.distill.train.preflight import (
+    check_disk,
+    check_prompts,
+    check_vocabulary,
+    checkpoint_bytes,
+    what_will_run,
+)
 from transpoint.students import StudentConfig, build_student
 from transpoint.teachers.random import random_teacher
 

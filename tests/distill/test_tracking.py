@@ -10,7 +10,7 @@ from transpoint.distill.cli import main
 from transpoint.distill.config import ConfigError, Recipe, load_recipe
 from transpoint.distill.errors import RunError
 from transpoint.distill.run.folder.folder import StageFolder, truncate_log
-from transpoint.distill.tracking import Tracking
+from transpoint.distill.train.tracking import Tracking
 
 
 class FakeTracker(GeneralTracker):
@@ -182,7 +182,7 @@ def test_names_are_checked_early(tmp_path, capsys, monkeypatch):
     config.write_text(f"run: {{dir: {tmp_path / 'run'}, trackers: [wandb, tensorbord]}}")
     with pytest.raises(ConfigError, match="run.trackers holds 'tensorbord'; .* did you mean 'tensorboard'"):
         load_recipe(config)
-    monkeypatch.setattr("transpoint.distill.tracking._INSTALLED", {"trackio": lambda: False})
+    monkeypatch.setattr("transpoint.distill.train.tracking._INSTALLED", {"trackio": lambda: False})
     assert main(["run", str(config), "run.trackers=[trackio]"]) == 1
     assert "run.trackers names trackio, which is not installed: pip install trackio" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

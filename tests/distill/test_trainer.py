@@ -24,12 +24,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from transpoint.distill import checkpoint
 from transpoint.distill.data.corpus.corpus import Corpus
 from transpoint.distill.data.corpus.packed import PackedDataset, batch_indices, collate
 from transpoint.distill.run.folder.folder import StageFolder
 from transpoint.distill.settings import TrainConfig
-from transpoint.distill.trainer import Stopped, TrainingError, learning_rate_factor, train
+from transpoint.distill.train import checkpoint
+from transpoint.distill.train.trainer import Stopped, TrainingError, learning_rate_factor, train
 
 ROOT = Path(__file__).parents[2]
 STEPS = 17

@@ -10,17 +10,17 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..students import HybridForCausalLM
-from .config import Recipe
-from .data.rows import check_tokens
-from .errors import RunError
+from ...students import HybridForCausalLM
+from ..config import Recipe
+from ..data.rows import check_tokens
+from ..errors import RunError
+from ..models import embedding_rows, output_rows
+from ..quality import prompt_tokens
+from ..run.files import one_line
+from ..settings import TrainConfig
+from ..stages.pipeline import stage_of
 from .flops import peak_flops
 from .groups import ParameterGroup
-from .models import embedding_rows, output_rows
-from .quality import prompt_tokens
-from .run.files import one_line
-from .settings import TrainConfig
-from .stages.pipeline import stage_of
 
 logger = logging.getLogger(__name__)
 

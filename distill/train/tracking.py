@@ -14,10 +14,10 @@ from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from accelerate.utils import is_tensorboard_available, is_trackio_available, is_wandb_available
 
-from .config import Recipe, for_others
-from .errors import RunError
-from .run.files import read_json, write_json
-from .run.folder import StageFolder
+from ..config import Recipe, for_others
+from ..errors import RunError
+from ..run.files import read_json, write_json
+from ..run.folder import StageFolder
 
 PROJECT = "transpoint"  # of Weights & Biases and trackio
 _INSTALLED = {

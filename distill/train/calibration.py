@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..students import HybridForCausalLM, Mixer
-from ..students.documents import Documents, document_index
-from ..teachers import AttentionView, attention_view
-from .objectives import attention_pairs
+from ...students import HybridForCausalLM, Mixer
+from ...students.documents import Documents, document_index
+from ...teachers import AttentionView, attention_view
+from ..objectives import attention_pairs
 
 HALF_LIVES = tuple(2.0**i for i in range(-1, 12))  # tokens
 

@@ -23,16 +23,16 @@ from accelerate import Accelerator
 from rich.console import Console
 from torch import Tensor, nn
 
+from ..data.prefetch import batches_ahead
+from ..errors import DistillError
+from ..run.folder import StageFolder, truncate_log
+from ..run.progress import Progress
+from ..settings import TrainConfig
 from .checkpoint import find_checkpoint, load_generators, load_parameters, save_checkpoint
-from .data.prefetch import batches_ahead
-from .engine import Engine, make_engine
-from .errors import DistillError
+from .engines import Engine, make_engine
 from .groups import ParameterGroup, only_these_train
 from .nonfinite import first_nonfinite
 from .protocols import Objective, TrainingData
-from .run.folder import StageFolder, truncate_log
-from .run.progress import Progress
-from .settings import TrainConfig
 
 SPIKE = 2.0  # times the median of the last lines' losses that a loss is worth a word from
 LINES = 20

@@ -18,8 +18,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .errors import DistillError
-from .run.files import read_json, sha256, write_json
+from ..errors import DistillError
+from ..run.files import read_json, sha256, write_json
 
 logger = logging.getLogger(__name__)
 

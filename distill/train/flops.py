@@ -15,9 +15,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..students import Geometry, HybridForCausalLM
-from ..students.modeling_mixer import attention_flops
-from ..teachers import attention_view
+from ...students import Geometry, HybridForCausalLM
+from ...students.modeling_mixer import attention_flops
+from ...teachers import attention_view
 
 # Dense peaks in TFLOP/s: bfloat16 with float32 accumulation on tensor cores, and float32 without TF32. From NVIDIA's
 # and AMD's data sheets, half of the figures "with sparsity". The first pattern found in a device's name counts.

@@ -17,12 +17,12 @@ from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch.distributed.fsdp import FSDPModule
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-from ..students import Mixer
+from ...students import Mixer
+from ..errors import RunError
+from ..run.files import one_line
 from .compiled import Recorded, compiled
-from .errors import RunError
 from .groups import ParameterGroup
 from .protocols import Objective
-from .run.files import one_line
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor

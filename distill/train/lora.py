@@ -4,9 +4,9 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..students import HybridForCausalLM
-from .errors import RunError
-from .settings import LoraSettings
+from ...students import HybridForCausalLM
+from ..errors import RunError
+from ..settings import LoraSettings
 
 
 def attach(student: HybridForCausalLM, settings: LoraSettings) -> None:

@@ -9,8 +9,8 @@ import torch
 import torch._functorch.config
 from torch import Tensor, nn
 
+from ..run.files import one_line
 from .protocols import Objective
-from .run.files import one_line
 
 if TYPE_CHECKING:
     from torch.cuda import _POOL_HANDLE

@@ -4,9 +4,9 @@ from typing import NotRequired, TypedDict, cast
 
 from torch import nn
 
-from ..students import HybridForCausalLM
+from ...students import HybridForCausalLM
+from ..settings import DistillConfig, GroupsConfig
 from .protocols import Objective
-from .settings import DistillConfig, GroupsConfig
 
 GROUPS = tuple(GroupsConfig.__dataclass_fields__)
 
