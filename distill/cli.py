@@ -83,8 +83,8 @@ _TRAIN = {
 
 def run(options) -> None:
     from .config import load_recipe
+    from .report.summary import summary
     from .stages.runner import run_recipe
-    from .summary import summary
 
     session = run_recipe(load_recipe(options.config, options.overrides), options.from_stage, options.until)
     for part in summary(session) if session.accelerator.is_main_process else ():
@@ -177,7 +177,7 @@ def export(options) -> None:
 
     from .export.write import export as write
     from .models import load_model, load_tokenizer
-    from .summary import card_facts
+    from .report.summary import card_facts
 
     root = _run_folder(options.run)
     student = _latest_student(root)
@@ -202,7 +202,7 @@ def evaluate(options) -> None:
     from .data.rows import check_tokens
     from .errors import RunError
     from .models import embedding_rows, load_model, load_tokenizer, on_device
-    from .quality import HeldOut
+    from .report.quality import HeldOut
 
     path, device = _model_folder(options.model), _device()
     recipe = Recipe()
@@ -253,7 +253,7 @@ def evaluate(options) -> None:
 
 def generate(options) -> None:
     from .models import load_model, load_tokenizer, on_device
-    from .quality import answer
+    from .report.quality import answer
 
     path = _model_folder(options.model)
     with _saying_warnings():
@@ -269,7 +269,7 @@ def figure(options) -> None:
     from ..students.configuration_transmamba import fixed_point
     from ..teachers import load_teacher
     from .config import load_recipe
-    from .figure import draw
+    from .report.figure import draw
 
     path = _model_folder(options.model)
     if Path(path).is_file():
@@ -305,7 +305,7 @@ def cache_teacher(options) -> None:
 
 
 def report(options) -> None:
-    from .report import write_report
+    from .report.page import write_report
 
     print(write_report(Path(options.run), Path(options.out) if options.out else None))
 

@@ -24,7 +24,7 @@ from .data.streaming import StreamedDataset
 from .data.teacher_cache import CachedTargets
 from .models import embedding_rows, load_model, on_device
 from .processes import make_accelerator, precision
-from .quality import HeldOut
+from .report.quality import HeldOut
 from .run.folder import StageFolder
 from .run.identity import identity
 from .stages.pipeline import student_before

@@ -14,7 +14,7 @@ import torch
 from transpoint.distill.data.corpus.corpus import tokenize_corpus
 from transpoint.distill.data.corpus.packed import PackedDataset
 from transpoint.distill.data.corpus.rows import beginning
-from transpoint.distill.quality import HeldOut
+from transpoint.distill.report.page.quality import HeldOut
 from transpoint.teachers import load_teacher
 
 

@@ -14,9 +14,9 @@ def run(session: "Session", folder: "StageFolder") -> dict:
     from ..export.card import write_card
     from ..export.formats import find_format
     from ..models import has_trans_points, load_model
-    from ..quality import answer
+    from ..report.quality import answer
+    from ..report.summary import card_facts
     from ..run.files import read_json, write_json
-    from ..summary import card_facts
     from .measuring import measure_schedules, refresh_quality
     from .pipeline import student_before
 

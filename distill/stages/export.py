@@ -15,7 +15,7 @@ def run(session: "Session", folder: "StageFolder") -> dict:
     import torch
 
     from ..export.write import export
-    from ..summary import card_facts
+    from ..report.summary import card_facts
     from .measuring import refresh_quality
 
     refresh_quality(session)

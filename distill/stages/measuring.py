@@ -5,7 +5,7 @@ import math
 
 from ...students import HybridForCausalLM
 from ...students.configuration_transmamba import written
-from ..cost import measure_cost
+from ..report.cost import measure_cost
 from ..run.files import read_json, write_json
 from ..session import Session
 from ..train.schedules import at_trans_points, resolve

@@ -15,7 +15,7 @@ from ..config import Recipe
 from ..data.rows import check_tokens
 from ..errors import RunError
 from ..models import embedding_rows, output_rows
-from ..quality import prompt_tokens
+from ..report.quality import prompt_tokens
 from ..run.files import one_line
 from ..settings import TrainConfig
 from ..stages.pipeline import stage_of

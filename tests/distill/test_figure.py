@@ -9,7 +9,7 @@ import pytest
 
 from transpoint.distill.cli import main
 from transpoint.distill.errors import RunError
-from transpoint.distill.figure import COLOURS, draw
+from transpoint.distill.report.page.figure import COLOURS, draw
 from transpoint.students import StudentConfig, build_student
 from transpoint.teachers.random import random_teacher
 

@@ -17,6 +17,7 @@ from transpoint.distill.config import load_recipe
 from transpoint.distill.data.corpus.sources import DataError
 from transpoint.distill.errors import RunError
 from transpoint.distill.models import load_model
+from transpoint.distill.report.page.summary import card_facts, summary
 from transpoint.distill.run.folder.files import read_json, write_json
 from transpoint.distill.run.folder.folder import StageFolder, lineage
 from transpoint.distill.run.folder.identity import identity
@@ -24,7 +25,6 @@ from transpoint.distill.session import Session
 from transpoint.distill.stages.inputs import stage_inputs
 from transpoint.distill.stages.pipeline import names
 from transpoint.distill.stages.runner import run_recipe
-from transpoint.distill.summary import card_facts, summary
 from transpoint.teachers import TeacherError
 from transpoint.teachers.random import random_teacher
 

@@ -12,7 +12,7 @@ import yaml
 from transpoint.distill.cli import main
 from transpoint.distill.config import Recipe
 from transpoint.distill.errors import RunError
-from transpoint.distill.report import write_report
+from transpoint.distill.report.page.page import write_report
 from transpoint.distill.run.folder.files import write_json
 
 HOSTILE = "<script>alert('x')</script> & \"quoted\" \x00\x1b[31m \ud800"
@@ -274,7 +274,7 @@ def test_written_whole_or_not_at_all(tiny_copy, tmp_path, capsys, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("transpoint.distill.report.os.replace", full)
+    monkeypatch.setattr("transpoint.distill.report.page.os.replace", full)
     with pytest.raises(RunError, match="the report cannot be written to .*mine.html.*No space left"):
         write_report(tiny_copy, out)
     assert out.read_bytes() == before and [path.name for path in out.parent.iterdir()] == ["mine.html"]

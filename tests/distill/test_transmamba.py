@@ -14,8 +14,8 @@ from run_files import done, metrics, student
 from transpoint.distill.cli import main
 from transpoint.distill.config import ConfigError, load_recipe
 from transpoint.distill.models import load_model
+from transpoint.distill.report.page.summary import schedule_table, summary
 from transpoint.distill.session import Session
-from transpoint.distill.summary import schedule_table, summary
 from transpoint.students import StudentError
 
 CONFIG = Path(__file__).parents[2] / "configs" / "tiny-transmamba.yaml"

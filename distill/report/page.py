@@ -18,13 +18,13 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from ..students.configuration_mixers import have_trans_points
+from ...students.configuration_mixers import have_trans_points
+from ..errors import RunError
+from ..export.card import kinds_in
+from ..run.files import read_json
+from ..run.folder import StageFolder, lineage
+from ..stages.pipeline import names
 from .charts import heat_map, line_chart, loss_chart
-from .errors import RunError
-from .export.card import kinds_in
-from .run.files import read_json
-from .run.folder import StageFolder, lineage
-from .stages.pipeline import names
 
 EVENTS = 200  # shown in the table
 # Figures in a line of metrics.jsonl that are no part of the loss.

@@ -5,13 +5,13 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
-from ..teachers import TeacherInfo, teacher_info
-from .export.card import CardFacts, plan_in_letters, plan_in_words, quality_row, schedule_rows
-from .export.formats import find_format
-from .run.files import read_json
-from .run.folder import lineage
-from .session import Session
-from .stages.pipeline import names
+from ...teachers import TeacherInfo, teacher_info
+from ..export.card import CardFacts, plan_in_letters, plan_in_words, quality_row, schedule_rows
+from ..export.formats import find_format
+from ..run.files import read_json
+from ..run.folder import lineage
+from ..session import Session
+from ..stages.pipeline import names
 
 
 def card_facts(root: Path) -> CardFacts:

@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..teachers import output_head
-from .data.packed import PackedDataset
-from .data.rows import check_tokens
-from .data.sources import DataError
-from .models import embedding_rows, generated, generating
-from .tokenizers import decoded
+from ...teachers import output_head
+from ..data.packed import PackedDataset
+from ..data.rows import check_tokens
+from ..data.sources import DataError
+from ..models import embedding_rows, generated, generating
+from ..tokenizers import decoded
 
 CHUNK = 512  # tokens whose logits are held at a time
 

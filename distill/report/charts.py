@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from html import escape
 from typing import Any, cast
 
-from .errors import RunError
+from ..errors import RunError
 
 # Colours that stand for the page's own, by CSS variable. Nothing else is drawn in them.
 _INK, _MUTED, _LINE = "#010101", "#020202", "#030303"

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from transformers import Cache, PreTrainedModel
 
-from ..students import HybridForCausalLM
-from .train.schedules import TransPoints
+from ...students import HybridForCausalLM
+from ..train.schedules import TransPoints
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ Drawn by matplotlib, an optional dependency: `pip install 'transpoint[figure]'`.
 import math
 from pathlib import Path
 
-from .errors import RunError
+from ..errors import RunError
 
 COLOURS = {"attention, kept": "#1f3b6f", "attention": "#7fa6dd", "state space": "#f2b56b"}
 
