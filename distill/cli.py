@@ -290,7 +290,7 @@ def cache_teacher(options) -> None:
     from .config import load_recipe
     from .data.teacher_cache import cache_teacher as write
     from .data.teacher_cache import describe
-    from .session import Session
+    from .stages.session import Session
 
     session = Session(load_recipe(options.config, options.overrides))
     index = write(
@@ -314,7 +314,7 @@ def synthesize(options) -> None:
     from .config import load_recipe
     from .data.synthesize import describe
     from .data.synthesize import synthesize as sample
-    from .session import Session
+    from .stages.session import Session
 
     session = Session(load_recipe(options.config, options.overrides))
     recipe = session.recipe

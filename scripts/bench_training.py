@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from transpoint.distill.config import Recipe
 from transpoint.distill.objectives import Alignment, Distillation
-from transpoint.distill.processes import make_accelerator
+from transpoint.distill.stages.processes import make_accelerator
 from transpoint.distill.train.engines import make_engine
 from transpoint.distill.train.groups import distill_groups, mixer_parameters, only_these_train
 from transpoint.distill.train.preflight import flops_per_token, gpu_name

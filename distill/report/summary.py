@@ -10,8 +10,8 @@ from ..export.card import CardFacts, plan_in_letters, plan_in_words, quality_row
 from ..export.formats import find_format
 from ..run.files import read_json
 from ..run.folder import lineage
-from ..session import Session
 from ..stages.pipeline import names
+from ..stages.session import Session
 
 
 def card_facts(root: Path) -> CardFacts:

@@ -6,8 +6,8 @@ from .stage import Stage
 
 if TYPE_CHECKING:
     from ..run.folder import StageFolder
-    from ..session import Session
     from ..train.groups import ParameterGroup
+    from .session import Session
 
 
 def run(session: "Session", folder: "StageFolder") -> dict:

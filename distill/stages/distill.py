@@ -6,9 +6,9 @@ from .stage import Stage
 
 if TYPE_CHECKING:
     from ..run.folder import StageFolder
-    from ..session import Session
     from ..train.groups import ParameterGroup
     from ..train.protocols import Objective
+    from .session import Session
 
 
 def run(session: "Session", folder: "StageFolder") -> dict:

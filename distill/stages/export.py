@@ -7,7 +7,7 @@ from .stage import Stage
 if TYPE_CHECKING:
     from ..config import Recipe
     from ..run.folder import StageFolder
-    from ..session import Session
+    from .session import Session
 
 
 def run(session: "Session", folder: "StageFolder") -> dict:

@@ -7,9 +7,9 @@ from ...students import HybridForCausalLM
 from ...students.configuration_transmamba import written
 from ..report.cost import measure_cost
 from ..run.files import read_json, write_json
-from ..session import Session
 from ..train.schedules import at_trans_points, resolve
 from .pipeline import pipeline_of
+from .session import Session
 
 
 def refresh_quality(session: Session) -> None:

@@ -11,8 +11,8 @@ from .stage import Stage
 if TYPE_CHECKING:
     from ..config import Recipe
     from ..run.folder import StageFolder
-    from ..session import Session
     from ..train.groups import ParameterGroup
+    from .session import Session
 
 
 @dataclass

@@ -11,11 +11,11 @@ from rich.text import Text
 from ..config import Recipe
 from ..errors import RunError
 from ..run.folder import alone_in
-from ..session import Session
 from ..train.schedules import check_schedules
 from ..train.tracking import check_trackers
 from .inputs import finished_elsewhere, stage_inputs
 from .pipeline import pipeline_of
+from .session import Session
 
 
 def run_recipe(

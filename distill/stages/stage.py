@@ -8,8 +8,8 @@ if TYPE_CHECKING:
     from ...students import HybridForCausalLM
     from ..config import Recipe
     from ..run.folder import StageFolder
-    from ..session import Session
     from ..train.groups import ParameterGroup
+    from .session import Session
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from ...students import HybridForCausalLM
 from ..data.streaming import StreamedDataset
 from ..data.teacher_cache import CachedDistillation
 from ..run.folder import StageFolder
-from ..session import Session
 from ..train.engines import cut_up
 from ..train.flops import peak_flops
 from ..train.groups import ParameterGroup, only_these_train
@@ -19,6 +18,7 @@ from ..train.protocols import Objective, TrainingData
 from ..train.schedules import at_trans_points
 from ..train.tracking import Tracking
 from ..train.trainer import train
+from .session import Session
 
 
 def trained(

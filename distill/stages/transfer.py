@@ -6,7 +6,7 @@ from .stage import Stage
 
 if TYPE_CHECKING:
     from ..run.folder import StageFolder
-    from ..session import Session
+    from .session import Session
 
 
 def run(session: "Session", folder: "StageFolder") -> dict:

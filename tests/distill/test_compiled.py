@@ -13,8 +13,8 @@ from torch.nn.attention import flex_attention
 from forked import in_two
 from transpoint.distill.config import Recipe
 from transpoint.distill.objectives import Alignment, Distillation, decoder_inputs, hidden_states
-from transpoint.distill.processes import make_accelerator
 from transpoint.distill.settings import DistillConfig
+from transpoint.distill.stages.processes import make_accelerator
 from transpoint.distill.train import engines as engine_module
 from transpoint.distill.train.compiled import SEEN, compiled
 from transpoint.distill.train.engines import make_engine

@@ -9,7 +9,7 @@ import yaml
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-import transpoint.distill.session
+import transpoint.distill.stages.session
 import transpoint.teachers
 from transpoint.distill import cli
 from transpoint.distill.config import ConfigError, Recipe, describe_keys, load_recipe
@@ -456,9 +456,9 @@ def test_nothing_is_loaded_when_the_recipe_is_wrong(command, override, tmp_path,
     def load_teacher(*args, **kwargs):
         raise AssertionError("the teacher was loaded")
 
-    monkeypatch.setattr(transpoint.distill.session, "load_teacher", load_teacher)
+    monkeypatch.setattr(transpoint.distill.stages.session, "load_teacher", load_teacher)
     monkeypatch.setattr(transpoint.teachers, "load_teacher", load_teacher)
-    monkeypatch.setattr(transpoint.distill.session, "tokenize_corpus", load_teacher)
+    monkeypatch.setattr(transpoint.distill.stages.session, "tokenize_corpus", load_teacher)
     assert cli.main([command, str(TINY), f"run.dir={tmp_path / 'run'}", override]) == 1
     assert capsys.readouterr().err == f"transpoint: error: {REFUSED[override]}\n"
     assert not (tmp_path / "run").exists()

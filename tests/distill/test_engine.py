@@ -8,7 +8,7 @@ from torch._dynamo.exc import TorchDynamoException
 
 from forked import in_two
 from transpoint.distill.config import Recipe
-from transpoint.distill.processes import make_accelerator
+from transpoint.distill.stages.processes import make_accelerator
 from transpoint.distill.train.engines import make_engine
 
 LR, DECAY = 0.1, 0.5

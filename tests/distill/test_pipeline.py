@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from run_files import STAGES, done, metrics, student
-from transpoint.distill import session as session_module
 from transpoint.distill.cli import main
 from transpoint.distill.config import load_recipe
 from transpoint.distill.data.corpus.sources import DataError
@@ -21,10 +20,11 @@ from transpoint.distill.report.page.summary import card_facts, summary
 from transpoint.distill.run.folder.files import read_json, write_json
 from transpoint.distill.run.folder.folder import StageFolder, lineage
 from transpoint.distill.run.folder.identity import identity
-from transpoint.distill.session import Session
+from transpoint.distill.stages import session as session_module
 from transpoint.distill.stages.inputs import stage_inputs
 from transpoint.distill.stages.pipeline import names
 from transpoint.distill.stages.runner import run_recipe
+from transpoint.distill.stages.session import Session
 from transpoint.teachers import TeacherError
 from transpoint.teachers.random import random_teacher
 

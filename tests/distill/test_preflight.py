@@ -11,7 +11,7 @@ from rich.console import Console
 from transpoint.distill.config import Recipe, load_recipe
 from transpoint.distill.data.corpus.sources import DataError
 from transpoint.distill.errors import RunError
-from transpoint.distill.session import Session
+from transpoint.distill.stages.session import Session
 from transpoint.distill.train.groups import distill_groups
 from transpoint.distill.train.preflight import (
     check_disk,

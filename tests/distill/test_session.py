@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from transpoint.distill import session as session_module
 from transpoint.distill.config import load_recipe
-from transpoint.distill.session import Session
+from transpoint.distill.stages import session as session_module
+from transpoint.distill.stages.session import Session
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 

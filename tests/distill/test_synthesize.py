@@ -23,7 +23,7 @@ from transpoint.distill.data.corpus.corpus import tokenize_corpus
 from transpoint.distill.data.corpus.sources import DataError
 from transpoint.distill.data.corpus.synthesize import synthesize
 from transpoint.distill.errors import RunError
-from transpoint.distill.session import Session
+from transpoint.distill.stages.session import Session
 from transpoint.teachers.random import byte_tokenizer, random_teacher
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"

@@ -27,8 +27,8 @@ from transpoint.distill.data.corpus.teacher_cache import (
 )
 from transpoint.distill.errors import RunError
 from transpoint.distill.objectives import Distillation
-from transpoint.distill.session import Session
 from transpoint.distill.stages.runner import run_recipe
+from transpoint.distill.stages.session import Session
 from transpoint.students import StudentConfig, build_student
 from transpoint.teachers import output_head
 

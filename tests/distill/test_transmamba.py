@@ -15,7 +15,7 @@ from transpoint.distill.cli import main
 from transpoint.distill.config import ConfigError, load_recipe
 from transpoint.distill.models import load_model
 from transpoint.distill.report.page.summary import schedule_table, summary
-from transpoint.distill.session import Session
+from transpoint.distill.stages.session import Session
 from transpoint.students import StudentError
 
 CONFIG = Path(__file__).parents[2] / "configs" / "tiny-transmamba.yaml"

@@ -13,24 +13,24 @@ from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedModel
 
-from ..students import HybridForCausalLM
-from ..teachers import load_teacher, output_head, share_layers
-from .config import Recipe
-from .data.corpus import Corpus, tokenize_corpus
-from .data.packed import PackedDataset
-from .data.rows import beginning, check_tokens
-from .data.sources import source_identity
-from .data.streaming import StreamedDataset
-from .data.teacher_cache import CachedTargets
-from .models import embedding_rows, load_model, on_device
+from ...students import HybridForCausalLM
+from ...teachers import load_teacher, output_head, share_layers
+from ..config import Recipe
+from ..data.corpus import Corpus, tokenize_corpus
+from ..data.packed import PackedDataset
+from ..data.rows import beginning, check_tokens
+from ..data.sources import source_identity
+from ..data.streaming import StreamedDataset
+from ..data.teacher_cache import CachedTargets
+from ..models import embedding_rows, load_model, on_device
+from ..report.quality import HeldOut
+from ..run.folder import StageFolder
+from ..run.identity import identity
+from ..tokenizers import save_tokenizer
+from ..train.preflight import check_vocabulary
+from ..train.protocols import Objective
+from .pipeline import student_before
 from .processes import make_accelerator, precision
-from .report.quality import HeldOut
-from .run.folder import StageFolder
-from .run.identity import identity
-from .stages.pipeline import student_before
-from .tokenizers import save_tokenizer
-from .train.preflight import check_vocabulary
-from .train.protocols import Objective
 
 
 class Session:

@@ -11,8 +11,8 @@ from accelerate.utils import (
 )
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from .config import Recipe
-from .errors import RunError
+from ..config import Recipe
+from ..errors import RunError
 
 _DISTRIBUTED = (
     DistributedType.NO,
