@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..students.errors import StudentError
+from ..students.modeling.errors import StudentError
 from ..teachers.errors import TeacherError
 from .errors import DistillError
 from .export.formats import FORMATS
@@ -96,7 +96,7 @@ def plan(options) -> None:
     import torch
 
     from ..students import plan_student
-    from ..students.configuration_mixers import have_trans_points, names_with_trans_points
+    from ..students.modeling.configuration_mixers import have_trans_points, names_with_trans_points
     from ..teachers import load_teacher
     from .config import load_recipe
     from .train.groups import only_these_train
@@ -266,7 +266,7 @@ def figure(options) -> None:
     import math
 
     from ..students import HybridConfig, plan_student
-    from ..students.configuration_transmamba import fixed_point
+    from ..students.modeling.configuration_transmamba import fixed_point
     from ..teachers import load_teacher
     from .config import load_recipe
     from .report.figure import draw

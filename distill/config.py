@@ -27,8 +27,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ..students.config import StudentConfig
-from ..students.configuration_mixers import names_with_trans_points
-from ..students.errors import StudentError
+from ..students.modeling.configuration_mixers import names_with_trans_points
+from ..students.modeling.errors import StudentError
 from ..teachers.names import REGISTRY, is_hub_id
 from .errors import DistillError
 from .settings import (

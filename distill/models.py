@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from ..students import HybridForCausalLM
-from ..students.configuration_mixers import have_trans_points, names_with_trans_points
+from ..students.modeling.configuration_mixers import have_trans_points, names_with_trans_points
 from ..teachers import incomplete
 from .errors import RunError
 from .run.files import read_json

@@ -19,14 +19,14 @@ from transformers import PreTrainedModel
 from ..kernels.kl import linear_kl
 from ..kernels.matching import mixing_distance
 from ..students import HybridForCausalLM, Mixer
-from ..students.configuration_mixers import have_trans_points
-from ..students.documents import Documents, Spans, document_index, document_mask, flex_options
+from ..students.modeling.configuration_mixers import have_trans_points
+from ..students.modeling.documents import Documents, Spans, document_index, document_mask, flex_options
 from ..teachers import attention_view, output_head
 from .settings import DistillConfig
 from .train.compiled import FLEX
 
 if TYPE_CHECKING:
-    from ..students.documents import Spanned
+    from ..students.modeling.documents import Spanned
 
 
 class Alignment(nn.Module):

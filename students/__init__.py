@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .build import build_student, plan_student
-    from .cache import HybridCache
     from .config import StudentConfig, layer_plan
-    from .configuration_hybrid import MODEL_TYPE, HybridConfig
-    from .configuration_mixers import MIXERS, MixerKind, Option
-    from .configuration_transmamba import SCHEDULES, parse_trans_points
-    from .errors import StudentError
-    from .mamba2 import Mamba2Mixer
-    from .modeling_hybrid import HybridForCausalLM
-    from .modeling_mixer import Geometry, Mixer, Transfer
-    from .modeling_transmamba import TransMambaMixer, memory_converter
+    from .modeling.cache import HybridCache
+    from .modeling.configuration_hybrid import MODEL_TYPE, HybridConfig
+    from .modeling.configuration_mixers import MIXERS, MixerKind, Option
+    from .modeling.configuration_transmamba import SCHEDULES, parse_trans_points
+    from .modeling.errors import StudentError
+    from .modeling.mamba2 import Mamba2Mixer
+    from .modeling.modeling_hybrid import HybridForCausalLM
+    from .modeling.modeling_mixer import Geometry, Mixer, Transfer
+    from .modeling.modeling_transmamba import TransMambaMixer, memory_converter
     from .transfer import TransferPlan, transfer_plan
 
 _WHERE = {

@@ -9,11 +9,11 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..teachers import attention_view, output_head
 from .config import StudentConfig, layer_plan
-from .configuration_hybrid import HybridConfig
-from .configuration_mixers import have_trans_points
-from .errors import StudentError
-from .modeling_hybrid import HybridForCausalLM, hybrid_model_class
-from .modeling_mixer import Geometry
+from .modeling.configuration_hybrid import HybridConfig
+from .modeling.configuration_mixers import have_trans_points
+from .modeling.errors import StudentError
+from .modeling.modeling_hybrid import HybridForCausalLM, hybrid_model_class
+from .modeling.modeling_mixer import Geometry
 from .transfer import TransferPlan, transfer_plan
 
 logger = logging.getLogger(__name__)

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-from .configuration_mixers import MIXERS, MixerKind, have_trans_points
-from .configuration_transmamba import SCHEDULES, parse_trans_points
-from .errors import StudentError
+from .modeling.configuration_mixers import MIXERS, MixerKind, have_trans_points
+from .modeling.configuration_transmamba import SCHEDULES, parse_trans_points
+from .modeling.errors import StudentError
 
 
 @dataclass

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..teachers import attention_view
-from .errors import StudentError
-from .modeling_hybrid import HybridForCausalLM
-from .modeling_mixer import Transfer
+from .modeling.errors import StudentError
+from .modeling.modeling_hybrid import HybridForCausalLM
+from .modeling.modeling_mixer import Transfer
 
 
 @dataclass

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, cast
 import yaml
 from jinja2 import Environment, StrictUndefined
 
-from ...students.configuration_mixers import MIXERS, have_trans_points
+from ...students.modeling.configuration_mixers import MIXERS, have_trans_points
 from ...teachers.names import TeacherInfo
 from ..config import for_others
 from .formats import Format

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from ...students import HybridConfig, HybridForCausalLM
-from ...students.configuration_hybrid import AUTO_MAP
+from ...students.modeling.configuration_hybrid import AUTO_MAP
 from .formats import Format
 from .verify import check_tokenizer_with, rounded, verify
 

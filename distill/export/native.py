@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import GraniteMoeHybridConfig, GraniteMoeHybridForCausalLM
 
 from ...students import HybridForCausalLM, Mamba2Mixer, StudentConfig
-from ...students.configuration_mixers import have_trans_points
+from ...students.modeling.configuration_mixers import have_trans_points
 from ..run.files import write_json
 from .formats import Format
 from .verify import check_tokenizer_with, rounded, verify

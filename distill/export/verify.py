@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from ...students import HybridForCausalLM
-from ...students.configuration_mixers import have_trans_points
+from ...students.modeling.configuration_mixers import have_trans_points
 from ..run.files import read_json, write_json
 from ..tokenizers import PROBES, first_difference, save_tokenizer, tokenizer_facts
 from .formats import ExportError

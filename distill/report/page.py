@@ -18,7 +18,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from ...students.configuration_mixers import have_trans_points
+from ...students.modeling.configuration_mixers import have_trans_points
 from ..errors import RunError
 from ..export.card import kinds_in
 from ..run.files import read_json

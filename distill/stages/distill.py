@@ -15,7 +15,7 @@ def run(session: "Session", folder: "StageFolder") -> dict:
     """Trains the student end to end on the KL from the teacher's predictions."""
     import copy
 
-    from ...students.configuration_transmamba import written
+    from ...students.modeling.configuration_transmamba import written
     from ...teachers import output_head
     from ..data.teacher_cache import CachedDistillation
     from ..errors import RunError

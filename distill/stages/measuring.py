@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 from ...students import HybridForCausalLM
-from ...students.configuration_transmamba import written
+from ...students.modeling.configuration_transmamba import written
 from ..report.cost import measure_cost
 from ..run.files import read_json, write_json
 from ..train.schedules import at_trans_points, resolve

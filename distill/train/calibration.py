@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...students import HybridForCausalLM, Mixer
-from ...students.documents import Documents, document_index
+from ...students.modeling.documents import Documents, document_index
 from ...teachers import AttentionView, attention_view
 from ..objectives import attention_pairs
 

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ...students import Geometry, HybridForCausalLM
-from ...students.modeling_mixer import attention_flops
+from ...students.modeling.modeling_mixer import attention_flops
 from ...teachers import attention_view
 
 # Dense peaks in TFLOP/s: bfloat16 with float32 accumulation on tensor cores, and float32 without TF32. From NVIDIA's

@@ -8,7 +8,7 @@ import torch
 from transpoint.distill.train import calibration as module
 from transpoint.distill.train.calibration import HALF_LIVES, calibrate
 from transpoint.students import StudentConfig, build_student
-from transpoint.students.documents import Documents
+from transpoint.students.modeling.documents import Documents
 from transpoint.teachers.random import random_teacher
 
 GRID = tuple(2.0**i for i in range(-1, 7))

@@ -11,7 +11,7 @@ from transpoint.distill.settings import DistillConfig
 from transpoint.kernels.kl import linear_kl
 from transpoint.kernels.kl_cached import cached_kl
 from transpoint.students import StudentConfig, build_student
-from transpoint.students.documents import document_index
+from transpoint.students.modeling.documents import document_index
 from transpoint.teachers import attention_view
 from transpoint.teachers.random import random_teacher
 

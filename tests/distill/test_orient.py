@@ -17,7 +17,7 @@ from transpoint.distill.train.flops import orient_flops
 from transpoint.distill.train.groups import matrix_parameters, only_these_train
 from transpoint.kernels.ssd import ssd_matrix
 from transpoint.students import MIXERS, MixerKind, StudentConfig, build_student
-from transpoint.students.documents import document_index
+from transpoint.students.modeling.documents import document_index
 from transpoint.teachers import attention_view
 from transpoint.teachers.random import random_teacher
 

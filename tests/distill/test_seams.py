@@ -21,7 +21,7 @@ from transpoint.distill.stages.pipeline import names
 from transpoint.distill.stages.runner import run_recipe
 from transpoint.distill.stages.stage import Stage
 from transpoint.students import MIXERS, HybridForCausalLM, MixerKind, Option, StudentConfig, StudentError, build_student
-from transpoint.students.configuration_hybrid import write_code
+from transpoint.students.modeling.configuration_hybrid import write_code
 from transpoint.teachers import READERS, TeacherError, attention_view
 from transpoint.teachers.attention import Projection, Rows, read_attention
 from transpoint.teachers.random import byte_tokenizer

@@ -12,7 +12,7 @@ import transformers
 from packaging.requirements import Requirement
 
 from transpoint.students import HybridCache, HybridForCausalLM
-from transpoint.students.configuration_hybrid import OLDEST
+from transpoint.students.modeling.configuration_hybrid import OLDEST
 
 pytestmark = pytest.mark.stack
 

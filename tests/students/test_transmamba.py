@@ -16,7 +16,7 @@ from transpoint.students import (
     memory_converter,
     plan_student,
 )
-from transpoint.students.documents import Documents
+from transpoint.students.modeling.documents import Documents
 from transpoint.teachers import load_teacher
 from transpoint.teachers.random import random_teacher
 
@@ -305,7 +305,9 @@ points_of_layers = st.lists(st.one_of(st.integers(0, 30), st.just("inf")), min_s
 def test_packed_documents_equal_separate_ones(student, lengths, points, shortest):
     student.set_trans_points(points, warn=False)
     ids = tokens(1, sum(lengths))
-    with mock.patch("transpoint.students.documents.SHORTEST", shortest):  # so that there are several groups of rows
+    with mock.patch(
+        "transpoint.students.modeling.documents.SHORTEST", shortest
+    ):  # so that there are several groups of rows
         packed = logits(student, ids, position_ids=positions_of(lengths)).split(lengths, 1)
     for found, document in zip(packed, ids.split(lengths, 1), strict=True):
         assert_near(found, logits(student, document))
@@ -323,7 +325,7 @@ def test_rows_of_a_batch_have_boundaries_of_their_own(student, cuts, points):
 
 
 @settings(max_examples=15)
-@mock.patch("transpoint.students.documents.SHORTEST", 2)
+@mock.patch("transpoint.students.modeling.documents.SHORTEST", 2)
 @given(lengths=st.lists(st.integers(1, 24), min_size=2, max_size=4), points=points_of_layers)
 def test_gradients_of_packed_documents_are_those_of_separate_ones(student, lengths, points):
     student.set_trans_points(points, warn=False)

@@ -9,7 +9,7 @@ from torch import nn
 try:
     from .modeling_mixer import Mixer, Transfer
 except ImportError:
-    from transpoint.students.modeling_mixer import Mixer, Transfer
+    from transpoint.students.modeling.modeling_mixer import Mixer, Transfer
 
 
 class ToyMixer(Mixer):
