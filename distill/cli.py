@@ -288,8 +288,7 @@ def figure(options) -> None:
 
 def cache_teacher(options) -> None:
     from .config import load_recipe
-    from .data.teacher_cache import cache_teacher as write
-    from .data.teacher_cache import describe
+    from .data.teacher_cache import cache_teacher as write, describe
     from .stages.session import Session
 
     session = Session(load_recipe(options.config, options.overrides))
@@ -312,8 +311,7 @@ def report(options) -> None:
 
 def synthesize(options) -> None:
     from .config import load_recipe
-    from .data.synthesize import describe
-    from .data.synthesize import synthesize as sample
+    from .data.synthesize import describe, synthesize as sample
     from .stages.session import Session
 
     session = Session(load_recipe(options.config, options.overrides))

@@ -20,8 +20,8 @@ from accelerate.state import AcceleratorState
 from rich.console import Console
 
 from transpoint.distill.config import load_recipe
-from transpoint.distill.data.corpus.corpus import tokenize_corpus
-from transpoint.distill.data.corpus.packed import PackedDataset, batch_indices, collate
+from transpoint.distill.data.corpus import tokenize_corpus
+from transpoint.distill.data.packed import PackedDataset, batch_indices, collate
 from transpoint.distill.stages.runner import run_recipe
 from transpoint.teachers.random import random_teacher
 

@@ -11,10 +11,10 @@ import sys
 
 import torch
 
-from transpoint.distill.data.corpus.corpus import tokenize_corpus
-from transpoint.distill.data.corpus.packed import PackedDataset
-from transpoint.distill.data.corpus.rows import beginning
-from transpoint.distill.report.page.quality import HeldOut
+from transpoint.distill.data.corpus import tokenize_corpus
+from transpoint.distill.data.packed import PackedDataset
+from transpoint.distill.data.rows import beginning
+from transpoint.distill.report.quality import HeldOut
 from transpoint.teachers import load_teacher
 
 

@@ -1,0 +1,9 @@
+"""Text: sources, documents, tokens, sequences; and what a teacher says of it or writes itself.
+
+`__init__.pyi` says what is here; it is loaded when it is first asked for, so that what needs no torch does not wait
+for it.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,1 @@
+"""What came of a run: quality, cost, the page, charts and figures."""

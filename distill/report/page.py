@@ -58,7 +58,7 @@ def write_report(root: Path, out: Path | None = None) -> Path:
         "short": _short,
         "duration": _duration,
     }
-    page = environment.get_template("report.html.jinja").render(_contents(root))
+    page = environment.get_template("page.html.jinja").render(_contents(root))
     try:
         handle, aside = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.")
         try:

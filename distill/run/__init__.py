@@ -1,0 +1,1 @@
+"""A run folder on disk: its records, what makes them valid, and how files are written."""

@@ -161,7 +161,7 @@ def write_code(folder: Path, mixers: Iterable[str]) -> None:
     classes = {name: kind.load() for name, kind in kinds.items()}
     sources = {Path(inspect.getfile(one)) for one in classes.values()}
     wanted = [Path(__file__), Path(__file__).with_name("modeling_hybrid.py"), *sorted(sources)]
-    homes = [Path(__file__).parent, Path(__file__).parents[1] / "kernels"]
+    homes = [Path(__file__).parent, Path(__file__).parents[2] / "kernels"]
     written: dict[str, Path] = {}
     while wanted:
         path = wanted.pop()

@@ -15,9 +15,9 @@ try:  # the fused kernels, where the package is installed
     from transpoint.kernels.norm import gated_rms_norm
     from transpoint.kernels.ssd import ssd_scan, ssd_step
 except ImportError:  # the plain references, which travel beside this file
-    from ..conv_reference import causal_conv1d, causal_conv1d_step  # type: ignore[no-redef]
-    from ..norm_reference import gated_rms_norm  # type: ignore[no-redef]
-    from ..ssd_reference import ssd_scan, ssd_step  # type: ignore[no-redef]
+    from .conv_reference import causal_conv1d, causal_conv1d_step  # type: ignore[no-redef]
+    from .norm_reference import gated_rms_norm  # type: ignore[no-redef]
+    from .ssd_reference import ssd_scan, ssd_step  # type: ignore[no-redef]
 
 GATE_OPEN = 1.2784645  # SiLU is 1 there
 STEP_ONE = 0.5413249  # softplus is 1 there

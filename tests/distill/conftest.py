@@ -12,12 +12,11 @@ import pytest
 from accelerate.state import AcceleratorState
 from rich.console import Console
 
+from run_files import TINY
 from transpoint.distill.config import load_recipe
 from transpoint.distill.export.formats import FORMATS, find_format
 from transpoint.distill.stages.pipeline import PIPELINE
 from transpoint.distill.stages.runner import run_recipe
-
-TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 
 
 def _run_tiny(folder, *overrides, config=TINY, **options):

@@ -4,19 +4,17 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
 
 import transpoint.distill.stages.runner
-from run_files import STAGES
+from run_files import STAGES, TINY
 from transpoint.distill.cli import COMMANDS, main
 from transpoint.distill.config import describe_keys
-from transpoint.distill.run.folder.files import read_json
+from transpoint.distill.run.files import read_json
 from transpoint.teachers.random import random_teacher
 
-TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 HELDOUT = TINY.parent / "sample" / "heldout.jsonl.zst"
 
 

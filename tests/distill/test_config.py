@@ -6,16 +6,15 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
+from hypothesis import assume, given, settings, strategies as st
 
 import transpoint.distill.stages.session
 import transpoint.teachers
+from run_files import CONFIGS
 from transpoint.distill import cli
 from transpoint.distill.config import ConfigError, Recipe, describe_keys, load_recipe
-from transpoint.distill.data.corpus.sources import resolve
+from transpoint.distill.data.sources import resolve
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 TINY = CONFIGS / "tiny.yaml"
 SECTIONS = [entry.name for entry in dataclasses.fields(Recipe.schema())]
 KEYS = [key for key, _, _ in describe_keys()]

@@ -8,7 +8,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from families import tiny_teacher
+from run_files import ROOT
 from transpoint.distill.export.formats import find_format
 from transpoint.distill.objectives import Distillation
 from transpoint.distill.settings import DistillConfig
@@ -32,7 +32,7 @@ CONVERT = {"apertus", "arcee", "gemma", "granite", "llama", "mistral", "mixtral"
 CONVERT |= {"qwen3_moe", "seed_oss", "stablelm", "starcoder2"}
 # By readers of their own, norms over all heads, rotary embeddings by layer type.
 CONVERT |= {"gpt_neox", "phi", "phi3", "olmo2", "olmo3", "gemma3_text"}
-TABLE = Path(__file__).parents[2] / "docs" / "families.md"
+TABLE = ROOT / "docs" / "families.md"
 
 
 def convert(family, **options):

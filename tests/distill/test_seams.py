@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from toy_mixer import ToyMixer
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from run_files import TINY
+from toy_mixer import ToyMixer
 from transpoint.distill.cli import main
 from transpoint.distill.config import ConfigError, load_recipe
 from transpoint.distill.export import export
@@ -26,7 +27,6 @@ from transpoint.teachers import READERS, TeacherError, attention_view
 from transpoint.teachers.attention import Projection, Rows, read_attention
 from transpoint.teachers.random import byte_tokenizer
 
-TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 START = Option(1.0, "what the mean is multiplied by at first", minimum=0)
 
 

@@ -10,15 +10,15 @@ import pytest
 from rich.console import Console
 
 from forked import run_all
-from run_files import done, metrics, student
+from run_files import CONFIGS, done, metrics, student
 from transpoint.distill.cli import main
 from transpoint.distill.config import ConfigError, load_recipe
 from transpoint.distill.models import load_model
-from transpoint.distill.report.page.summary import schedule_table, summary
+from transpoint.distill.report.summary import schedule_table, summary
 from transpoint.distill.stages.session import Session
 from transpoint.students import StudentError
 
-CONFIG = Path(__file__).parents[2] / "configs" / "tiny-transmamba.yaml"
+CONFIG = CONFIGS / "tiny-transmamba.yaml"
 OWN = [0, 8, 16, 32]
 pytestmark = pytest.mark.usefixtures("unverified")
 

@@ -4,8 +4,7 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from transpoint.kernels import norm_reference as reference
 from transpoint.kernels.norm import gated_rms_norm

@@ -4,8 +4,7 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from transpoint.kernels import ssd_reference as reference
 from transpoint.kernels.ssd import ssd_scan, ssd_step

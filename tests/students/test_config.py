@@ -1,8 +1,7 @@
 """Which layers keep attention, and which student configs are refused."""
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from transpoint.students import StudentConfig, StudentError, build_student, layer_plan
 from transpoint.teachers.random import random_teacher

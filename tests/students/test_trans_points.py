@@ -5,8 +5,7 @@ import math
 import warnings
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from transformers import AutoConfig
 
 from transpoint.students import (

@@ -6,8 +6,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from transpoint.kernels.ssd import ssd_scan
 from transpoint.students import (

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from transpoint.students import StudentConfig, build_student
 from transpoint.teachers.random import random_teacher

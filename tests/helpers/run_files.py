@@ -1,9 +1,14 @@
-"""What tests read in a run folder."""
+"""Where tests find the recipes, and what they read in a run folder."""
 
 import json
+from pathlib import Path
 
 from transpoint.distill.config import Recipe
 from transpoint.distill.stages.pipeline import pipeline_of
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "configs"
+TINY = CONFIGS / "tiny.yaml"
 
 STAGES = [stage.name for stage in pipeline_of(Recipe())]  # of a run that asks for no more
 VARIES = {"tokens_per_second", "mfu", "memory"}  # the latter two on GPUs only

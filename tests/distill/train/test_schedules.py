@@ -4,10 +4,9 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
-from transpoint.distill.report.page.cost import cache_bytes, measure_cost
+from transpoint.distill.report.cost import cache_bytes, measure_cost
 from transpoint.distill.settings import AnnealConfig, DistillConfig
 from transpoint.distill.train.schedules import annealed, at_trans_points, describe, resolve, trans_points_in_step
 from transpoint.students import StudentConfig, StudentError, build_student

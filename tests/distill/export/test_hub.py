@@ -16,8 +16,8 @@ from huggingface_hub import HfApi
 from run_files import STAGES
 from transpoint.distill.errors import RunError
 from transpoint.distill.export import hub
-from transpoint.distill.run.folder.folder import StageFolder
-from transpoint.distill.run.folder.identity import identity
+from transpoint.distill.run.folder import StageFolder
+from transpoint.distill.run.identity import identity
 
 TOKEN = "hf_" + "MarkerThatMustNotLeak"
 

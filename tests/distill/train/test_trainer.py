@@ -17,21 +17,20 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from transpoint.distill.data.corpus.corpus import Corpus
-from transpoint.distill.data.corpus.packed import PackedDataset, batch_indices, collate
-from transpoint.distill.run.folder.folder import StageFolder
+from run_files import ROOT
+from transpoint.distill.data.corpus import Corpus
+from transpoint.distill.data.packed import PackedDataset, batch_indices, collate
+from transpoint.distill.run.folder import StageFolder
 from transpoint.distill.settings import TrainConfig
 from transpoint.distill.train import checkpoint
 from transpoint.distill.train.trainer import Stopped, TrainingError, learning_rate_factor, train
 
-ROOT = Path(__file__).parents[2]
 STEPS = 17
 TRAINED = ("linear.weight", "linear.bias", "scale")
 
@@ -510,7 +509,7 @@ def test_a_killed_run_goes_on_to_the_same_result(tiny_copy, tmp_path, run_tiny):
 @pytest.mark.parametrize("seed", [0])
 def test_twenty_kills_at_random_moments_change_no_bit(seed, tmp_path):
     more = ["align.steps=40", "distill.steps=72", "align.checkpoint_every=5", "distill.checkpoint_every=4"]
-    command = [sys.executable, Path(__file__).with_name("kill_often.py")]
+    command = [sys.executable, ROOT / "tests" / "helpers" / "kill_often.py"]
     for name, kills in {"whole": 0, "killed": 20}.items():
         arguments = [str(kills), str(seed), "run", "configs/tiny.yaml", f"run.dir={tmp_path / name}", *more]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,17 +15,17 @@ import zstandard
 from rich.console import Console
 
 from forked import run_all
+from run_files import TINY
 from transpoint.distill.cli import main
 from transpoint.distill.config import load_recipe
-from transpoint.distill.data.corpus import synthesize as module
-from transpoint.distill.data.corpus.corpus import tokenize_corpus
-from transpoint.distill.data.corpus.sources import DataError
-from transpoint.distill.data.corpus.synthesize import synthesize
+from transpoint.distill.data import synthesize as module
+from transpoint.distill.data.corpus import tokenize_corpus
+from transpoint.distill.data.sources import DataError
+from transpoint.distill.data.synthesize import synthesize
 from transpoint.distill.errors import RunError
 from transpoint.distill.stages.session import Session
 from transpoint.teachers.random import byte_tokenizer, random_teacher
 
-TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 SMALL = ["synthesize.samples=10", "synthesize.batch_size=4", "synthesize.max_new_tokens=12", "run.precision=fp32"]
 
 

@@ -10,16 +10,16 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from run_files import STAGES, done, metrics, student
+from run_files import STAGES, TINY, done, metrics, student
 from transpoint.distill.cli import main
 from transpoint.distill.config import load_recipe
-from transpoint.distill.data.corpus.sources import DataError
+from transpoint.distill.data.sources import DataError
 from transpoint.distill.errors import RunError
 from transpoint.distill.models import load_model
-from transpoint.distill.report.page.summary import card_facts, summary
-from transpoint.distill.run.folder.files import read_json, write_json
-from transpoint.distill.run.folder.folder import StageFolder, lineage
-from transpoint.distill.run.folder.identity import identity
+from transpoint.distill.report.summary import card_facts, summary
+from transpoint.distill.run.files import read_json, write_json
+from transpoint.distill.run.folder import StageFolder, lineage
+from transpoint.distill.run.identity import identity
 from transpoint.distill.stages import session as session_module
 from transpoint.distill.stages.inputs import stage_inputs
 from transpoint.distill.stages.pipeline import names
@@ -28,7 +28,6 @@ from transpoint.distill.stages.session import Session
 from transpoint.teachers import TeacherError
 from transpoint.teachers.random import random_teacher
 
-TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 SAMPLE = TINY.parent / "sample"
 pytestmark = pytest.mark.usefixtures("unverified")
 

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from transpoint.distill.data.corpus.corpus import Corpus
-from transpoint.distill.data.corpus.packed import PackedDataset
-from transpoint.distill.data.corpus.sources import DataError
-from transpoint.distill.report.page import quality
-from transpoint.distill.report.page.quality import HeldOut, answer
+from transpoint.distill.data.corpus import Corpus
+from transpoint.distill.data.packed import PackedDataset
+from transpoint.distill.data.sources import DataError
+from transpoint.distill.report import quality
+from transpoint.distill.report.quality import HeldOut, answer
 from transpoint.students import StudentConfig, build_student
 from transpoint.teachers.random import random_teacher
 

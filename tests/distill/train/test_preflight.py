@@ -3,13 +3,13 @@
 import json
 import shutil
 from collections import namedtuple
-from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from run_files import TINY
 from transpoint.distill.config import Recipe, load_recipe
-from transpoint.distill.data.corpus.sources import DataError
+from transpoint.distill.data.sources import DataError
 from transpoint.distill.errors import RunError
 from transpoint.distill.stages.session import Session
 from transpoint.distill.train.groups import distill_groups
@@ -22,8 +22,6 @@ from transpoint.distill.train.preflight import (
 )
 from transpoint.students import StudentConfig, build_student
 from transpoint.teachers.random import random_teacher
-
-TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ import yaml
 from transpoint.distill.cli import main
 from transpoint.distill.config import Recipe
 from transpoint.distill.errors import RunError
-from transpoint.distill.report.page.page import write_report
-from transpoint.distill.run.folder.files import write_json
+from transpoint.distill.report.page import write_report
+from transpoint.distill.run.files import write_json
 
 HOSTILE = "<script>alert('x')</script> & \"quoted\" \x00\x1b[31m \ud800"
 VOID = {"meta", "br", "img", "link", "input", "hr"}

@@ -14,12 +14,12 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from run_files import done, metrics, student
+from run_files import TINY, done, metrics, student
 from transpoint.distill.cli import main
 from transpoint.distill.config import load_recipe
-from transpoint.distill.data.corpus import teacher_cache
-from transpoint.distill.data.corpus.packed import batch_indices, collate
-from transpoint.distill.data.corpus.teacher_cache import (
+from transpoint.distill.data import teacher_cache
+from transpoint.distill.data.packed import batch_indices, collate
+from transpoint.distill.data.teacher_cache import (
     CachedDistillation,
     CachedTargets,
     cache_teacher,
@@ -32,7 +32,6 @@ from transpoint.distill.stages.session import Session
 from transpoint.students import StudentConfig, build_student
 from transpoint.teachers import output_head
 
-TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 VOCAB = 259  # of the tiny teacher
 SMALL = ["data.max_train_tokens=1400", "data.length=32", "cache_teacher.batch_size=4"]  # 43 sequences
 

@@ -13,19 +13,17 @@ import pyarrow.parquet
 import pytest
 import torch
 import zstandard
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from run_files import metrics, student
+from run_files import TINY, metrics, student
 from transpoint.distill.config import ConfigError, load_recipe
-from transpoint.distill.data.corpus import rows, sources
-from transpoint.distill.data.corpus.sources import DataError
-from transpoint.distill.data.corpus.streaming import StreamedDataset
+from transpoint.distill.data import rows, sources
+from transpoint.distill.data.sources import DataError
+from transpoint.distill.data.streaming import StreamedDataset
 from transpoint.distill.stages.inputs import stage_inputs
 
-TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 EOS = 0
 STREAMED = ("data.streaming=true", "data.max_train_tokens=null", "data.shuffle_buffer=5")
 

@@ -3,7 +3,7 @@
 import psutil
 import pytest
 
-from transpoint.distill.run.folder import threads
+from transpoint.distill.run import threads
 
 
 @pytest.fixture

@@ -14,20 +14,19 @@ import pyarrow.parquet
 import pytest
 import torch
 import zstandard
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from omegaconf import OmegaConf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from transpoint.distill.data.corpus import corpus as data
-from transpoint.distill.data.corpus import rows, sources
-from transpoint.distill.data.corpus.corpus import Corpus, tokenize_corpus
-from transpoint.distill.data.corpus.packed import PackedDataset, batch_indices, collate
-from transpoint.distill.data.corpus.sources import DataError
+from run_files import ROOT
+from transpoint.distill.data import corpus as data, rows, sources
+from transpoint.distill.data.corpus import Corpus, tokenize_corpus
+from transpoint.distill.data.packed import PackedDataset, batch_indices, collate
+from transpoint.distill.data.sources import DataError
 from transpoint.distill.settings import DataConfig
 
-SAMPLE = Path(__file__).parents[2] / "configs" / "sample"
+SAMPLE = ROOT / "configs" / "sample"
 TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<eos>{% endfor %}"
 TEXTS = ["one two three", "a longer text, with four words and more", "line\u2028separator", "Émile 你好"]
 CHAT = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "one two"}]

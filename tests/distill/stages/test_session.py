@@ -1,16 +1,14 @@
 """The teacher that training has, beside the one that everything else has."""
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from run_files import TINY
 from transpoint.distill.config import load_recipe
 from transpoint.distill.stages import session as session_module
 from transpoint.distill.stages.session import Session
-
-TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 
 
 @pytest.mark.parametrize("processes", [1, 2])

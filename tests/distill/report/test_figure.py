@@ -3,17 +3,16 @@
 import math
 import sys
 import xml.etree.ElementTree as ElementTree
-from pathlib import Path
 
 import pytest
 
+from run_files import CONFIGS
 from transpoint.distill.cli import main
 from transpoint.distill.errors import RunError
-from transpoint.distill.report.page.figure import COLOURS, draw
+from transpoint.distill.report.figure import COLOURS, draw
 from transpoint.students import StudentConfig, build_student
 from transpoint.teachers.random import random_teacher
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 MIXERS = ["transmamba", "attention", "transmamba", "mamba2", "transmamba"]
 POINTS = [0, math.inf, 16, 0, 64]
 

@@ -1,17 +1,15 @@
 """orient: its loss against matrices written out, what it trains, and its place in a run."""
 
-from pathlib import Path
-
 import pytest
 import torch
-from toy_mixer import ToyMixer
 
-from run_files import done
+from run_files import TINY, done
+from toy_mixer import ToyMixer
 from transpoint.distill.cli import main
 from transpoint.distill.config import load_recipe
 from transpoint.distill.errors import RunError
 from transpoint.distill.objectives import Orientation, attention_pairs
-from transpoint.distill.run.folder.folder import lineage
+from transpoint.distill.run.folder import lineage
 from transpoint.distill.stages import stage_inputs
 from transpoint.distill.train.flops import orient_flops
 from transpoint.distill.train.groups import matrix_parameters, only_these_train
@@ -21,7 +19,6 @@ from transpoint.students.modeling.documents import document_index
 from transpoint.teachers import attention_view
 from transpoint.teachers.random import random_teacher
 
-TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 ORIENT = ("orient.steps=20", "orient.batch_size=4", "orient.lr=3e-3", "orient.log_every=5")
 VARIANTS = [
     {},

@@ -9,7 +9,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from transpoint.distill.cli import main
 from transpoint.distill.config import ConfigError, Recipe, load_recipe
 from transpoint.distill.errors import RunError
-from transpoint.distill.run.folder.folder import StageFolder, truncate_log
+from transpoint.distill.run.folder import StageFolder, truncate_log
 from transpoint.distill.train.tracking import Tracking
 
 

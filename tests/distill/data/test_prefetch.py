@@ -7,8 +7,8 @@ import pytest
 import torch
 import zstandard
 
-from transpoint.distill.data.corpus.prefetch import batches_ahead
-from transpoint.distill.data.corpus.sources import DataError
+from transpoint.distill.data.prefetch import batches_ahead
+from transpoint.distill.data.sources import DataError
 from transpoint.distill.settings import TrainConfig
 
 

@@ -14,9 +14,8 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-from transpoint.distill.run.folder.threads import spin_briefly
-
-ROOT = Path(__file__).parents[2]
+from run_files import ROOT
+from transpoint.distill.run.threads import spin_briefly
 
 
 def run_all(jobs: list[dict]) -> list[str]:

@@ -4,14 +4,13 @@ import json
 import os
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from transpoint.distill.errors import RunError
-from transpoint.distill.run.folder import folder as run
-from transpoint.distill.run.folder.files import read_json, write_json
-from transpoint.distill.run.folder.folder import StageFolder, truncate_log
-from transpoint.distill.run.folder.identity import file_identity, identity
+from transpoint.distill.run import folder as run
+from transpoint.distill.run.files import read_json, write_json
+from transpoint.distill.run.folder import StageFolder, truncate_log
+from transpoint.distill.run.identity import file_identity, identity
 
 NEEDS = {"align": {"steps": 20, "betas": [0.9, 0.95], "micro": None}, "after": {"calibrate": "abc"}}
 

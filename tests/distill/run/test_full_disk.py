@@ -2,17 +2,15 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from filelock import FileLock
 from safetensors.torch import load_file
 
-from run_files import metrics
+from run_files import ROOT, metrics
 from transpoint.distill.errors import RunError
 
-ROOT = Path(__file__).parents[2]
 SETTINGS = ("run.precision=fp32", "align.steps=12", "align.checkpoint_every=2", "align.log_every=1")
 SHELL = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-ec"]  # may mount, whoever runs this
 MOUNT = 'mount -t tmpfs -o size=20m none "$1"; '

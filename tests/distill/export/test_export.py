@@ -17,13 +17,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GraniteMoeHybridFo
 import transpoint.distill.export.verify as verification
 import transpoint.distill.export.write as writing
 from transpoint.distill.config import Recipe
-from transpoint.distill.data.corpus.corpus import Corpus
-from transpoint.distill.data.corpus.packed import PackedDataset
+from transpoint.distill.data.corpus import Corpus
+from transpoint.distill.data.packed import PackedDataset
 from transpoint.distill.export import custom, native
 from transpoint.distill.export.card import CardFacts, plan_in_letters, plan_in_words, write_card
 from transpoint.distill.export.formats import FORMATS, ExportError, find_format
 from transpoint.distill.export.write import export
-from transpoint.distill.report.page.quality import HeldOut
+from transpoint.distill.report.quality import HeldOut
 from transpoint.students import HybridForCausalLM, StudentConfig, build_student
 from transpoint.teachers import TeacherInfo
 from transpoint.teachers.random import byte_tokenizer, random_teacher
