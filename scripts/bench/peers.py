@@ -1,7 +1,8 @@
 """What else can be had for the same work: mamba_ssm, fla-core, liger-kernel, causal-conv1d, and PyTorch.
 
-Each takes a case's inputs; what it needs beforehand (expanded heads, other layouts) it makes outside the call, untimed.
-Packages are imported when their turn comes: one that is not installed is a refusal, no error.
+Each takes a case's inputs, by name, in the order of our op's arguments. What it needs beforehand (expanded heads, other
+layouts) it makes outside the call, untimed. Packages are imported when their turn comes: one that is not installed is a
+refusal, no error.
 """
 
 import contextlib
@@ -37,9 +38,6 @@ class Call(NamedTuple):
 def plain(function: Callable[..., Tensor]) -> Callable[[Inputs], Call]:
     """A function that takes the inputs by name."""
     return lambda t: Call(lambda: function(**t))
-
-
-# Scans.
 
 
 def mamba_scan(t: Inputs) -> Call:
@@ -122,9 +120,6 @@ def _fla_inputs(t: Inputs) -> tuple[Tensor, ...]:
     return x, expand(t["C"], heads), expand(t["B"], heads), (x * dt.unsqueeze(-1)).to(x.dtype), dt * t["A"]
 
 
-# Mixing matrices.
-
-
 def whole_matrices(t: Inputs) -> Call:
     """Both matrices written out."""
     length, heads, head_dim = t["q"].shape[1:]
@@ -139,9 +134,6 @@ def whole_matrices(t: Inputs) -> Call:
         return (attention - matrix).square().sum((-2, -1))
 
     return Call(run)
-
-
-# Convolutions. The inputs come in the order x, weight, bias; the activation is SiLU.
 
 
 def fla_conv(t: Inputs, gluon: bool = False) -> Call:
@@ -177,18 +169,12 @@ def fla_conv_step(t: Inputs) -> Call:
     return Call(lambda: causal_conv1d_update(t["x"], cache, None, t["weight"], t["bias"], activation="silu")[0])
 
 
-# Norms. The inputs come in the order x, weight, z.
-
-
 def gated_norm(module: str, groups: int, t: Inputs) -> Call:
     """The same function of mamba_ssm and of fla."""
     rmsnorm_fn = importlib.import_module(module).rmsnorm_fn
     x, weight, z = t.values()
     size = None if groups == 1 else x.shape[-1] // groups
     return Call(lambda: rmsnorm_fn(x, weight, None, z=z, eps=1e-6, group_size=size, norm_before_gate=False))
-
-
-# KL from hidden states. The inputs come in the order student's hidden states and weight, teacher's.
 
 
 def fla_kl(t: Inputs, fp32: bool) -> Call:
@@ -233,9 +219,6 @@ def torch_kl(t: Inputs) -> Call:
         return F.kl_div(logits.log_softmax(-1), target, reduction="batchmean", log_target=True)
 
     return Call(run)
-
-
-# Their autotuners.
 
 
 def tame_autotuners():

@@ -29,101 +29,96 @@ def write_table(folder: Path) -> str:
     return text
 
 
-def table(report):
+def table(report: dict) -> str:
     """The Markdown of one report."""
     return f"{summary(report)}\n\n{details(report)}"
 
 
-def summary(report):
+def summary(report: dict) -> str:
     """A row for each op, shape and pass."""
-    rates = report["ceilings"]
     versions = ", ".join(f"{n} {v}" for n, v in report["versions"].items() if v)
     missing = ", ".join(n for n, v in report["versions"].items() if not v)
-    first = report.get("first_step")
-    first = (
-        f" First training step of a process: {first['compiling']:.1f} s, later {first['cached']:.1f} s."
-        if first
-        else ""
+    text = f"`{report['command']}`: {rates_text(report['ceilings'])}. {versions}"
+    text += (f"; not installed: {missing}" if missing else "") + ". Times in ms, memory in MB."
+    if first := report.get("first_step"):
+        text += f" First training step of a process: {first['compiling']:.1f} s, later {first['cached']:.1f} s."
+    lines = [f"### {report['gpu']}", "", text, ""]
+    lines += _head(
+        "op | shape | pass | graph | eager | best peer | its graph | faster by | its eager | faster by | floor "
+        "| times floor | memory, peer's | worst error | target"
     )
-    lines = [
-        f"### {report['gpu']}",
-        "",
-        f"`{report['command']}`: {rates_text(rates)}. {versions}{f'; not installed: {missing}' if missing else ''}. "
-        f"Times in ms, memory in MB.{first}",
-        "",
-        "| op | shape | pass | graph | eager | best peer | its graph | faster by | its eager | faster by "
-        "| floor | times floor | memory, peer's | worst error | target |",
-        "|" + "---|" * 15,
-    ]
-    for record in report["records"]:
-        ours = record["results"].get(OURS, {})
-        peer, peer_ms = best_peer(record)
-        ours_ms = time_of(ours)
-        theirs = record["results"].get(peer, {})
-        eager, peer_eager = ours.get("eager_ms"), theirs.get("eager_ms")
-        name, error = worst_error(record)
-        verdicts = [verdict(record, target) for target in record["targets"]]
-        wrong = f"**{number(error, 2)}** " if error is not None and not error <= TOLERANCE else f"{number(error, 2)} "
-        cells = [
-            record["op"],
-            record["shape"],
-            record["pass"],
-            number(ours.get("graph_ms")) or ours.get("graph_refuses", ours.get("refuses", "")),
-            number(eager),
-            peer or "",
-            number(peer_ms) + ("" if "graph_ms" in theirs or not peer else " (eager)"),
-            number(peer_ms / ours_ms if peer_ms and ours_ms else None),
-            number(peer_eager),
-            number(peer_eager / eager if eager and peer_eager else None),
-            number(record["floor_ms"]),
-            number(ours_ms / record["floor_ms"] if ours_ms else None),
-            f"{number(ours.get('peak_mb'))}, {number(theirs.get('peak_mb'))}".strip(", "),
-            wrong + name if name else record["errors"].get("check", ""),
-            "; ".join(text + {True: " ✓", False: " ✗", None: ""}[met] for text, met in verdicts),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
+    lines += [_row(_summary_cells(record)) for record in report["records"]]
     if report["skipped"]:
         lines += ["", "Not run: " + "; ".join(report["skipped"]) + "."]
     return "\n".join(lines)
 
 
-def details(report):
-    """A row for each implementation of each of these."""
-    lines = [
-        "<details><summary>Every implementation</summary>",
-        "",
-        "| op, shape, pass | implementation | graph | eager | memory | first call, s | error | |",
-        "|" + "---|" * 8,
-    ]
+def details(report: dict) -> str:
+    """A row for each implementation of each of these, and the kernels of ours."""
+    rows, kernels = [], []
     for record in report["records"]:
+        name = f"{record['op']} {record['shape']}, {record['pass']}"
         for kind, result in record["results"].items():
             note = result.get("refuses") or result.get("graph_refuses")
-            cells = [
-                f"{record['op']} {record['shape']}, {record['pass']}",
-                kind,
-                number(result.get("graph_ms")),
-                number(result.get("eager_ms")),
-                number(result.get("peak_mb")),
-                number(result.get("first_call_s"), 2),
-                number(worst_error(record)[1] if kind == OURS else result.get("error"), 2),
-                f"{'refuses' if 'refuses' in result else 'refuses graphs'}: {note}" if note else "",
-            ]
-            lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", "</details>", "", "<details><summary>Kernels of ours, µs of a call</summary>", ""]
-    for record in report["records"]:
-        spent = record["results"][OURS].get("kernels", [])
-        names = (f"{name[:40]} {f'{count} x ' if count > 1 else ''}{total / count:.1f}" for name, count, total in spent)
-        if spent:
-            lines.append(f"- {record['op']} {record['shape']}, {record['pass']}: {', '.join(names)}")
-    return "\n".join([*lines, "", "</details>"])
+            cells = [name, kind, *(_number(result.get(key)) for key in ("graph_ms", "eager_ms", "peak_mb"))]
+            cells.append(_number(result.get("first_call_s"), 2))
+            cells.append(_number(worst_error(record)[1] if kind == OURS else result.get("error"), 2))
+            cells.append(f"{'refuses' if 'refuses' in result else 'refuses graphs'}: {note}" if note else "")
+            rows.append(_row(cells))
+        if spent := record["results"][OURS].get("kernels"):
+            parts = (f"{k[:40]} {f'{count} x ' if count > 1 else ''}{total / count:.1f}" for k, count, total in spent)
+            kernels.append(f"- {name}: {', '.join(parts)}")
+    rows = _head("op, shape, pass | implementation | graph | eager | memory | first call, s | error |") + rows
+    return "\n\n".join([_folded("Every implementation", rows), _folded("Kernels of ours, µs of a call", kernels)])
 
 
-def rates_text(rates):
+def rates_text(rates: dict[str, float]) -> str:
     copy, product = rates["bytes_per_s"] / 1e12, rates["flop_per_s"] / 1e12
     return f"copy {copy:.3g} TB/s, bfloat16 product {product:.3g} TFLOP/s"
 
 
-def number(value, digits=3):
+def _summary_cells(record):
+    ours = record["results"].get(OURS, {})
+    peer, peer_ms = best_peer(record)
+    theirs = record["results"].get(peer, {})
+    ms = time_of(ours)
+    name, error = worst_error(record)
+    error_text = _number(error, 2) if name is None or error <= TOLERANCE else f"**{_number(error, 2)}**"
+    verdicts = [verdict(record, target) for target in record["targets"]]
+    return [
+        *(record["op"], record["shape"], record["pass"]),
+        _number(ours.get("graph_ms")) or ours.get("graph_refuses", ours.get("refuses", "")),
+        _number(ours.get("eager_ms")),
+        peer or "",
+        _number(peer_ms) + ("" if "graph_ms" in theirs or not peer else " (eager)"),
+        _ratio(peer_ms, ms),
+        _number(theirs.get("eager_ms")),
+        _ratio(theirs.get("eager_ms"), ours.get("eager_ms")),
+        _number(record["floor_ms"]),
+        _ratio(ms, record["floor_ms"]),
+        f"{_number(ours.get('peak_mb'))}, {_number(theirs.get('peak_mb'))}".strip(", "),
+        f"{error_text} {name}" if name else record["errors"].get("check", ""),
+        "; ".join(text + {True: " ✓", False: " ✗", None: ""}[met] for text, met in verdicts),
+    ]
+
+
+def _head(names):
+    return [f"| {names} |", "|" + "---|" * (names.count("|") + 1)]
+
+
+def _row(cells):
+    return "| " + " | ".join(cells) + " |"
+
+
+def _folded(title, lines):
+    return "\n".join([f"<details><summary>{title}</summary>", "", *lines, "", "</details>"])
+
+
+def _ratio(a, b):
+    return _number(a / b if a and b else None)
+
+
+def _number(value, digits=3):
     if value is None:
         return ""
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.{digits}g}"
