@@ -149,6 +149,7 @@ def plan(options) -> None:
 def status(options) -> None:
     from .config import load_recipe
     from .run.folder import StageFolder
+    from .run.records import Training
     from .stages.inputs import finished_elsewhere, stage_inputs
 
     root = _run_folder(options.run)
@@ -157,17 +158,17 @@ def status(options) -> None:
     table = Table("stage", "state", "held-out KL", "tokens", "finished", title=escape(str(root)))
     for stage in [stage.name for stage in pipeline_of(recipe)]:
         folder = StageFolder(root, stage)
-        reason, done = folder.why_not_reusable(needs[stage]), folder.done or {}
-        quality, training = done.get("quality") or {}, done.get("training") or {}
-        left = training.get("left_out")  # their gradient was not finite
+        reason, record = folder.why_not_reusable(needs[stage]), folder.record
+        kl, training = record.quality.kl if record.quality else None, record.training or Training()
         if reason is not None and (other := finished_elsewhere(recipe, stage, needs[stage])) is not None:
             reason = f"taken over from {other.path.parent}"
         table.add_row(
             stage,
             "done" if reason is None else f"would run: {escape(reason)}",
-            f"{quality['kl']:.4f}" if quality.get("kl") is not None else "",
-            (f"{training['tokens']:,}" if training else "") + (f" ({left} steps left out)" if left else ""),
-            done.get("finished", ""),
+            "" if kl is None else f"{kl:.4f}",
+            ("" if training.tokens is None else f"{training.tokens:,}")
+            + (f" ({training.left_out} steps left out)" if training.left_out else ""),
+            record.finished or "",
         )
     Console().print(table)
 
@@ -478,8 +479,8 @@ def _export_folder(path: str) -> Path:
     if (Path(path) / "config.json").is_file():
         return Path(path)
     root = _run_folder(path)
-    if done := lineage(root).get("export"):
-        return root / "export" / done["folder"]
+    if (done := lineage(root).get("export")) and done.folder:
+        return root / "export" / done.folder
     raise RunError(
         f"'{path}' has no finished export: `transpoint run {root / 'recipe.yaml'}` makes one; "
         "or name the folder that `transpoint export` wrote"

@@ -12,6 +12,7 @@ from jinja2 import Environment, StrictUndefined
 from ...students.modeling.configuration_mixers import MIXERS, have_trans_points
 from ...teachers.names import TeacherInfo
 from ..config import for_others
+from ..run.records import Cost, Quality, ScheduleRecord, read_record
 from .formats import Format
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ class CardFacts:
     teacher: TeacherInfo | None = None
     recipe: dict | None = None
     tokens: dict[str, int] = field(default_factory=dict)  # training stage -> tokens seen
-    quality: list[dict] = field(default_factory=list)  # rows: {"model", and the fields of quality.Quality}
+    quality: list[dict] = field(default_factory=list)  # rows: {"model", and the fields of Quality}
 
 
 def write_card(
@@ -47,6 +48,8 @@ def write_card(
     if recipe is not None:  # where this run lay, and kept its tokens, is of no use to anybody else
         recipe["run"].pop("dir", None)
         recipe["data"].pop("cache", None)
+    known = getattr(student.config, "measured_trans_points", None) or ()
+    measured = [read_record(ScheduleRecord, record) for record in known]
     text = _TEMPLATE.render(
         front=yaml.safe_dump(front, sort_keys=False).strip(),
         teacher=teacher,
@@ -57,7 +60,7 @@ def write_card(
         plan=plan_in_letters(mixers),
         trans_points=student.trans_points if have_trans_points(mixers) else None,
         choosing=[words for name, words in kinds.items() if have_trans_points([name])],
-        schedules=[row for row in getattr(student.config, "measured_trans_points", None) or () if row.get("cost")],
+        schedules=[record for record in measured if record.cost is not None],
         schedule_rows=schedule_rows,
         tokens=facts.tokens,
         quality=facts.quality,
@@ -93,31 +96,35 @@ def plan_in_words(mixers: list[str]) -> str:
     )
 
 
-def schedule_rows(records: list[dict]) -> list[tuple[str, ...]]:
+def schedule_rows(records: list[ScheduleRecord]) -> list[tuple[str, ...]]:
     """The records of `evaluate` as rows of text: schedule, trained on, quality, cost."""
     rows: list[tuple[str, ...]] = []
     for record in records:
-        quality, cost = record["quality"], record["cost"]
+        quality, cost = record.quality or Quality(), record.cost or Cost()
         rows.append(
             (
-                record["schedule"],
-                "yes" if record["trained"] else "no",
-                f"{quality['kl']:.4f}",
-                "" if quality.get("late_kl") is None else f"{quality['late_kl']:.4f}",
-                f"{quality['perplexity']:.2f}",
-                f"{quality['same_top']:.1%}",
-                f"{cost['attention']:.1%}",
-                f"{cost['cache_bytes'] / 2**20:.2f} MiB",
-                f"{1e3 * cost['prefill_seconds']:.0f} ms",
-                f"{1e3 * cost['decode_seconds']:.1f} ms",
+                record.schedule,
+                "yes" if record.trained else "no",
+                _figure(quality.kl, "{:.4f}"),
+                _figure(quality.late_kl, "{:.4f}"),
+                _figure(quality.perplexity, "{:.2f}"),
+                _figure(quality.same_top, "{:.1%}"),
+                _figure(cost.attention, "{:.1%}"),
+                _figure(cost.cache_bytes, "{:.2f} MiB", 2**-20),
+                _figure(cost.prefill_seconds, "{:.0f} ms", 1e3),
+                _figure(cost.decode_seconds, "{:.1f} ms", 1e3),
             )
         )
     return rows
 
 
-def quality_row(model: str, quality) -> dict:
-    """A row of `CardFacts.quality`, from a `quality.Quality` or its record."""
-    return {"model": model, **(quality if isinstance(quality, dict) else dataclasses.asdict(quality))}
+def quality_row(model: str, quality: Quality) -> dict:
+    """A row of `CardFacts.quality`."""
+    return {"model": model, **dataclasses.asdict(quality)}
+
+
+def _figure(value: float | None, form: str, unit: float = 1) -> str:
+    return "" if value is None else form.format(value * unit)
 
 
 def _escaped(text: str) -> str:
@@ -199,7 +206,7 @@ KL: from the teacher, nats per token; past {{ late }}: over tokens after so many
 fraction of tokens with the teacher's most likely next token. Attention: the fraction of tokens and layers that take it.
 It, cache and times are those of one sequence of {{ "{:,}".format(schedules[0].cost.length) }} tokens in
 {{ schedules[0].cost.dtype }} on {{ schedules[0].cost.device }}.
-{% if schedules[0].longest is defined %}
+{% if schedules[0].longest is not none %}
 The longest held-out document has {{ "{:,}".format(schedules[0].longest) }} tokens: quality says nothing of the
 state-space form of a layer whose TransPoint is that or more.
 {% endif %}

@@ -2,26 +2,13 @@
 
 import statistics
 import time
-from dataclasses import dataclass
 
 import torch
 from transformers import Cache, PreTrainedModel
 
 from ...students import HybridForCausalLM
+from ..run.records import Cost
 from ..train.schedules import TransPoints
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What one sequence of `length` tokens costs."""
-
-    length: int
-    attention: float  # fraction of layer-tokens whose output attention computes
-    cache_bytes: int  # held after the last of them
-    prefill_seconds: float  # of all of them at once
-    decode_seconds: float  # of one more token
-    dtype: str
-    device: str
 
 
 @torch.no_grad()

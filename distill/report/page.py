@@ -11,6 +11,7 @@ import re
 import statistics
 import tempfile
 import time
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from markupsafe import Markup
 
 from ...students.modeling.configuration_mixers import have_trans_points
 from ..errors import RunError
-from ..export.card import kinds_in
+from ..export.card import kinds_in, quality_row
 from ..run.files import read_json
 from ..run.folder import StageFolder, lineage
+from ..run.records import Cost, Quality, StageRecord, number, read_record
 from ..stages.pipeline import names
 from .charts import heat_map, line_chart, loss_chart
 
@@ -77,15 +79,15 @@ def write_report(root: Path, out: Path | None = None) -> Path:
 class _Stage:
     """The records of a stage, each empty where it is missing or damaged."""
 
-    def __init__(self, root: Path, name: str, current: dict[str, dict], recipe: dict):
+    def __init__(self, root: Path, name: str, current: dict[str, StageRecord], recipe: Any):
         folder, trained = StageFolder(root, name), names(lambda stage: stage.trains)
-        self.name, self.done = name, _dict(folder.done)
+        self.name, self.record = name, folder.record
         self.lines, self.damaged = _read_metrics(folder / "metrics.jsonl") if name in trained else ([], 0)
         self.steps = _get(recipe, name, "steps") if name in trained else None
         self.last = self.lines[-1]["step"] if self.lines else 0
         if name in current:
             self.state, self.words = "done", "done"
-        elif self.done:
+        elif folder.done:
             self.state, self.words = "earlier", "of earlier settings"
         elif folder.started is not None or self.lines:
             self.state, self.words = "unfinished", f"at step {self.last:,}" if self.lines else "unfinished"
@@ -94,9 +96,13 @@ class _Stage:
         else:
             self.state, self.words = "missing", "not run"
 
+    @property
+    def tokens(self) -> int | None:
+        return self.record.training.tokens if self.record.training is not None else None
+
     def series(self, key: str) -> tuple[list[int], list[float]]:
         """Steps and values of a figure, where it is a finite number."""
-        pairs = [(line["step"], value) for line in self.lines if (value := _number(line.get(key))) is not None]
+        pairs = [(line["step"], value) for line in self.lines if (value := number(line.get(key))) is not None]
         return [step for step, _ in pairs], [value for _, value in pairs]
 
     def keys(self) -> list[str]:
@@ -104,26 +110,31 @@ class _Stage:
         return list(dict.fromkeys(key for line in self.lines for key in line))
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """What a student's config says of its layers."""
+
+    mixers: list[str] = field(default_factory=list)
+    trans_points: list = field(default_factory=list)
+
+
 def _contents(root: Path) -> dict:
     """What the template shows."""
     text = (root / "recipe.yaml").read_text(encoding="utf-8", errors="replace")
     try:
-        recipe = _dict(yaml.safe_load(text))
+        recipe = yaml.safe_load(text)
     except yaml.YAMLError:
         recipe = {}
-    try:
-        current = {stage: _dict(done) for stage, done in lineage(root).items()}
-    except (KeyError, TypeError, AttributeError):  # records that are JSON, but no records
-        current = {}
+    current = lineage(root)
     stages = {name: _Stage(root, name, current, recipe) for name in names()}
-    results = _dict(read_json(root / "evaluate" / "results.json")) if "evaluate" in current else {}
+    results = read_record(StageRecord, read_json(root / "evaluate" / "results.json") if "evaluate" in current else None)
     quality, damaged = _quality(root, current, results), [stage.name for stage in stages.values() if stage.damaged]
     layers = _layers(root, stages, results)
     events = [event for stage in stages.values() for event in _events(stage)]
     return {
         "name": root.resolve().name,
         "written": time.strftime("%Y-%m-%d %H:%M"),
-        "finished": max((str(s.done["finished"]) for s in stages.values() if s.done.get("finished")), default=None),
+        "finished": max((s.record.finished for s in stages.values() if s.record.finished), default=None),
         "teacher": _readable(_get(recipe, "teacher", "source") or "unknown teacher"),
         "student": _student_in_words(layers),
         "stages": list(stages.values()),
@@ -133,11 +144,11 @@ def _contents(root: Path) -> dict:
         "quality": quality,
         "teacher_quality": next((row for row in quality if row["model"] == "teacher"), None),
         "best": next((row for row in reversed(quality) if row["model"] != "teacher"), None),
-        "trained_tokens": sum(_number(_get(s.done, "training", "tokens")) or 0 for s in stages.values()) or None,
+        "trained_tokens": sum(stage.tokens or 0 for stage in stages.values()) or None,
         "schedules": _schedules(results),
         "training": [part for stage in stages.values() if (part := _training(stage))],
-        "answers": _answers(results),
-        "speed": _speed([stage for stage in stages.values() if stage.lines or stage.done]),
+        "answers": [{name: _readable(text) for name, text in asdict(answer).items()} for answer in results.answers],
+        "speed": _speed([stage for stage in stages.values() if stage.lines or stage.state in ("done", "earlier")]),
         "speed_charts": _speed_charts([stage for stage in stages.values() if stage.lines]),
         "events": events[:EVENTS],
         "more_events": len(events) - EVENTS,
@@ -166,39 +177,32 @@ def _read_metrics(path: Path) -> tuple[list[dict], int]:
     return [found[step] for step in sorted(found)], damaged
 
 
-def _quality(root: Path, current: dict[str, dict], results: dict) -> list[dict]:
+def _quality(root: Path, current: dict[str, StageRecord], results: StageRecord) -> list[dict]:
     """Rows of held-out quality: the teacher, each stage's student, the exported checkpoint."""
-    rows = {"teacher": read_json(root / "teacher_quality.json")}
-    rows |= {f"after {stage}": done.get("quality") for stage, done in current.items() if stage not in ("evaluate",)}
-    rows["exported checkpoint"] = results.get("quality") or _get(current, "evaluate", "quality")
-    names = ("kl", "perplexity", "bits_per_byte", "same_top", "tokens")
-    return [
-        {"model": model, **{name: _number(row.get(name)) for name in names}}
-        for model, row in rows.items()
-        if isinstance(row, dict)
-    ]
+    teacher = read_json(root / "teacher_quality.json")
+    rows = {"teacher": read_record(Quality, teacher) if isinstance(teacher, dict) else None}
+    rows |= {f"after {stage}": record.quality for stage, record in current.items() if stage != "evaluate"}
+    rows["exported checkpoint"] = results.quality or current.get("evaluate", StageRecord()).quality
+    return [quality_row(model, quality) for model, quality in rows.items() if quality is not None]
 
 
-def _layers(root: Path, stages: dict[str, _Stage], results: dict) -> list[dict]:
+def _layers(root: Path, stages: dict[str, _Stage], results: StageRecord) -> list[dict]:
     """For each layer {"kind", "words", "point", "share"}: its mixer, its TransPoint in words (None where it has none),
     and how much of a cell that is, in percent."""
-    configs = [_dict(read_json(root / name / "student" / "config.json")) for name in reversed(names())]
-    mixers = stages["transfer"].done.get("mixers") or next((c["mixers"] for c in configs if c.get("mixers")), None)
-    if not isinstance(mixers, list):
-        return []
-    schedules = results.get("schedules")
-    own = schedules[0] if isinstance(schedules, list) and schedules else {}
-    points = _get(own, "trans_points") or next((c["trans_points"] for c in configs if c.get("trans_points")), None)
-    points = points if isinstance(points, list) and len(points) == len(mixers) else [None] * len(mixers)
-    finite = [point for point in points if _number(point) is not None]
+    students = [_Plan(), *(read_record(_Plan, read_json(root / name / "student" / "config.json")) for name in names())]
+    mixers = stages["transfer"].record.mixers or next((plan.mixers for plan in reversed(students) if plan.mixers), [])
+    measured = [record.trans_points for record in results.schedules[:1]]
+    found = [points for points in [*(plan.trans_points for plan in students), *measured] if points]
+    points = found[-1] if found and len(found[-1]) == len(mixers) else [None] * len(mixers)
+    finite = [value for point in points if (value := number(point)) is not None]
     cells = []
-    for kind, point in zip((str(mixer) for mixer in mixers), points, strict=True):
+    for kind, point in zip(mixers, points, strict=True):
         share, words = {"attention": 100.0}.get(kind, 0.0), None
         if have_trans_points([kind]) and point is not None:
-            number = _number(point)
-            words = "∞" if number is None else f"{number:,.0f}"
+            tokens = number(point)
+            words = "∞" if tokens is None else f"{tokens:,.0f}"
             # Logarithmic, as TransPoints are.
-            share = 100.0 if number is None else 92 * math.log1p(max(number, 0)) / math.log1p(max(1, *finite, 1))
+            share = 100.0 if tokens is None else 92 * math.log1p(max(tokens, 0)) / math.log1p(max(1, *finite, 1))
         cells.append(
             {"kind": kind, "words": kinds_in([kind]).get(kind, kind), "point": words, "share": round(share, 1)}
         )
@@ -212,7 +216,7 @@ def _student_in_words(layers: list[dict]) -> str | None:
     return ", ".join(counts) or None
 
 
-def _settings(recipe: dict) -> list[tuple[str, str]]:
+def _settings(recipe: Any) -> list[tuple[str, str]]:
     """What matters most, by name."""
 
     def of(*keys: str) -> str | None:
@@ -221,8 +225,8 @@ def _settings(recipe: dict) -> list[tuple[str, str]]:
 
     found = [
         ("sequence length", of("data", "length") and f"{of('data', 'length')} tokens"),
-        ("training text", ", ".join(_base_name(source) for source in _list(_get(recipe, "data", "train")))),
-        ("held-out text", ", ".join(_base_name(source) for source in _list(_get(recipe, "data", "heldout")))),
+        ("training text", _base_names(_get(recipe, "data", "train"))),
+        ("held-out text", _base_names(_get(recipe, "data", "heldout"))),
     ]
     for stage in names(lambda stage: stage.trains):
         steps, batch, lr = (of(stage, key) for key in ("steps", "batch_size", "lr"))
@@ -237,34 +241,20 @@ def _settings(recipe: dict) -> list[tuple[str, str]]:
     return [(name, value) for name, value in found if value]
 
 
-def _schedules(results: dict) -> dict | None:
+def _schedules(results: StageRecord) -> dict | None:
     """The table of TransPoint schedules, as numbers, and on what its costs were measured."""
     rows = []
-    for record in _list(results.get("schedules")):
-        quality, cost = _dict(_get(record, "quality")), _dict(_get(record, "cost"))
-        if not quality:
-            continue
-        rows.append(
-            {
-                "name": _readable(str(_get(record, "schedule"))),
-                "trained": bool(_get(record, "trained")),
-                **{name: _number(quality.get(name)) for name in ("kl", "late_kl", "perplexity", "same_top", "late")},
-                **{
-                    name: _number(cost.get(name))
-                    for name in ("attention", "cache_bytes", "prefill_seconds", "decode_seconds", "length")
-                },
-                "where": f"{cost.get('dtype')} on {cost.get('device')}",
+    for record in results.schedules:
+        if record.quality is not None:
+            cost = record.cost or Cost()
+            row = {
+                "name": _readable(record.schedule),
+                "trained": record.trained,
+                **asdict(record.quality),
+                **asdict(cost),
             }
-        )
+            rows.append(row | {"where": f"{cost.dtype} on {cost.device}"})
     return {"rows": rows, **{name: rows[0][name] for name in ("late", "length", "where")}} if rows else None
-
-
-def _answers(results: dict) -> list[dict]:
-    return [
-        {name: _readable(str(_get(entry, name) or "")) for name in ("prompt", "teacher", "student")}
-        for entry in _list(results.get("answers"))
-        if isinstance(entry, dict)
-    ]
 
 
 def _events(stage: _Stage) -> list[dict]:
@@ -272,14 +262,14 @@ def _events(stage: _Stage) -> list[dict]:
     found = []
     for line in stage.lines:
         texts = []
-        if count := _number(line.get("skipped")):
+        if count := number(line.get("skipped")):
             texts.append(f"{count:.0f} step{'s' if count > 1 else ''} left out: the gradient was not finite")
         if event := line.get("event"):
             texts.append(_readable(str(event)))
         loss = line.get("loss")
         if isinstance(loss, float) and not math.isfinite(loss):
             texts.append("the loss was not finite")
-        found += [{"stage": stage.name, "step": line["step"], "text": text, "loss": _number(loss)} for text in texts]
+        found += [{"stage": stage.name, "step": line["step"], "text": text, "loss": number(loss)} for text in texts]
     return found
 
 
@@ -315,7 +305,7 @@ def _training(stage: _Stage) -> dict | None:
         if not rows:
             continue
         values = {
-            layer: [math.nan if (v := _number(line.get(key))) is None else v for line in stage.lines]
+            layer: [math.nan if (v := number(line.get(key))) is None else v for line in stage.lines]
             for layer, key in rows.items()
         }
         known = {layer: [v for v in row if not math.isnan(v)] for layer, row in values.items()}
@@ -338,12 +328,11 @@ def _speed(stages: list[_Stage]) -> list[dict]:
     for stage in stages:
         # The first line is of the step that compiles.
         speeds, used = (stage.series(key)[1] for key in ("tokens_per_second", "mfu"))
-        tokens = _number(_get(stage.done, "training", "tokens"))
         rows.append(
             {
                 "stage": stage.name,
-                "seconds": _number(stage.done.get("stage_seconds")),
-                "tokens": tokens if tokens is not None else next(reversed(stage.series("tokens")[1]), None),
+                "seconds": stage.record.stage_seconds,
+                "tokens": stage.tokens if stage.tokens is not None else next(reversed(stage.series("tokens")[1]), None),
                 "speed": statistics.median(speeds[1:] or speeds) if speeds else None,
                 "mfu": statistics.median(used[1:] or used) if used else None,
                 "memory": max(stage.series("memory")[1], default=None),
@@ -368,34 +357,18 @@ def _speed_charts(stages: list[_Stage]) -> list[dict]:
     return found
 
 
-# Values that may be anything
-
-
 def _get(record: Any, *keys: str) -> Any:
-    """What is under these keys; None where there is nothing."""
+    """What is under these keys of a recipe, which people write; None where there is nothing."""
     for key in keys:
         record = record.get(key) if isinstance(record, dict) else None
     return record
 
 
-def _dict(value: Any) -> dict:
-    return value if isinstance(value, dict) else {}
-
-
-def _list(value: Any) -> list:
-    return value if isinstance(value, list) else []
-
-
-def _number(value: Any) -> float | None:
-    """A finite number, or None."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return float(value) if math.isfinite(value) else None
-
-
-def _base_name(source: Any) -> str:
-    text = str(source)
-    return _readable(text if text.startswith("hub:") else os.path.basename(text.rstrip("/")) or text)
+def _base_names(sources: Any) -> str:
+    texts = map(str, sources if isinstance(sources, list) else [])
+    return _readable(
+        ", ".join(text if text.startswith("hub:") else os.path.basename(text.rstrip("/")) or text for text in texts)
+    )
 
 
 def _readable(text: str) -> str:

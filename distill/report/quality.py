@@ -1,6 +1,5 @@
 """Held-out quality: how far a student's next-token distributions are from its teacher's, and what it answers."""
 
-from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -13,22 +12,10 @@ from ..data.packed import PackedDataset
 from ..data.rows import check_tokens
 from ..data.sources import DataError
 from ..models import embedding_rows, generated, generating
+from ..run.records import Quality
 from ..tokenizers import decoded
 
 CHUNK = 512  # tokens whose logits are held at a time
-
-
-@dataclass(frozen=True)
-class Quality:
-    """Means over held-out tokens. `kl` and `same_top` compare with the teacher: None where there is none."""
-
-    tokens: int
-    perplexity: float  # of the next token, within documents
-    bits_per_byte: float  # the same, comparable between vocabularies
-    kl: float | None = None  # KL(teacher || model), nats per token
-    same_top: float | None = None  # fraction of tokens at which both have the same most likely next token
-    late: int | None = None  # how many first tokens of each document late_kl leaves out
-    late_kl: float | None = None  # the KL over later ones; None where there are none
 
 
 class HeldOut:

@@ -10,6 +10,7 @@ from ..export.card import CardFacts, plan_in_letters, plan_in_words, quality_row
 from ..export.formats import find_format
 from ..run.files import read_json
 from ..run.folder import lineage
+from ..run.records import Cost, Quality, ScheduleRecord, StageRecord, read_record
 from ..stages.pipeline import names
 from ..stages.session import Session
 
@@ -18,10 +19,10 @@ def card_facts(root: Path) -> CardFacts:
     """What the records of a run say for the model card of its latest student."""
     made = names(lambda stage: stage.makes_student)
     done = {stage: record for stage, record in lineage(root).items() if stage in made}
-    recipe = list(done.values())[-1]["recipe"]
-    tokens = {stage: record["training"]["tokens"] for stage, record in done.items() if "training" in record}
+    recipe = list(done.values())[-1].recipe
+    tokens = {stage: record.training.tokens or 0 for stage, record in done.items() if record.training is not None}
     # Read when the run began, or now where an earlier version did not.
-    known = done["transfer"].get("teacher")
+    known = done["transfer"].teacher
     info = TeacherInfo(**known) if known else teacher_info(recipe["teacher"]["source"])
     return CardFacts(info, recipe, tokens, quality_rows(root))
 
@@ -29,20 +30,21 @@ def card_facts(root: Path) -> CardFacts:
 def quality_rows(root: Path) -> list[dict]:
     """Held-out quality of the teacher and of each stage's student, as recorded."""
     teacher = read_json(root / "teacher_quality.json")
-    rows = [quality_row("teacher", teacher)] if teacher else []
+    rows = [quality_row("teacher", read_record(Quality, teacher))] if teacher else []
     made = names(lambda stage: stage.makes_student)
-    done = [(stage, record) for stage, record in lineage(root).items() if stage in made]
-    return rows + [quality_row(f"after {stage}", record["quality"]) for stage, record in done]
+    done = {stage: record.quality for stage, record in lineage(root).items() if stage in made}
+    return rows + [quality_row(f"after {stage}", quality) for stage, quality in done.items() if quality is not None]
 
 
 def summary(session: Session) -> list:
     """What a finished run shows: layer plan, quality by stage, answers, and how to load the checkpoint."""
     done = lineage(session.root)
-    mixers = done["transfer"]["mixers"]
+    mixers = done["transfer"].mixers
     table = Table("model", "KL from teacher", "perplexity", "bits per byte", "same top token", title="held-out quality")
     rows = quality_rows(session.root)
-    if "evaluate" in done:
-        rows.append(quality_row("exported checkpoint", done["evaluate"]["quality"]))
+    evaluated = done.get("evaluate", StageRecord())
+    if evaluated.quality is not None:
+        rows.append(quality_row("exported checkpoint", evaluated.quality))
     for row in rows:
         table.add_row(
             row["model"],
@@ -52,20 +54,20 @@ def summary(session: Session) -> list:
             f"{row['same_top']:.1%}",
         )
     parts = [f"layer plan: {plan_in_letters(mixers)}  ({plan_in_words(mixers)})", table]
-    if schedules := done.get("evaluate", {}).get("schedules"):
-        parts.append(schedule_table(schedules))
-    for entry in done["evaluate"]["answers"] if "evaluate" in done else ():
-        parts.append(f"question: {entry['prompt']}\n teacher: {entry['teacher']}\n student: {entry['student']}")
-    if "export" in done:
-        folder = (session.folder("export") / done["export"]["folder"]).resolve()
-        parts.append(f"checkpoint: {folder}\n\n{find_format(done['export']['folder']).snippet(str(folder))}")
+    if evaluated.schedules:
+        parts.append(schedule_table(evaluated.schedules))
+    for entry in evaluated.answers:
+        parts.append(f"question: {entry.prompt}\n teacher: {entry.teacher}\n student: {entry.student}")
+    if "export" in done and (name := done["export"].folder):
+        folder = (session.folder("export") / name).resolve()
+        parts.append(f"checkpoint: {folder}\n\n{find_format(name).snippet(str(folder))}")
     return parts
 
 
-def schedule_table(records: list[dict]) -> Table:
+def schedule_table(records: list[ScheduleRecord]) -> Table:
     """Quality and cost by schedule, for a console of 80 columns: the model card has it all in words."""
-    cost, late = records[0]["cost"], records[0]["quality"].get("late")
-    title = f"schedules (cost: one sequence of {cost['length']:,} tokens, {cost['dtype']} on {cost['device']})"
+    cost, late = records[0].cost or Cost(), (records[0].quality or Quality()).late
+    title = f"schedules (cost: one sequence of {cost.length:,} tokens, {cost.dtype} on {cost.device})"
     table = Table("schedule", title=title, padding=(0, 0, 0, 1))
     for name in ("trained", "KL", f"KL>{late}", "ppl", "top", "attn", "cache", "token"):
         table.add_column(name, no_wrap=True)

@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -26,6 +26,7 @@ from ..errors import RunError
 from ..stages.pipeline import pipeline_of
 from .files import read_json, write_json
 from .identity import identity, started
+from .records import StageRecord, read_record
 
 
 @contextmanager
@@ -71,9 +72,9 @@ class StageFolder:
         return read_json(self / "done.json")
 
     @property
-    def results(self) -> dict:
-        """What done.json holds, of a stage that is known to be done."""
-        return cast(dict, self.done)
+    def record(self) -> StageRecord:
+        """The same, as types; empty while the stage is not done."""
+        return read_record(StageRecord, self.done)
 
     def begin(self, depends_on: dict, anew: bool = False) -> None:
         """Makes the folder ready: what an interrupted start left is kept if it depends on the same, and not `anew`.
@@ -122,22 +123,22 @@ class StageFolder:
         return None if self.done is not None else "interrupted"
 
 
-def lineage(root: Path) -> dict[str, dict]:
-    """The done records of a run that follow from one another, by stage: what came of earlier settings is left out."""
+def lineage(root: Path) -> dict[str, StageRecord]:
+    """The records of a run that follow from one another, by stage: what came of earlier settings is left out."""
     from ..config import ConfigError, Recipe, load_recipe
 
     try:
         recipe = load_recipe(root / "recipe.yaml")
     except ConfigError:  # there is none, or not one of today's
         recipe = Recipe()
-    found: dict[str, dict] = {}
+    found: dict[str, StageRecord] = {}
     before = None
     for stage in pipeline_of(recipe):
         folder = StageFolder(root, stage.name)
         started, done = folder.started, folder.done
         if done is None or started is None or (started.get("after") or {}) != (before or {}):
             break
-        found[stage.name] = done
+        found[stage.name] = folder.record
         before = {stage.name: identity(started)}
     return found
 

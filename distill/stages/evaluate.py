@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 def run(session: "Session", folder: "StageFolder") -> dict:
     """Measures the exported checkpoint itself, at each schedule, and lets teacher and student answer."""
+    import dataclasses
+
     from ..export.card import write_card
     from ..export.formats import find_format
     from ..models import has_trans_points, load_model
@@ -22,16 +24,18 @@ def run(session: "Session", folder: "StageFolder") -> dict:
 
     refresh_quality(session)
     settings = session.recipe.evaluate
-    exported = session.folder("export").results
-    path = session.folder("export") / exported["folder"]
-    load = find_format(exported["folder"]).load or load_model
+    exported = session.folder("export").record
+    kind = find_format(exported.folder or session.recipe.export.format)
+    path = session.folder("export") / kind.name
+    load = kind.load or load_model
     model = load(path).to(session.accelerator.device).eval()
     late = None
     if has_trans_points(model):  # where no layer takes attention any more, or at least the layers that documents reach
         late = max((point for point in model.trans_points if point < session.held_out.longest), default=None)
     results: dict[str, Any] = {"quality": session.measure(model, "evaluate", late)}
     if has_trans_points(model):
-        results["schedules"] = measure_schedules(session, model, results["quality"])
+        schedules = measure_schedules(session, model, results["quality"])
+        results["schedules"] = [dataclasses.asdict(record) for record in schedules]
     results["answers"] = [
         {
             "prompt": prompt,
@@ -48,8 +52,7 @@ def run(session: "Session", folder: "StageFolder") -> dict:
                 config = read_json(place / "config.json") | {"measured_trans_points": results["schedules"]}
                 write_json(place / "config.json", config)
             model.config.measured_trans_points = results["schedules"]
-            kind = find_format(exported["folder"])
-            write_card(path, model, kind, exported["verified"], card_facts(session.root))
+            write_card(path, model, kind, exported.verified, card_facts(session.root))
     return results
 
 

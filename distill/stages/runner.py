@@ -47,7 +47,7 @@ def run_recipe(
     session.exports = "export" in stages[: last + 1]
     transfer = session.folder("transfer")
     if forced > 0 and transfer.why_not_reusable(needs["transfer"]) is None:  # otherwise transfer checks them itself
-        check_schedules(recipe, len(transfer.results["mixers"]))
+        check_schedules(recipe, len(transfer.record.mixers))
     with alone_in(session.root) if session.accelerator.is_main_process else nullcontext():
         _run_stages(session, needs, forced, last)
     return session

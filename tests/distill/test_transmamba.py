@@ -15,6 +15,7 @@ from transpoint.distill.cli import main
 from transpoint.distill.config import ConfigError, load_recipe
 from transpoint.distill.models import load_model
 from transpoint.distill.report.summary import schedule_table, summary
+from transpoint.distill.run.records import ScheduleRecord, read_record
 from transpoint.distill.stages.session import Session
 from transpoint.students import StudentError
 
@@ -124,7 +125,7 @@ def test_a_long_schedule_is_written_below_its_table(whole):
     records = json.loads((whole[0] / "evaluate" / "results.json").read_text())["schedules"]
     records[1]["schedule"] = "[0, 128, 256, 512, 1024, 2048] cycled"
     console = Console(record=True, width=80, file=io.StringIO())
-    console.print(schedule_table(records))
+    console.print(schedule_table([read_record(ScheduleRecord, record) for record in records]))
     text = console.export_text()
     assert "(1) [0, 128, 256, 512, 1024, 2048] cycled" in text and "│ (1)" in text
 

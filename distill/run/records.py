@@ -1,0 +1,121 @@
+"""What the records of a run hold, as types. `read_record` makes them of JSON that may be anything: records are damaged
+now and then, and those of earlier versions have other fields.
+"""
+
+import dataclasses
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Means over held-out tokens. `kl` and `same_top` compare with the teacher: None where there is none."""
+
+    tokens: int | None = None
+    perplexity: float | None = None  # of the next token, within documents
+    bits_per_byte: float | None = None  # the same, comparable between vocabularies
+    kl: float | None = None  # KL(teacher || model), nats per token
+    same_top: float | None = None  # fraction of tokens at which both have the same most likely next token
+    late: int | None = None  # how many first tokens of each document late_kl leaves out
+    late_kl: float | None = None  # the KL over later ones; None where there are none
+    measured_on: str | None = None  # stands for the held-out sequences: only like is compared with like
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one sequence of `length` tokens costs at a schedule."""
+
+    length: int | None = None
+    attention: float | None = None  # fraction of layer-tokens whose output attention computes
+    cache_bytes: int | None = None  # held after the last of them
+    prefill_seconds: float | None = None  # of all of them at once
+    decode_seconds: float | None = None  # of one more token
+    dtype: str | None = None
+    device: str | None = None
+
+
+@dataclass(frozen=True)
+class ScheduleRecord:
+    """What evaluate measured at a schedule of TransPoints."""
+
+    schedule: str = ""
+    trans_points: list = field(default_factory=list)
+    trained: bool = False
+    longest: int | None = None  # tokens of a document: no TransPoint from there on is passed
+    quality: Quality | None = None
+    cost: Cost | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    prompt: str = ""
+    teacher: str = ""
+    student: str = ""
+
+
+@dataclass(frozen=True)
+class Training:
+    """What training came to."""
+
+    tokens: int | None = None
+    left_out: int | None = None  # steps whose gradient was not finite
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """What done.json holds. Of the fields below `finished` a stage has those that are its own; a stage's own figures
+    besides stand in the file alone."""
+
+    recipe: dict = field(default_factory=dict)
+    stage_seconds: float | None = None
+    finished: str | None = None
+    quality: Quality | None = None
+    training: Training | None = None
+    mixers: list[str] = field(default_factory=list)
+    teacher: dict | None = None
+    folder: str | None = None
+    verified: dict[str, float] = field(default_factory=dict)  # see `Format.check`
+    trained_schedules: dict[str, list] = field(
+        default_factory=dict, metadata={"key": "schedules"}
+    )  # distill's, by name
+    schedules: list[ScheduleRecord] = field(default_factory=list)  # evaluate's
+    answers: list[Answer] = field(default_factory=list)
+
+
+def read_record(kind: type[T], value: Any) -> T:
+    """An instance of one of these classes. What is missing or of another type is as if it were not there."""
+    found = {}
+    if isinstance(value, dict):
+        hints = typing.get_type_hints(kind)
+        for entry in dataclasses.fields(typing.cast(Any, kind)):
+            if (part := _read(hints[entry.name], value.get(entry.metadata.get("key", entry.name)))) is not None:
+                found[entry.name] = part
+    return kind(**found)
+
+
+def number(value: Any) -> float | None:
+    """A finite number, or None."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if math.isfinite(value) else None
+
+
+def _read(hint: Any, value: Any) -> Any:
+    if isinstance(hint, types.UnionType):  # with None
+        hint = next(part for part in typing.get_args(hint) if part is not type(None))
+    if hint is float:
+        return number(value)
+    if hint is int:
+        return None if (found := number(value)) is None else int(found)
+    if dataclasses.is_dataclass(hint):
+        return read_record(typing.cast(type, hint), value) if isinstance(value, dict) else None
+    if not isinstance(value, typing.get_origin(hint) or hint):
+        return None
+    if typing.get_origin(hint) is list:
+        return [found for entry in value if (found := _read(typing.get_args(hint)[0], entry)) is not None]
+    return value
