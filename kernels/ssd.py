@@ -24,7 +24,6 @@ def ssd_scan(
     C,
     *,
     D=None,
-    z=None,
     dt_bias=None,
     dt_softplus=True,
     initial_state=None,
@@ -46,7 +45,6 @@ def ssd_scan(
         B: (B, L, Hb, N) input maps ("keys").
         C: (B, L, Hc, N) output maps ("queries").
         D: (H,) skip weights, or None for no skip.
-        z: (B, L, H, P) gate: y is multiplied by SiLU(z); None for no gate.
         dt_bias: (H,) added to dt, or None.
         dt_softplus: apply softplus to dt + dt_bias; without it, dt + dt_bias must be >= 0.
         initial_state: (B, H, P, N) state before the first token, or None for zeros.
@@ -65,7 +63,7 @@ def ssd_scan(
             "triton" and the kernels cannot run.
         RuntimeError: a second derivative through the kernels.
     """
-    optional = {"D": D, "z": z, "dt_bias": dt_bias, "initial_state": initial_state, "seq_idx": seq_idx}
+    optional = {"D": D, "dt_bias": dt_bias, "initial_state": initial_state, "seq_idx": seq_idx}
     unsupported = f"the kernels take a state of at most 256, got {B.shape[-1]}" if B.shape[-1] > 256 else None
     if not use_triton(backend, x, unsupported):
         return reference.ssd_scan(
@@ -77,23 +75,20 @@ def ssd_scan(
 
     dtype = torch.promote_types(torch.promote_types(x.dtype, B.dtype), C.dtype)
     x_, B, C = (inner_contiguous(t.to(dtype)) for t in (x, B, C))
-    A, D, z, dt_bias = (inner_contiguous(t) for t in (A, D, z, dt_bias))
-    tensors = [x, dt, A, B, C, D, z, dt_bias, initial_state]
+    A, D, dt_bias = (inner_contiguous(t) for t in (A, D, dt_bias))
+    tensors = [x, dt, A, B, C, D, dt_bias, initial_state]
     training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     options = dt_softplus, return_final_state, chunk_size, training
     size = ssd_triton.part_size(x.shape[-1], B.shape[-1])
     if x.shape[-1] <= size:
         initial = None if initial_state is None else initial_state.contiguous()
-        y, state, *_ = ssd_triton.ssd_scan(x_, dt, A, B, C, D, z, dt_bias, initial, seq_idx, *options)
+        y, state, *_ = ssd_triton.ssd_scan(x_, dt, A, B, C, D, dt_bias, initial, seq_idx, *options)
     else:  # rows of the state do not interact: more of them than fit in registers go part by part
         ys, states = [], []
         for start in range(0, x.shape[-1], size):
             part = slice(start, start + size)
             initial = None if initial_state is None else initial_state[:, :, part].contiguous()
-            z_ = None if z is None else z[..., part]
-            y, state, *_ = ssd_triton.ssd_scan(
-                x_[..., part], dt, A, B, C, D, z_, dt_bias, initial, seq_idx, *options
-            )  # fmt: skip
+            y, state, *_ = ssd_triton.ssd_scan(x_[..., part], dt, A, B, C, D, dt_bias, initial, seq_idx, *options)
             ys.append(y)
             states.append(state)
         y, state = torch.cat(ys, -1), torch.cat(states, 2)
@@ -102,13 +97,13 @@ def ssd_scan(
 
 
 @torch.no_grad()
-def ssd_step(state, x, dt, A, B, C, *, D=None, z=None, dt_bias=None, dt_softplus=True, backend="auto"):
+def ssd_step(state, x, dt, A, B, C, *, D=None, dt_bias=None, dt_softplus=True, backend="auto"):
     """Advance the recurrence by one token, for decoding. Not differentiable.
 
     Args:
         state: (B, H, P, N) float32 (or bfloat16, which rounds the state at every token), updated in place.
-        x: (B, Hx, P); dt: (B, H); A: (H,); B: (B, Hb, N); C: (B, Hc, N); D, dt_bias: (H,) or None; z: (B, H, P) or
-            None; backend: as in ssd_scan, for one token.
+        x: (B, Hx, P); dt: (B, H); A: (H,); B: (B, Hb, N); C: (B, Hc, N); D, dt_bias: (H,) or None; backend: as in
+            ssd_scan, for one token.
 
     Returns:
         y (B, H, P) in x.dtype.
@@ -120,9 +115,9 @@ def ssd_step(state, x, dt, A, B, C, *, D=None, z=None, dt_bias=None, dt_softplus
     if state.stride(-1) != 1 or state.dtype == torch.float64:
         unsupported = "the kernel takes a state that is contiguous along N, and not float64"
     if not use_triton(backend, x, unsupported):
-        return reference.ssd_step(state, x, dt, A, B, C, D=D, z=z, dt_bias=dt_bias, dt_softplus=dt_softplus)
-    reference.check_step(state, x, dt, A, B, C, D, z, dt_bias)
+        return reference.ssd_step(state, x, dt, A, B, C, D=D, dt_bias=dt_bias, dt_softplus=dt_softplus)
+    reference.check_step(state, x, dt, A, B, C, D, dt_bias)
     from .ssd_step_triton import ssd_step as step
 
-    x, A, B, C, D, z, dt_bias = (inner_contiguous(t) for t in (x, A, B, C, D, z, dt_bias))
-    return step(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
+    x, A, B, C, D, dt_bias = (inner_contiguous(t) for t in (x, A, B, C, D, dt_bias))
+    return step(state, x, dt, A, B, C, D, dt_bias, dt_softplus)

@@ -26,7 +26,6 @@ def ssd_scan(
     C,
     *,
     D=None,
-    z=None,
     dt_bias=None,
     dt_softplus=True,
     initial_state=None,
@@ -46,7 +45,6 @@ def ssd_scan(
         B: (B, L, Hb, N) input maps ("keys").
         C: (B, L, Hc, N) output maps ("queries").
         D: (H,) skip weights, or None for no skip.
-        z: (B, L, H, P) gate: y is multiplied by SiLU(z); None for no gate.
         dt_bias: (H,) added to dt, or None.
         dt_softplus: apply softplus to dt + dt_bias; without it, dt + dt_bias must be >= 0.
         initial_state: (B, H, P, N) state before the first token, or None for zeros.
@@ -61,7 +59,7 @@ def ssd_scan(
     Raises:
         ValueError: a shape, a number of heads, L = 0, chunk_size or the type of seq_idx does not fit.
     """
-    check_scan(x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx, chunk_size)
+    check_scan(x, dt, A, B, C, D, dt_bias, initial_state, seq_idx, chunk_size)
     batch, length, heads = dt.shape
     if chunk_size is None:
         chunk_size = DEFAULT_CHUNK_SIZE
@@ -88,21 +86,18 @@ def ssd_scan(
             added = _chunk_states(x_, Bt, to_end * dt)
             entering, state = _pass_states(added, from_start[..., -1], state)
             y = torch.addcmul(y, _grouped_matmul(C_, entering), from_start.unsqueeze(-1))
-        y = y.transpose(2, 3).flatten(1, 2)[:, :length]
-        if z is not None:
-            y = y * F.silu(z.to(dtype))
-        y = y.to(x.dtype)
+        y = y.transpose(2, 3).flatten(1, 2)[:, :length].to(x.dtype)
     return (y, state.mT.contiguous()) if return_final_state else y
 
 
 @torch.no_grad()
-def ssd_step(state, x, dt, A, B, C, *, D=None, z=None, dt_bias=None, dt_softplus=True):
+def ssd_step(state, x, dt, A, B, C, *, D=None, dt_bias=None, dt_softplus=True):
     """Advance the recurrence by one token, for decoding. Not differentiable.
 
     Args:
         state: (B, H, P, N) float32 (or bfloat16, which rounds the state at every token), updated in place.
-        x: (B, Hx, P); dt: (B, H); A: (H,); B: (B, Hb, N); C: (B, Hc, N); D, dt_bias: (H,) or None; z: (B, H, P) or
-            None: as in ssd_scan, for one token.
+        x: (B, Hx, P); dt: (B, H); A: (H,); B: (B, Hb, N); C: (B, Hc, N); D, dt_bias: (H,) or None: as in ssd_scan, for
+            one token.
 
     Returns:
         y (B, H, P) in x.dtype.
@@ -110,7 +105,7 @@ def ssd_step(state, x, dt, A, B, C, *, D=None, z=None, dt_bias=None, dt_softplus
     Raises:
         ValueError: a shape or a number of heads does not fit.
     """
-    check_step(state, x, dt, A, B, C, D, z, dt_bias)
+    check_step(state, x, dt, A, B, C, D, dt_bias)
     heads = dt.shape[1]
     with torch.autocast(x.device.type, enabled=False):
         dtype = torch.promote_types(_compute_dtype(x), state.dtype)
@@ -122,8 +117,6 @@ def ssd_step(state, x, dt, A, B, C, *, D=None, z=None, dt_bias=None, dt_softplus
         y = (new @ C_.unsqueeze(-1)).squeeze(-1)
         if D is not None:
             y = y + D.to(dtype)[:, None] * x_
-        if z is not None:
-            y = y * F.silu(z.to(dtype))
     return y.to(x.dtype)
 
 
@@ -151,14 +144,12 @@ def ssd_matrix(dt, A, B, C, *, dt_bias=None, dt_softplus=True):
         return _scale_heads(scores, within.squeeze(1) * dt.unsqueeze(-2))
 
 
-def check_scan(x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx, chunk_size):
+def check_scan(x, dt, A, B, C, D, dt_bias, initial_state, seq_idx, chunk_size):
     """Raise a ValueError if the arguments of ssd_scan do not fit together."""
     _check_inputs(x, dt, A, B, C, D, dt_bias, leading="B, L")
     batch, length, heads = dt.shape
     if batch == 0 or length == 0:
         raise ValueError(f"x: expected at least one token, got {'B' if batch == 0 else 'L'} = 0")
-    if z is not None:
-        _check_shape("z", z, "B, L, H, P", (batch, length, heads, x.shape[-1]))
     if initial_state is not None:
         _check_shape("initial_state", initial_state, "B, H, P, N", (batch, heads, x.shape[-1], B.shape[-1]))
     if seq_idx is not None:
@@ -169,13 +160,10 @@ def check_scan(x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx, chunk_size
         raise ValueError(f"chunk_size: expected a positive integer, got {chunk_size}")
 
 
-def check_step(state, x, dt, A, B, C, D, z, dt_bias):
+def check_step(state, x, dt, A, B, C, D, dt_bias):
     """Raise a ValueError if the arguments of ssd_step do not fit together."""
     _check_inputs(x, dt, A, B, C, D, dt_bias, leading="B")
-    shape = (*dt.shape, x.shape[-1])
-    _check_shape("state", state, "B, H, P, N", (*shape, B.shape[-1]))
-    if z is not None:
-        _check_shape("z", z, "B, H, P", shape)
+    _check_shape("state", state, "B, H, P, N", (*dt.shape, x.shape[-1], B.shape[-1]))
 
 
 def _decays(log_decay, document):

@@ -22,11 +22,10 @@ def config(P: int, N: int, dtype: torch.dtype) -> dict:
 
 @triton.jit
 def _step_kernel(
-    state, x, dt, A, B, C, D, z, dt_bias, y,
-    s_sb, s_sh, s_sp, x_sb, x_sh, dt_sb, dt_sh, B_sb, B_sh, C_sb, C_sh, z_sb, z_sh, H,
+    state, x, dt, A, B, C, D, dt_bias, y,
+    s_sb, s_sh, s_sp, x_sb, x_sh, dt_sb, dt_sh, B_sb, B_sh, C_sb, C_sh, H,
     SX: tl.constexpr, SB: tl.constexpr, SC: tl.constexpr, P: tl.constexpr, N: tl.constexpr, HAS_D: tl.constexpr,
-    HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
     b, h = pid // H, pid % H
@@ -49,24 +48,20 @@ def _step_kernel(
     y_ = tl.sum(new * C_[None, :], 1)
     if HAS_D:
         y_ += tl.load(D + h).to(tl.float32) * x_
-    if HAS_Z:
-        z_ = tl.load(z + b * z_sb + h * z_sh + p, mask=p_ok, other=0.0).to(tl.float32)
-        y_ *= z_ / (1.0 + tl.exp(-z_))
     tl.store(y + pid * P + p, y_.to(y.dtype.element_ty), mask=p_ok)
 
 
-def _step(run, state, x, dt, A, B, C, D, z, dt_bias, dt_softplus):
+def _step(run, state, x, dt, A, B, C, D, dt_bias, dt_softplus):
     batch, heads = dt.shape
     P, N = x.shape[-1], B.shape[-1]
     y = run.new(batch, heads, P, dtype=x.dtype)
     options = config(P, N, state.dtype)
     run(
         _step_kernel, (batch * heads, -(-P // options["BLOCK_P"])),
-        state, x, dt, A, B, C, D, z, dt_bias, y,
-        *state.stride()[:3], *x.stride()[:2], *dt.stride(), *B.stride()[:2], *C.stride()[:2],
-        *((0, 0) if z is None else z.stride()[:2]), heads,
+        state, x, dt, A, B, C, D, dt_bias, y,
+        *state.stride()[:3], *x.stride()[:2], *dt.stride(), *B.stride()[:2], *C.stride()[:2], heads,
         SX=heads // x.shape[1], SB=heads // B.shape[1], SC=heads // C.shape[1], P=P, N=N, HAS_D=D is not None,
-        HAS_Z=z is not None, HAS_BIAS=dt_bias is not None, SOFTPLUS=dt_softplus, BLOCK_N=power_of_2(N), **options,
+        HAS_BIAS=dt_bias is not None, SOFTPLUS=dt_softplus, BLOCK_N=power_of_2(N), **options,
     )  # fmt: skip
     return y
 
@@ -79,15 +74,14 @@ def ssd_step(
     B: Tensor,
     C: Tensor,
     D: Tensor | None,
-    z: Tensor | None,
     dt_bias: Tensor | None,
     dt_softplus: bool,
 ) -> Tensor:
     """See transpoint.kernels.ssd; all contiguous in their last dimension."""
-    return launched(_step, state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
+    return launched(_step, state, x, dt, A, B, C, D, dt_bias, dt_softplus)
 
 
-def _fake(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus):
+def _fake(state, x, dt, A, B, C, D, dt_bias, dt_softplus):
     return x.new_empty(*dt.shape, x.shape[-1])
 
 

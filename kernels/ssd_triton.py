@@ -228,12 +228,11 @@ def _segments_kernel(
 
 @triton.jit
 def _forward_kernel(
-    x, B, C, D, z, steps, documents, entering, out, y, final, states,
-    x_sb, x_sl, x_sh, B_sb, B_sl, B_sh, C_sb, C_sl, C_sh, z_sb, z_sl, z_sh, L, H, chunks, parts, per_part,
+    x, B, C, D, steps, documents, entering, out, final, states,
+    x_sb, x_sl, x_sh, B_sb, B_sl, B_sh, C_sb, C_sl, C_sh, L, H, chunks, parts, per_part,
     SX: tl.constexpr, SB: tl.constexpr, SC: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr,
-    HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_SEQ: tl.constexpr, HAS_ENTERING: tl.constexpr,
-    HAS_FINAL: tl.constexpr, STATES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HAS_D: tl.constexpr, HAS_SEQ: tl.constexpr, HAS_ENTERING: tl.constexpr, HAS_FINAL: tl.constexpr,
+    STATES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The outputs of one segment: walk its chunks with the state in registers."""
     pid = tl.program_id(0).to(tl.int64)  # b, h
@@ -245,10 +244,7 @@ def _forward_kernel(
     x += b * x_sb + (h // SX) * x_sh
     B += b * B_sb + (h // SB) * B_sh
     C += b * C_sb + (h // SC) * C_sh
-    if HAS_Z:
-        z += b * z_sb + h * z_sh
     out += (b * L * H + h) * P
-    y += (b * L * H + h) * P
     steps += pid * chunks * Q * 2
     documents += b * chunks * Q
     if HAS_D:
@@ -287,11 +283,6 @@ def _forward_kernel(
             mix += tl.where(q[:, None] == q[None, :], skip, 0.0)
         y_ = tl.dot(C_, tl.trans(state_), input_precision=PRECISION) * from_start[:, None]
         y_ = tl.dot(mix.to(x_.dtype), x_, y_, input_precision=PRECISION)
-        if HAS_Z:
-            z_ = _load(z, z_sl, t, p, L, P).to(tl.float32)
-            if STATES:
-                _store(y, H * P, t, p, L, P, y_)
-            y_ = y_ * (z_ / (1.0 + tl.exp(-z_)))
         _store(out, H * P, t, p, L, P, y_)
         if BLOCK_P <= BLOCK_N:
             keys = tl.trans((x_ * to_end[:, None]).to(x_.dtype))
@@ -317,11 +308,10 @@ def _raw_step_gradient(d_step, dt, dt_bias, h, t_ok, SOFTPLUS: tl.constexpr, HAS
 
 @triton.jit
 def _output_kernel(
-    x, B, C, D, z, steps, documents, states, out, y,
-    x_sb, x_sl, x_sh, B_sb, B_sl, B_sh, C_sb, C_sl, C_sh, z_sb, z_sl, z_sh, L, H, chunks,
+    x, B, C, D, steps, documents, states, out,
+    x_sb, x_sl, x_sh, B_sb, B_sl, B_sh, C_sb, C_sl, C_sh, L, H, chunks,
     HEADS: tl.constexpr, SX: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, HAS_D: tl.constexpr,
-    HAS_Z: tl.constexpr, HAS_SEQ: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HAS_SEQ: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The outputs of one chunk, from the states that enter it, for HEADS heads of one B and C (so one score tile)."""
     units = H // HEADS
@@ -349,12 +339,7 @@ def _output_kernel(
         if HAS_D:
             mix += tl.where(q[:, None] == q[None, :], tl.load(D + h).to(tl.float32), 0.0)
         y_ = tl.dot(mix.to(x_.dtype), x_, y_, input_precision=PRECISION)
-        place = (b * L * H + h) * P
-        if HAS_Z:
-            _store(y + place + c * Q * H * P, H * P, q, p, left, P, y_)
-            z_ = _load(z + b * z_sb + h * z_sh + c * Q * z_sl, z_sl, q, p, left, P).to(tl.float32)
-            y_ = y_ * (z_ / (1.0 + tl.exp(-z_)))
-        _store(out + place + c * Q * H * P, H * P, q, p, left, P, y_)
+        _store(out + (b * L * H + h) * P + c * Q * H * P, H * P, q, p, left, P, y_)
 
 
 @triton.jit
@@ -646,22 +631,6 @@ def _heads_kernel(d_heads, out, B, H, L, d_plane, BLOCK: tl.constexpr):
     tl.store(out + plane * H + h, tl.sum(total, 0))
 
 
-@triton.jit
-def _gate_backward_kernel(
-    d_out, y, z, dy, dz, d_sb, d_sl, d_sh, z_sb, z_sl, z_sh, L, H, total, P: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Through out = y * silu(z): y, dy and dz are contiguous (B, L, H, P), d_out and z are strided."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    ok = i < total
-    p, h, t, b = i % P, i // P % H, i // P // H % L, i // P // H // L
-    d_ = tl.load(d_out + b * d_sb + t * d_sl + h * d_sh + p, mask=ok, other=0.0).to(tl.float32)
-    z_ = tl.load(z + b * z_sb + t * z_sl + h * z_sh + p, mask=ok, other=0.0).to(tl.float32)
-    y_ = tl.load(y + i, mask=ok, other=0.0).to(tl.float32)
-    gate = 1.0 / (1.0 + tl.exp(-z_))
-    tl.store(dy + i, (d_ * z_ * gate).to(dy.dtype.element_ty), mask=ok)
-    tl.store(dz + i, (d_ * y_ * gate * (1.0 + z_ * (1.0 - gate))).to(dz.dtype.element_ty), mask=ok)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Launches
 
@@ -735,7 +704,7 @@ class _Scan:
 
 
 def _forward(
-    run, x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx, dt_softplus, return_final_state, chunk_size, training
+    run, x, dt, A, B, C, D, dt_bias, initial_state, seq_idx, dt_softplus, return_final_state, chunk_size, training
 ):
     scan = _Scan(run, x, dt, B, C, chunk_size)
     batch, length, heads, P, N = scan.batch, scan.length, scan.heads, scan.P, scan.N
@@ -743,11 +712,10 @@ def _forward(
     entering = scan.entering(x, B, steps, documents, initial_state, reverse=False)
 
     out = run.new(batch, length, heads, P, dtype=x.dtype)
-    y = run.new(*out.shape if training and z is not None else (0,), dtype=x.dtype)
     states = run.new(*(batch, scan.chunks, heads, P, N) if training else (0,), dtype=x.dtype)
     final = run.new(*(batch, heads, P, N) if return_final_state else (0,))
-    strides = (*x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *((0, 0, 0) if z is None else z.stride()[:3]))
-    options = {"HAS_D": D is not None, "HAS_Z": z is not None, "HAS_SEQ": seq_idx is not None, **scan.common}
+    strides = (*x.stride()[:3], *B.stride()[:3], *C.stride()[:3])
+    options = {"HAS_D": D is not None, "HAS_SEQ": seq_idx is not None, **scan.common}
     if training and scan.one_score_tile:
         scan.walk(
             x, B, steps, documents, reverse=False, entering=entering,
@@ -755,40 +723,31 @@ def _forward(
         )  # fmt: skip
         run(
             _output_kernel, scan.per_chunk,
-            x, B, C, D, z, steps, documents, states, out, y, *strides, length, heads, scan.chunks,
+            x, B, C, D, steps, documents, states, out, *strides, length, heads, scan.chunks,
             HEADS=scan.together, SX=scan.shares["SX"], **options, **config("output", N),
         )  # fmt: skip
     else:
         run(
             _forward_kernel, (batch * heads, scan.segments),
-            x, B, C, D, z, steps, documents, entering, out, y, final, states, *strides,
+            x, B, C, D, steps, documents, entering, out, final, states, *strides,
             length, heads, scan.chunks, scan.segments, scan.per_segment, HAS_ENTERING=entering is not None,
             HAS_FINAL=return_final_state, STATES=training, **scan.shares, **options, **config("forward", N),
         )  # fmt: skip
     if training and run.dry:
         _gradients(
-            run, out, None, x, dt, A, B, C, D, z, dt_bias, states, y, steps, documents, dt_softplus,
+            run, out, None, x, dt, A, B, C, D, dt_bias, states, steps, documents, dt_softplus,
             initial_state is not None and initial_state.requires_grad, chunk_size,
         )  # fmt: skip
     if not training:
         steps, documents = run.new(0), run.new(0, dtype=torch.int32)
-    return out, final, states, y, steps, documents
+    return out, final, states, steps, documents
 
 
 def _gradients(
-    run, d_out, d_final, x, dt, A, B, C, D, z, dt_bias, states, y, steps, documents, dt_softplus, initial_grad,
-    chunk_size,
+    run, dy, d_final, x, dt, A, B, C, D, dt_bias, states, steps, documents, dt_softplus, initial_grad, chunk_size
 ):  # fmt: skip
     scan = _Scan(run, x, dt, B, C, chunk_size)
     batch, length, heads, P, N = scan.batch, scan.length, scan.heads, scan.P, scan.N
-    dy, dz = d_out, run.new(0, dtype=x.dtype)
-    if z is not None:
-        dy, dz = run.like(y), run.like(z)
-        block = 1024
-        run(
-            _gate_backward_kernel, (-(-dy.numel() // block),),
-            d_out, y, z, dy, dz, *d_out.stride()[:3], *z.stride()[:3], length, heads, dy.numel(), P=P, BLOCK=block,
-        )  # fmt: skip
     entering = scan.entering(dy, C, steps, documents, d_final, reverse=True)
     adjoints = run.like(states)
     d_initial = run.new(batch, heads, P, N) if initial_grad else None
@@ -827,7 +786,7 @@ def _gradients(
         )  # fmt: skip
     sums = run.new(3, heads)
     run(_heads_kernel, (3, heads), d_heads, sums, batch, heads, steps.shape[2], d_plane, BLOCK=4096, num_warps=8)
-    return dx, ddt, dB, dC, dz, run.new(0) if d_initial is None else d_initial, sums
+    return dx, ddt, dB, dC, run.new(0) if d_initial is None else d_initial, sums
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -835,7 +794,7 @@ def _gradients(
 
 
 def ssd_scan_backward(
-    d_out: Tensor,
+    dy: Tensor,
     d_final: Tensor | None,
     x: Tensor,
     dt: Tensor,
@@ -843,32 +802,29 @@ def ssd_scan_backward(
     B: Tensor,
     C: Tensor,
     D: Tensor | None,
-    z: Tensor | None,
     dt_bias: Tensor | None,
     states: Tensor,
-    y: Tensor,
     steps: Tensor,
     documents: Tensor,
     dt_softplus: bool,
     initial_grad: bool,
     chunk_size: int | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, dt, B, C, z, the initial state, and (3, H) float32 those of A, dt_bias and D."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, dt, B, C, the initial state, and (3, H) float32 those of A, dt_bias and D."""
     return launched(
-        _gradients, inner_contiguous(d_out), d_final, x, dt, A, B, C, D, z, dt_bias, states, y, steps, documents,
+        _gradients, inner_contiguous(dy), d_final, x, dt, A, B, C, D, dt_bias, states, steps, documents,
         dt_softplus, initial_grad, chunk_size,
     )  # fmt: skip
 
 
 def _fake_gradients(
-    d_out, d_final, x, dt, A, B, C, D, z, dt_bias, states, y, steps, documents, dt_softplus, initial_grad, chunk_size
+    dy, d_final, x, dt, A, B, C, D, dt_bias, states, steps, documents, dt_softplus, initial_grad, chunk_size
 ):  # fmt: skip
     batch, _, heads = dt.shape
     f32 = {"dtype": torch.float32}
     d_initial = x.new_empty(batch, heads, x.shape[-1], B.shape[-1], **f32) if initial_grad else x.new_empty(0, **f32)
-    dz = x.new_empty(0) if z is None else z.new_empty(z.shape)
     grads = (t.new_empty(t.shape) for t in (x, dt, B, C))
-    return *grads, dz, d_initial, x.new_empty(3, heads, **f32)
+    return *grads, d_initial, x.new_empty(3, heads, **f32)
 
 
 ssd_scan_backward = CustomOp(ssd_scan_backward, _fake_gradients, **once("ssd_scan", remedy="; backend='torch' can"))
@@ -881,7 +837,6 @@ def ssd_scan(
     B: Tensor,
     C: Tensor,
     D: Tensor | None,
-    z: Tensor | None,
     dt_bias: Tensor | None,
     initial_state: Tensor | None,
     seq_idx: Tensor | None,
@@ -889,55 +844,53 @@ def ssd_scan(
     return_final_state: bool,
     chunk_size: int | None,
     training: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The scan; see transpoint.kernels.ssd. x, B and C of one dtype, and contiguous in their last dimension.
 
     Returns:
         out (B, L, H, P) and the final state (B, H, P, N), empty unless asked for; and for the backward pass, empty
-        unless training: the states entering the chunks (B, chunks, H, P, N), the output before the gate, the step sizes
-        and decays (B, H, chunks * Q, 2), and the documents (B, chunks * Q).
+        unless training: the states entering the chunks (B, chunks, H, P, N), the step sizes and decays
+        (B, H, chunks * Q, 2), and the documents (B, chunks * Q).
     """
     return launched(
-        _forward, x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx, dt_softplus, return_final_state, chunk_size,
+        _forward, x, dt, A, B, C, D, dt_bias, initial_state, seq_idx, dt_softplus, return_final_state, chunk_size,
         training,
     )  # fmt: skip
 
 
-def _fake(x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx, dt_softplus, return_final_state, chunk_size, training):
+def _fake(x, dt, A, B, C, D, dt_bias, initial_state, seq_idx, dt_softplus, return_final_state, chunk_size, training):
     batch, length, heads = dt.shape
     P, N, Q = x.shape[-1], B.shape[-1], chunk_length(B.shape[-1], x.dtype, chunk_size)
     chunks = (length + Q - 1) // Q
     f32 = {"dtype": torch.float32}
     final = x.new_empty((batch, heads, P, N) if return_final_state else (0,), **f32)
     states = x.new_empty((batch, chunks, heads, P, N) if training else (0,))
-    y = x.new_empty((batch, length, heads, P) if training and z is not None else (0,))
     steps = x.new_empty((batch, heads, chunks * Q, 2) if training else (0,), **f32)
     documents = x.new_empty((batch, chunks * Q) if training and seq_idx is not None else (0,), dtype=torch.int32)
-    return x.new_empty(batch, length, heads, P), final, states, y, steps, documents
+    return x.new_empty(batch, length, heads, P), final, states, steps, documents
 
 
 def _save(ctx, inputs, output):
-    x, dt, A, B, C, D, z, dt_bias, initial_state, _, ctx.dt_softplus, ctx.return_final_state, ctx.chunk_size, _ = inputs
-    _, _, states, y, steps, documents = output
+    x, dt, A, B, C, D, dt_bias, initial_state, _, ctx.dt_softplus, ctx.return_final_state, ctx.chunk_size, _ = inputs
+    _, _, states, steps, documents = output
     ctx.set_materialize_grads(False)  # else zeros are made for every output that is only for the backward pass
-    ctx.save_for_backward(x, dt, A, B, C, D, z, dt_bias, states, y, steps, documents)
+    ctx.save_for_backward(x, dt, A, B, C, D, dt_bias, states, steps, documents)
     ctx.initial_dtype = None if initial_state is None else initial_state.dtype
 
 
-def _backward(ctx, d_out, d_final, *_):
-    x, dt, A, B, C, D, z, dt_bias, states, y, steps, documents = ctx.saved_tensors
-    initial_grad = ctx.initial_dtype is not None and ctx.needs_input_grad[8]
-    if d_out is None:
-        d_out = x.new_zeros(*dt.shape, x.shape[-1])
-    dx, ddt, dB, dC, dz, d_initial, d_heads = ssd_scan_backward(
-        d_out, None if d_final is None else d_final.contiguous(),
-        x, dt, A, B, C, D, z, dt_bias, states, y, steps, documents, ctx.dt_softplus, initial_grad, ctx.chunk_size,
+def _backward(ctx, dy, d_final, *_):
+    x, dt, A, B, C, D, dt_bias, states, steps, documents = ctx.saved_tensors
+    initial_grad = ctx.initial_dtype is not None and ctx.needs_input_grad[7]
+    if dy is None:
+        dy = x.new_zeros(*dt.shape, x.shape[-1])
+    dx, ddt, dB, dC, d_initial, d_heads = ssd_scan_backward(
+        dy, None if d_final is None else d_final.contiguous(),
+        x, dt, A, B, C, D, dt_bias, states, steps, documents, ctx.dt_softplus, initial_grad, ctx.chunk_size,
     )  # fmt: skip
     dA, d_bias, dD = d_heads.unbind(0)
     return (
         dx, ddt, dA.to(A.dtype), dB, dC,
         None if D is None else dD.to(D.dtype),
-        None if z is None else dz,
         None if dt_bias is None else d_bias.to(dt_bias.dtype),
         d_initial.to(ctx.initial_dtype) if initial_grad else None,
         None, None, None, None, None,

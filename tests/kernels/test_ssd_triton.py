@@ -27,7 +27,7 @@ GROUPINGS = [
 ]
 
 
-def make(device, length, grouping=(4, 2, 2, 4), batch=2, P=16, N=16, dtype=torch.float32, seed=0, z=True):
+def make(device, length, grouping=(4, 2, 2, 4), batch=2, P=16, N=16, dtype=torch.float32, seed=0):
     """Random arguments of ssd_scan as a dict of leaves that require grad."""
     heads, hx, hb, hc = grouping
     g = torch.Generator().manual_seed(seed)
@@ -35,7 +35,7 @@ def make(device, length, grouping=(4, 2, 2, 4), batch=2, P=16, N=16, dtype=torch
     def normal(*shape, kind=dtype):
         return torch.randn(*shape, generator=g).to(device, kind).requires_grad_()
 
-    args = dict(
+    return dict(
         x=normal(batch, length, hx, P),
         dt=normal(batch, length, heads),
         A=(-0.05 - 2 * torch.rand(heads, generator=g)).to(device).requires_grad_(),
@@ -45,9 +45,6 @@ def make(device, length, grouping=(4, 2, 2, 4), batch=2, P=16, N=16, dtype=torch
         dt_bias=normal(heads, kind=torch.float32),
         initial_state=normal(batch, heads, P, N, kind=torch.float32),
     )
-    if z:
-        args["z"] = normal(batch, length, heads, P)
-    return args
 
 
 def documents(device, batch, length, seed=0, count=3):
@@ -91,16 +88,15 @@ def with_terms(args, **options):
     decay = by_token(seen[0].grad) * A  # of what a step does to the decay; the rest is what it adds to the state
     added = want["ddt"] / slope - decay
     ddt = (decay.abs() + added.abs()) * slope
-    gate = torch.nn.functional.silu(args["z"]).detach() if "z" in args else 1.0
     x = args["x"].detach().repeat_interleave(heads // args["x"].shape[2], 2)
     sums = {"dA": (decay / A * step).abs().sum((0, 1)), "ddt_bias": ddt.sum((0, 1)), "ddt": ddt}
-    sums["dD"] = (weights[0] * gate * x).abs().sum((0, 1, 3))
+    sums["dD"] = (weights[0] * x).abs().sum((0, 1, 3))
     # C reads a state of P numbers, each times what y's own are worth.
     read = {name: t.detach().abs() for name, t in args.items() if name not in ("A", "dt", "dt_bias")}
     fixed = {name: args[name].detach() for name in ("A", "dt", "dt_bias") if name in args}
     positive = read | fixed | {"C": read["C"].requires_grad_()}
-    y, _ = reference.ssd_scan(**{k: v for k, v in positive.items() if k != "z"}, **options, return_final_state=True)
-    sums["dC"] = torch.autograd.grad(y, positive["C"], (weights[0] * gate).abs())[0]
+    y, _ = reference.ssd_scan(**positive, **options, return_final_state=True)
+    sums["dC"] = torch.autograd.grad(y, positive["C"], weights[0].abs())[0]
     # Where nothing is left of any term, in float64 even, an error is measured against 1.
     return want, {name: value.norm() if value.any() else 1.0 for name, value in sums.items() if name in want}
 
@@ -121,7 +117,7 @@ def assert_close(args, tolerance, want_args=None, **options):
 
 @pytest.mark.parametrize("grouping", GROUPINGS, ids=str)
 def test_values_and_gradients_for_every_head_grouping(device, grouping):
-    args = make(device, 37, grouping, z=grouping[0] == 4)
+    args = make(device, 37, grouping)
     assert_close(args, TOLERANCE[torch.float32], seq_idx=documents(device, 2, 37), chunk_size=16)
 
 
@@ -138,7 +134,7 @@ def test_any_shape_dtype_decay_and_documents(device, data):
         args["A"].mul_(
             data.draw(st.sampled_from([1e-3, 1.0, 10.0] if dtype == torch.float32 else [1e-3, 1.0]), "decay")
         )
-    for name in ("D", "z", "dt_bias", "initial_state"):
+    for name in ("D", "dt_bias", "initial_state"):
         if data.draw(st.booleans(), name):
             del args[name]
     options = {"seq_idx": documents(device, 1, length)} if data.draw(st.booleans(), "documents") else {}
@@ -181,7 +177,7 @@ def test_small_steps_keep_their_precision(device):
 
 
 def test_padding_steps_leave_the_state_as_it_is(device):
-    args = make(device, 24, batch=1, z=False)
+    args = make(device, 24, batch=1)
     short = {k: v[:, :17].clone() if k in ("x", "dt", "B", "C") else v for k, v in args.items()}
     with torch.no_grad():
         args["dt"][:, 17:] = -1e4
@@ -194,11 +190,10 @@ def test_padding_steps_leave_the_state_as_it_is(device):
 
 def test_views_of_one_wide_projection(device):
     args = {k: v.detach() for k, v in make(device, 20, (4, 2, 2, 4)).items()}
-    parts = [args["x"].flatten(2), args["B"].flatten(2), args["C"].flatten(2), args["dt"], args["z"].flatten(2)]
+    parts = [args["x"].flatten(2), args["B"].flatten(2), args["C"].flatten(2), args["dt"]]
     wide = torch.cat([torch.full_like(parts[0], torch.nan), *parts], -1)
-    _, x, B, C, dt, z = wide.split([32, 32, 32, 64, 4, 64], -1)
+    _, x, B, C, dt = wide.split([32, 32, 32, 64, 4], -1)
     views = dict(x=x.unflatten(2, (2, 16)), B=B.unflatten(2, (2, 16)), C=C.unflatten(2, (4, 16)), dt=dt)
-    views["z"] = z.unflatten(2, (4, 16))
     got = ssd_scan(**{**args, **views}, backend="triton")
     assert torch.equal(got, ssd_scan(**args, backend="triton"))
     # A last dimension that is not contiguous is copied.
@@ -210,7 +205,7 @@ def test_views_of_one_wide_projection(device):
 
 
 def test_gradient_of_the_final_state_alone_and_of_y_alone(device):
-    args = make(device, 20, batch=1, z=False)
+    args = make(device, 20, batch=1)
     double = {k: v.detach().double().requires_grad_() for k, v in args.items()}
     for index in (0, 1):
         got = ssd_scan(**args, return_final_state=True, backend="triton")[index]
@@ -228,7 +223,7 @@ def test_gradient_of_the_final_state_alone_and_of_y_alone(device):
 def test_some_inputs_without_gradient(device):
     args = make(device, 20, batch=1)
     want = with_gradients(ssd_scan, args, backend="triton")
-    for name in ("x", "z", "initial_state", "A"):
+    for name in ("x", "initial_state", "A"):
         args[name].requires_grad_(False)
     y, state = ssd_scan(**args, return_final_state=True, backend="triton")
     torch.testing.assert_close(y, want["y"])
@@ -248,7 +243,7 @@ def test_mixed_dtypes_are_promoted(device):
 
 
 def test_second_derivatives_are_refused(device):
-    args = make(device, 8, batch=1, z=False)
+    args = make(device, 8, batch=1)
     (dx,) = torch.autograd.grad(ssd_scan(**args, backend="triton").square().sum(), [args["x"]], create_graph=True)
     with pytest.raises(RuntimeError, match="^ssd_scan: differentiable once only"):
         dx.sum().backward()
@@ -258,12 +253,12 @@ def test_custom_ops_keep_their_contracts(device):
     from transpoint.kernels import ssd_step_triton, ssd_triton
 
     args = make(device, 20, batch=1)
-    order = ["x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state"]
+    order = ["x", "dt", "A", "B", "C", "D", "dt_bias", "initial_state"]
     for training in (True, False):
         inputs = [args[k] if training else args[k].detach() for k in order]
         seq_idx = documents(device, 1, 20)
         torch.library.opcheck(ssd_triton.ssd_scan.op, (*inputs, seq_idx, True, True, 16, training))
-    inputs = [args[k].detach()[:, 0] if k in ("x", "dt", "B", "C", "z") else args[k].detach() for k in order[:-1]]
+    inputs = [args[k].detach()[:, 0] if k in ("x", "dt", "B", "C") else args[k].detach() for k in order[:-1]]
     state = args["initial_state"].detach().clone()
     torch.library.opcheck(ssd_step_triton.ssd_step.op, (state, *inputs, True))
 
@@ -275,7 +270,7 @@ def test_steps_equal_the_reference(device, grouping, state_dtype):
     state = args.pop("initial_state").to(state_dtype)
     want_state = state.clone()
     for t in range(3):
-        token = {k: v[:, t] if k in ("x", "dt", "B", "C", "z") else v for k, v in args.items()}
+        token = {k: v[:, t] if k in ("x", "dt", "B", "C") else v for k, v in args.items()}
         want = ssd_step(want_state, **token, backend="torch")
         torch.testing.assert_close(ssd_step(state, **token, backend="triton"), want, rtol=2e-2, atol=1e-3)
         tolerance = 2e-2 if state_dtype == torch.bfloat16 else 1e-5
@@ -284,7 +279,7 @@ def test_steps_equal_the_reference(device, grouping, state_dtype):
 
 
 def test_step_in_a_slice_of_a_larger_cache(device):
-    args = {k: v.detach()[:, 0] if k in ("x", "dt", "B", "C", "z") else v.detach() for k, v in make(device, 1).items()}
+    args = {k: v.detach()[:, 0] if k in ("x", "dt", "B", "C") else v.detach() for k, v in make(device, 1).items()}
     state = args.pop("initial_state")
     cache = torch.full((5, *state.shape[1:]), torch.nan, device=device)
     cache[2:4] = state
@@ -299,7 +294,7 @@ def test_what_the_kernels_cannot_do_is_said(device):
         ssd_scan(**{k: v.double() for k, v in args.items()}, backend="triton")
     with pytest.raises(ValueError, match='^backend: expected "auto", "triton" or "torch", got \'cuda\'$'):
         ssd_scan(**args, backend="cuda")
-    large = make(device, 4, (1, 1, 1, 1), batch=1, N=300, z=False)
+    large = make(device, 4, (1, 1, 1, 1), batch=1, N=300)
     with pytest.raises(ValueError, match="^backend: .* a state of at most 256, got 300; use"):
         ssd_scan(**large, backend="triton")
     torch.testing.assert_close(ssd_scan(**large), ssd_scan(**large, backend="torch"))
@@ -320,7 +315,7 @@ def test_what_the_kernels_cannot_do_is_said(device):
 def test_real_shapes(device, grouping, N, P, dtype):
     if dtype == torch.float16 and (P, N) != (64, 64):
         pytest.skip("one shape is enough: float16 takes the code of bfloat16")
-    args = make(device, 700, grouping, P=P, N=N, dtype=dtype, z=grouping[0] == 4)
+    args = make(device, 700, grouping, P=P, N=N, dtype=dtype)
     tolerance = {torch.float32: 1e-3}.get(dtype, 1e-2)
     assert_close(args, tolerance, seq_idx=documents(device, 2, 700, seed=N))
 
@@ -328,7 +323,7 @@ def test_real_shapes(device, grouping, N, P, dtype):
 @pytest.mark.gpu
 @pytest.mark.parametrize("grouping", [(9, 9, 9, 9), (9, 3, 3, 9), (8, 8, 2, 2)], ids=str)
 def test_long_sequences_in_bfloat16(device, grouping):
-    args = make(device, 5000, grouping, P=64, N=64 if grouping[0] == 9 else 128, dtype=torch.bfloat16, batch=1, z=False)
+    args = make(device, 5000, grouping, P=64, N=64 if grouping[0] == 9 else 128, dtype=torch.bfloat16, batch=1)
     assert_close(args, 1e-2)
     with torch.no_grad():
         args["A"].fill_(-16)
@@ -393,7 +388,7 @@ def test_compiles_without_graph_breaks_and_runs_in_a_cuda_graph(device):
 @pytest.mark.gpu
 def test_step_in_a_cuda_graph(device):
     args = make(device, 1, (32, 32, 1, 1), batch=8, P=64, N=128, dtype=torch.bfloat16)
-    args = {k: v.detach()[:, 0] if k in ("x", "dt", "B", "C", "z") else v.detach() for k, v in args.items()}
+    args = {k: v.detach()[:, 0] if k in ("x", "dt", "B", "C") else v.detach() for k, v in args.items()}
     state = args.pop("initial_state")
     want_state = state.clone()
     ssd_step(state.clone(), **args)
