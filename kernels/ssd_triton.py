@@ -29,6 +29,7 @@ A program must not spill registers: what it spills goes to the L1 cache, of whic
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -635,11 +636,31 @@ def _heads_kernel(d_heads, out, B, H, L, d_plane, BLOCK: tl.constexpr):
 # Launches
 
 
-class _Scan:
-    """What all launches of one scan share."""
+class _Inputs(NamedTuple):
+    """What both passes read: the first arguments of ssd_scan, and of ssd_scan_backward those after the gradients."""
 
-    def __init__(self, run, x, dt, B, C, chunk_size):
+    x: Tensor
+    dt: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None
+    dt_bias: Tensor | None
+
+    def strides(self):
+        """Those of x, B and C."""
+        return *self.x.stride()[:3], *self.B.stride()[:3], *self.C.stride()[:3]
+
+
+class _Scan:
+    """What all launches of one scan share. Its step sizes and decays `steps` (B, H, chunks * Q, 2) and the numbers of
+    its `documents` (B, chunks * Q; empty without seq_idx) are what find_steps or an earlier pass found."""
+
+    def __init__(self, run, inputs, dt_softplus, chunk_size, steps=None, documents=None):
         self.run, self.new = run, run.new
+        self.inputs, self.dt_softplus = inputs, dt_softplus
+        self.steps, self.documents = steps, documents
+        x, dt, _, B, C, *_ = inputs
         self.batch, self.length, self.heads = dt.shape
         self.P, self.N = x.shape[-1], B.shape[-1]
         self.shares = {"SX": self.heads // x.shape[2], "SB": self.heads // B.shape[2], "SC": self.heads // C.shape[2]}
@@ -658,28 +679,33 @@ class _Scan:
         self.per_segment = -(-per_segment // SLOTS) * SLOTS
         self.segments = -(-self.chunks // self.per_segment)
 
-    def steps(self, dt, dt_bias, A, seq_idx, softplus):
-        """Step sizes and decays (B, H, chunks * Q, 2) and document numbers (B, chunks * Q; empty without seq_idx)."""
-        steps = self.new(self.batch, self.heads, self.chunks * self.Q, 2)
-        documents = self.new(*(0,) if seq_idx is None else (self.batch, self.chunks * self.Q), dtype=torch.int32)
+    def sizes(self):
+        """L, H and the number of chunks, as most kernels take them."""
+        return self.length, self.heads, self.chunks
+
+    def find_steps(self, seq_idx):
+        """Launch _steps_kernel, for `steps` and `documents`."""
+        dt, A, dt_bias = self.inputs.dt, self.inputs.A, self.inputs.dt_bias
+        self.steps = self.new(self.batch, self.heads, self.chunks * self.Q, 2)
+        shape = (0,) if seq_idx is None else (self.batch, self.chunks * self.Q)
+        self.documents = self.new(*shape, dtype=torch.int32)
         block = min(16, power_of_2(self.heads))
         self.run(
             _steps_kernel, (self.batch * self.chunks, -(-self.heads // block)),
-            dt, dt_bias, A, seq_idx, steps, documents,
-            *dt.stride(), *((0, 0) if seq_idx is None else seq_idx.stride()), self.length, self.heads, self.chunks,
-            SOFTPLUS=softplus, HAS_BIAS=dt_bias is not None, HAS_SEQ=seq_idx is not None, Q=self.Q, BLOCK_H=block,
-            num_warps=4,
+            dt, dt_bias, A, seq_idx, self.steps, self.documents,
+            *dt.stride(), *((0, 0) if seq_idx is None else seq_idx.stride()), *self.sizes(),
+            SOFTPLUS=self.dt_softplus, HAS_BIAS=dt_bias is not None, HAS_SEQ=seq_idx is not None, Q=self.Q,
+            BLOCK_H=block, num_warps=4,
         )  # fmt: skip
-        return steps, documents
 
-    def entering(self, u, v, steps, documents, initial, *, reverse):
+    def entering(self, u, v, initial, *, reverse):
         """The states that enter the segments of a walk, (B, H, segments, P, N), or None for zeros."""
         if self.segments == 1:
             return initial
         rows, size = self.batch * self.heads, self.P * self.N
         slots = self.segments * SLOTS
         totals = self.new(rows, slots, size), self.new(rows, slots)
-        self.walk(u, v, steps, documents, reverse=reverse, totals=totals)
+        self.walk(u, v, reverse=reverse, totals=totals)
         entering = self.new(rows, self.segments, size)
         self.run(
             _segments_kernel, (rows, -(-size // 1024)),
@@ -688,100 +714,96 @@ class _Scan:
         )  # fmt: skip
         return entering
 
-    def walk(self, u, v, steps, documents, *, reverse, entering=None, final=None, states=None, totals=None):
+    def walk(self, u, v, *, reverse, entering=None, final=None, states=None, totals=None):
         """Launch _state_kernel: for totals, or else for states and the final one."""
         parts, per_part, programs = self.segments, self.per_segment, self.segments
         if totals is not None:
             parts, per_part, programs = parts * SLOTS, per_part // SLOTS, (parts - 1) * SLOTS
         self.run(
             _state_kernel, (self.batch * self.heads, programs),
-            u, v, steps, documents, entering, final, states, *(totals or (None, None)),
-            *u.stride()[:3], *v.stride()[:3], self.length, self.heads, self.chunks, parts, per_part,
+            u, v, self.steps, self.documents, entering, final, states, *(totals or (None, None)),
+            *u.stride()[:3], *v.stride()[:3], *self.sizes(), parts, per_part,
             SU=self.heads // u.shape[2], SV=self.heads // v.shape[2], REVERSE=reverse, TOTALS=totals is not None,
             HAS_ENTERING=entering is not None, HAS_FINAL=final is not None, STATES=states is not None,
-            HAS_SEQ=documents.numel() > 0, **self.common, **config("state", self.N),
+            HAS_SEQ=self.documents.numel() > 0, **self.common, **config("state", self.N),
         )  # fmt: skip
 
 
-def _forward(
-    run, x, dt, A, B, C, D, dt_bias, initial_state, seq_idx, dt_softplus, return_final_state, chunk_size, training
-):
-    scan = _Scan(run, x, dt, B, C, chunk_size)
-    batch, length, heads, P, N = scan.batch, scan.length, scan.heads, scan.P, scan.N
-    steps, documents = scan.steps(dt, dt_bias, A, seq_idx, dt_softplus)
-    entering = scan.entering(x, B, steps, documents, initial_state, reverse=False)
+def _forward(run, *args):
+    *inputs, initial_state, seq_idx, dt_softplus, return_final_state, chunk_size, training = args
+    x, dt, _, B, C, D, _ = inputs = _Inputs(*inputs)
+    scan = _Scan(run, inputs, dt_softplus, chunk_size)
+    scan.find_steps(seq_idx)
+    entering = scan.entering(x, B, initial_state, reverse=False)
+    steps, documents = scan.steps, scan.documents
 
-    out = run.new(batch, length, heads, P, dtype=x.dtype)
+    batch, heads, P, N = scan.batch, scan.heads, scan.P, scan.N
+    out = run.new(*dt.shape, P, dtype=x.dtype)
     states = run.new(*(batch, scan.chunks, heads, P, N) if training else (0,), dtype=x.dtype)
     final = run.new(*(batch, heads, P, N) if return_final_state else (0,))
-    strides = (*x.stride()[:3], *B.stride()[:3], *C.stride()[:3])
     options = {"HAS_D": D is not None, "HAS_SEQ": seq_idx is not None, **scan.common}
     if training and scan.one_score_tile:
-        scan.walk(
-            x, B, steps, documents, reverse=False, entering=entering,
-            final=final if return_final_state else None, states=states,
-        )  # fmt: skip
+        last = final if return_final_state else None
+        scan.walk(x, B, reverse=False, entering=entering, final=last, states=states)
         run(
             _output_kernel, scan.per_chunk,
-            x, B, C, D, steps, documents, states, out, *strides, length, heads, scan.chunks,
+            x, B, C, D, steps, documents, states, out, *inputs.strides(), *scan.sizes(),
             HEADS=scan.together, SX=scan.shares["SX"], **options, **config("output", N),
         )  # fmt: skip
     else:
         run(
             _forward_kernel, (batch * heads, scan.segments),
-            x, B, C, D, steps, documents, entering, out, final, states, *strides,
-            length, heads, scan.chunks, scan.segments, scan.per_segment, HAS_ENTERING=entering is not None,
+            x, B, C, D, steps, documents, entering, out, final, states, *inputs.strides(),
+            *scan.sizes(), scan.segments, scan.per_segment, HAS_ENTERING=entering is not None,
             HAS_FINAL=return_final_state, STATES=training, **scan.shares, **options, **config("forward", N),
         )  # fmt: skip
     if training and run.dry:
-        _gradients(
-            run, out, None, x, dt, A, B, C, D, dt_bias, states, steps, documents, dt_softplus,
-            initial_state is not None and initial_state.requires_grad, chunk_size,
-        )  # fmt: skip
+        initial_grad = initial_state is not None and initial_state.requires_grad
+        _gradients(run, out, None, *inputs, states, steps, documents, dt_softplus, initial_grad, chunk_size)
     if not training:
         steps, documents = run.new(0), run.new(0, dtype=torch.int32)
     return out, final, states, steps, documents
 
 
-def _gradients(
-    run, dy, d_final, x, dt, A, B, C, D, dt_bias, states, steps, documents, dt_softplus, initial_grad, chunk_size
-):  # fmt: skip
-    scan = _Scan(run, x, dt, B, C, chunk_size)
-    batch, length, heads, P, N = scan.batch, scan.length, scan.heads, scan.P, scan.N
-    entering = scan.entering(dy, C, steps, documents, d_final, reverse=True)
+def _gradients(run, dy, d_final, *args):
+    *inputs, states, steps, documents, dt_softplus, initial_grad, chunk_size = args
+    x, dt, A, B, C, D, dt_bias = inputs = _Inputs(*inputs)
+    scan = _Scan(run, inputs, dt_softplus, chunk_size, steps, documents)
+    entering = scan.entering(dy, C, d_final, reverse=True)
+    batch, heads, N = scan.batch, scan.heads, scan.N
     adjoints = run.like(states)
-    d_initial = run.new(batch, heads, P, N) if initial_grad else None
-    scan.walk(dy, C, steps, documents, reverse=True, entering=entering, final=d_initial, states=adjoints)
+    d_initial = run.new(batch, heads, scan.P, N) if initial_grad else None
+    scan.walk(dy, C, reverse=True, entering=entering, final=d_initial, states=adjoints)
 
     dx, dB, dC, ddt = map(run.like, (x, B, C, dt))
     d_heads = run.new(3, *steps.shape[:-1])  # of A, dt_bias and D, token by token
     d_plane = d_heads.stride(0)
-    sizes = (length, heads, scan.chunks)
-    strides = (*x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *dy.stride()[:3])
+    strides = *inputs.strides(), *dy.stride()[:3], *dt.stride()
     options = {"HEADS": scan.together, "HAS_SEQ": documents.numel() > 0, **scan.common}
     through = {"HAS_D": D is not None, "HAS_BIAS": dt_bias is not None, "SOFTPLUS": dt_softplus}
     if scan.one_score_tile and scan.shares["SX"] == 1:
         d_steps, d_decays = run.like(steps), run.new(*steps.shape[:-1])
+        stages = {"STAGES": loop_stages(N)}
         run(
             _entering_kernel, scan.per_chunk,
-            C, dy, steps, documents, states, adjoints, dC, d_decays, *C.stride()[:3], *dy.stride()[:3], *sizes,
-            **options, STAGES=loop_stages(N), **config("entering", N),
+            C, dy, steps, documents, states, adjoints, dC, d_decays, *C.stride()[:3], *dy.stride()[:3], *scan.sizes(),
+            **options, **stages, **config("entering", N),
         )  # fmt: skip
         run(
             _leaving_kernel, scan.per_chunk,
-            x, B, steps, documents, adjoints, dx, dB, d_steps, *x.stride()[:3], *B.stride()[:3], *sizes,
+            x, B, steps, documents, adjoints, dx, dB, d_steps, *x.stride()[:3], *B.stride()[:3], *scan.sizes(),
             **options, **config("leaving", N),
         )  # fmt: skip
         run(
             _within_kernel, scan.per_chunk,
             x, B, C, D, dy, dt, dt_bias, A, steps, documents, d_steps, d_decays, dx, dB, dC, ddt, d_heads,
-            *strides, *dt.stride(), *sizes, d_plane, **options, **through, STAGES=loop_stages(N), **config("within", N),
+            *strides, *scan.sizes(), d_plane, **options, **through, **stages, **config("within", N),
         )  # fmt: skip
     else:
         run(
             _backward_kernel, scan.per_chunk,
             x, B, C, D, dy, dt, dt_bias, A, steps, documents, states, adjoints, dx, dB, dC, ddt, d_heads,
-            *strides, *dt.stride(), *sizes, d_plane, **scan.shares, **options, **through, STAGES=2,
+            *strides, *scan.sizes(), d_plane, **scan.shares, **options, **through, STAGES=2,
             **config("backward", N),
         )  # fmt: skip
     sums = run.new(3, heads)
@@ -817,9 +839,9 @@ def ssd_scan_backward(
     )  # fmt: skip
 
 
-def _fake_gradients(
-    dy, d_final, x, dt, A, B, C, D, dt_bias, states, steps, documents, dt_softplus, initial_grad, chunk_size
-):  # fmt: skip
+def _fake_gradients(dy, d_final, *args):
+    *inputs, _, _, _, _, initial_grad, _ = args
+    x, dt, _, B, C, *_ = inputs
     batch, _, heads = dt.shape
     f32 = {"dtype": torch.float32}
     d_initial = x.new_empty(batch, heads, x.shape[-1], B.shape[-1], **f32) if initial_grad else x.new_empty(0, **f32)
@@ -858,7 +880,9 @@ def ssd_scan(
     )  # fmt: skip
 
 
-def _fake(x, dt, A, B, C, D, dt_bias, initial_state, seq_idx, dt_softplus, return_final_state, chunk_size, training):
+def _fake(*args):
+    *inputs, _, seq_idx, _, return_final_state, chunk_size, training = args
+    x, dt, _, B, *_ = inputs
     batch, length, heads = dt.shape
     P, N, Q = x.shape[-1], B.shape[-1], chunk_length(B.shape[-1], x.dtype, chunk_size)
     chunks = (length + Q - 1) // Q
@@ -871,21 +895,20 @@ def _fake(x, dt, A, B, C, D, dt_bias, initial_state, seq_idx, dt_softplus, retur
 
 
 def _save(ctx, inputs, output):
-    x, dt, A, B, C, D, dt_bias, initial_state, _, ctx.dt_softplus, ctx.return_final_state, ctx.chunk_size, _ = inputs
-    _, _, states, steps, documents = output
+    *inputs, initial_state, _, ctx.dt_softplus, _, ctx.chunk_size, _ = inputs
     ctx.set_materialize_grads(False)  # else zeros are made for every output that is only for the backward pass
-    ctx.save_for_backward(x, dt, A, B, C, D, dt_bias, states, steps, documents)
+    ctx.save_for_backward(*inputs, *output[2:])
     ctx.initial_dtype = None if initial_state is None else initial_state.dtype
 
 
 def _backward(ctx, dy, d_final, *_):
-    x, dt, A, B, C, D, dt_bias, states, steps, documents = ctx.saved_tensors
+    x, dt, A, _, _, D, dt_bias, *_ = ctx.saved_tensors
     initial_grad = ctx.initial_dtype is not None and ctx.needs_input_grad[7]
     if dy is None:
         dy = x.new_zeros(*dt.shape, x.shape[-1])
     dx, ddt, dB, dC, d_initial, d_heads = ssd_scan_backward(
-        dy, None if d_final is None else d_final.contiguous(),
-        x, dt, A, B, C, D, dt_bias, states, steps, documents, ctx.dt_softplus, initial_grad, ctx.chunk_size,
+        dy, None if d_final is None else d_final.contiguous(), *ctx.saved_tensors,
+        ctx.dt_softplus, initial_grad, ctx.chunk_size,
     )  # fmt: skip
     dA, d_bias, dD = d_heads.unbind(0)
     return (
