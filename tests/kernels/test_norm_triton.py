@@ -14,7 +14,7 @@ from transpoint.kernels import norm_triton  # noqa: E402
 
 # Of ||got - want|| / ||want||.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-EXAMPLES = 25 if torch.cuda.is_available() else 50  # where most of them are compiled
+EXAMPLES = 25 if torch.cuda.is_available() else 30  # where most of them are compiled
 
 
 def assert_near(got, want, tolerance, name=""):
@@ -59,6 +59,7 @@ def check(args, tolerance=None, upstream=None, **options):
         assert_near(a, b, tolerance, f"d{name}")
 
 
+@pytest.mark.slow
 @settings(max_examples=EXAMPLES)
 @given(data=st.data())
 def test_values_and_gradients(device, data):
@@ -68,7 +69,7 @@ def test_values_and_gradients(device, data):
     groups, size = draw([1, 2, 3, 6, 8, 9]), draw([2, 5, 8, 16, 20, 64])
     dtype = draw([torch.float32, torch.float16, torch.bfloat16])
     args = make(
-        draw([(), (1,), (7,), (2, 3), (40,), (2, 1, 33)]),
+        draw([(), (1,), (7,), (2, 3), (20,), (2, 1, 17)]),
         groups * size,
         device,
         dtype=dtype,
