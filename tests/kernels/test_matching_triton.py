@@ -171,7 +171,8 @@ def test_zero_where_the_matrices_are_equal(device):
     got = with_gradients(mixing_distance, args, scale=1.0, dt_softplus=False, backend="triton")
     assert got["distance"].item() <= 2e-6 * got["norm"].item()
     for name in TRAINED[:-1]:  # from differences of the entries, which are all rounding
-        assert got[f"d{name}"].abs().max() < 1e-5, name
+        # A sums up all entries, each times its distance from the diagonal.
+        assert got[f"d{name}"].abs().max() < (1e-4 if name == "A" else 1e-5), name
 
 
 def test_views_of_one_wide_projection(device):
