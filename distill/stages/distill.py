@@ -33,16 +33,20 @@ def run(session: "Session", folder: "StageFolder") -> dict:
     trained_groups = groups(student, session.recipe)
     if not trained_groups:
         raise RunError("distill trains nothing: every group's learning rate is 0; set distill.groups or distill.lora")
-    if settings.teacher_cache:
-        cached = session.cached_targets
+    cached = session.cached_targets() if settings.teacher_cache else None
+    head = None
+    if cached is not None:
         session.say(f"distill: the teacher is read from {settings.teacher_cache}: {cached.summary}")
-        # A copy, which stays when the teacher leaves the device.
-        head = copy.deepcopy(output_head(session.teacher, check=False)) if cached.index["hidden"] else None
-        objective: Objective = CachedDistillation(student, settings, cached.index["vocab_size"], head)
-    else:
-        objective = Distillation(session.teacher, student, settings)
+        if cached.index["hidden"]:  # a copy, which stays when the teacher leaves the device
+            head = copy.deepcopy(output_head(session.teacher, check=False))
+
+    def objective(teacher) -> "Objective":
+        if cached is None:
+            return Distillation(teacher, student, settings)
+        return CachedDistillation(student, settings, cached.index["vocab_size"], head)
+
     if not has_trans_points(student):
-        return train_student(session, folder, student, objective, trained_groups)
+        return train_student(session, folder, student, trained_groups, objective, cached)
     schedules = resolve(student, [session.recipe.student.trans_points, *settings.sample_schedules])
     trained = {name: written(points) for name, points in schedules.items()} if settings.steps else {}
     student.config.measured_trans_points = [
@@ -53,7 +57,8 @@ def run(session: "Session", folder: "StageFolder") -> dict:
         targets, recipe = list(schedules.values()), session.recipe
         return trans_points_in_step(step, targets, recipe.data.length, settings, recipe.run.seed)
 
-    return train_student(session, folder, student, objective, trained_groups, trans_points) | {"schedules": trained}
+    done = train_student(session, folder, student, trained_groups, objective, cached, trans_points)
+    return done | {"schedules": trained}
 
 
 def groups(student, recipe) -> "list[ParameterGroup]":
@@ -74,7 +79,7 @@ def operations(teacher, student, length: int) -> float:
 def look_ahead(session: "Session") -> None:
     """A cache of the teacher's predictions that does not fit is refused before the stages before it run."""
     if session.recipe.distill.teacher_cache:
-        session.check_cached_targets()
+        session.cached_targets()
 
 
 DISTILL = Stage(

@@ -26,8 +26,8 @@ def run(session: "Session", folder: "StageFolder") -> dict:
     from .training import trained
 
     student = session.student_before("orient").train()
-    objective = Orientation(session.teacher, student)
-    return trained(session, folder, student, objective, groups(student, session.recipe))
+    own = groups(student, session.recipe)
+    return trained(session, folder, student, own, lambda teacher: Orientation(teacher, student))
 
 
 def groups(student, recipe) -> "list[ParameterGroup]":

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -28,7 +28,6 @@ from ..run.folder import StageFolder
 from ..run.identity import identity
 from ..tokenizers import save_tokenizer
 from ..train.preflight import check_vocabulary
-from ..train.protocols import Objective
 from .pipeline import student_before
 from .processes import make_accelerator, precision
 
@@ -44,6 +43,9 @@ class Session:
         self.console = console or Console(quiet=not self.accelerator.is_main_process)
         self.on_step: Callable[[int], None] | None = None
         self.exports = False  # whether this run goes on to the export
+        self._loaded: tuple[PreTrainedModel, Any] | None = None
+        self._held_out: HeldOut | None = None
+        self._cached_targets: CachedTargets | None = None
 
     def folder(self, stage: str) -> StageFolder:
         return StageFolder(self.root, stage)
@@ -51,22 +53,23 @@ class Session:
     def say(self, message: str | Text) -> None:
         self.console.print(message, highlight=False, markup=False, soft_wrap=True)
 
-    @cached_property
-    def _loaded(self):
-        settings = self.recipe.teacher
-        model, tokenizer = load_teacher(
-            settings.source, settings.dtype, self.accelerator.device, settings.trust_remote_code
-        )
-        check_vocabulary(tokenizer, model, "teacher")
-        return model.requires_grad_(False), tokenizer
-
     @property
     def teacher(self) -> PreTrainedModel:
-        return self._loaded[0]
+        return self._load()[0]
 
     @property
     def tokenizer(self):
-        return self._loaded[1]
+        return self._load()[1]
+
+    def _load(self) -> tuple[PreTrainedModel, Any]:
+        if self._loaded is None:
+            settings = self.recipe.teacher
+            model, tokenizer = load_teacher(
+                settings.source, settings.dtype, self.accelerator.device, settings.trust_remote_code
+            )
+            check_vocabulary(tokenizer, model, "teacher")
+            self._loaded = model.requires_grad_(False), tokenizer
+        return self._loaded
 
     @cached_property
     def _rows_to_check(self) -> int | None:
@@ -92,22 +95,23 @@ class Session:
         self.say(f"train text: {dataset.summary()}")
         return dataset
 
-    @cached_property
     def cached_targets(self) -> CachedTargets:
-        """The training data with the teacher's cached predictions, checked against the recipe."""
-        # A recipe with a cache does not stream.
-        dataset, folder = cast(PackedDataset, self.train_data), cast(str, self.recipe.distill.teacher_cache)
-        # One process reads all of the cache to find out whether it is whole.
-        cached = CachedTargets(dataset, folder, verify=self.accelerator.is_main_process)
-        cached.check(self.recipe, output_head(self.teacher, check=False))
-        return cached
+        """The training data with the teacher's cached predictions, checked against the recipe the first time."""
+        if self._cached_targets is None:
+            # A recipe with a cache does not stream.
+            dataset, folder = cast(PackedDataset, self.train_data), cast(str, self.recipe.distill.teacher_cache)
+            # One process reads all of the cache to find out whether it is whole.
+            cached = CachedTargets(dataset, folder, verify=self.accelerator.is_main_process)
+            cached.check(self.recipe, output_head(self.teacher, check=False))
+            self._cached_targets = cached
+        return self._cached_targets
 
     @contextmanager
-    def teacher_in_training(self, objective: Objective) -> Iterator[None]:
-        """The teacher in the dtype and, where processes share it, the share that training has of it meanwhile.
+    def teacher_for_training(self) -> Iterator[None]:
+        """Meanwhile `teacher` is in the dtype and, where processes share it, the share that training has of it.
 
-        If that is not what it was loaded as, whoever asks for the teacher afterwards gets it loaded again, and the
-        objective is without.
+        If that is not what it was loaded as, it is given up at the end: whoever asks for the teacher afterwards gets it
+        loaded again. So nothing that is made of it in here may outlive this.
         """
         settings, device = self.recipe.teacher, self.accelerator.device
         dtype = self.recipe.training_dtype(on_gpu=device.type == "cuda")
@@ -122,9 +126,7 @@ class Session:
         try:
             yield
         finally:
-            objective.beside = ()
-            for name in ("_loaded", "held_out"):
-                self.__dict__.pop(name, None)
+            self._loaded = self._held_out = None
             gc.collect()  # hooks of shared layers refer back to them
             if device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -144,9 +146,12 @@ class Session:
     def _held_out_data(self) -> PackedDataset:
         return self._packed("heldout", self.recipe.data.heldout, self.recipe.data.max_heldout_tokens)
 
-    @cached_property
+    @property
     def held_out(self) -> HeldOut:
-        return HeldOut(self._held_out_data, self.recipe.evaluate.sequences, self.tokenizer, self.teacher)
+        if self._held_out is None:
+            sequences = self.recipe.evaluate.sequences
+            self._held_out = HeldOut(self._held_out_data, sequences, self.tokenizer, self.teacher)
+        return self._held_out
 
     def _packed(self, name: str, sources: list[str], max_tokens: int | None) -> PackedDataset:
         data = self.recipe.data
@@ -165,10 +170,6 @@ class Session:
             check_tokens(corpus.tokens, self._rows_to_check, self.tokenizer, ", ".join(corpus.sources))
         self.say(f"{name} text: {corpus.summary()}")
         return PackedDataset(corpus, data.length)
-
-    def check_cached_targets(self) -> None:
-        """Raises where the cache of the teacher's predictions does not fit this run."""
-        self.cached_targets  # noqa: B018
 
     def student_before(self, stage: str) -> HybridForCausalLM:
         """The student that a stage starts from."""

@@ -4,10 +4,11 @@ from collections.abc import Callable
 from contextlib import closing
 
 import torch
+from transformers import PreTrainedModel
 
 from ...students import HybridForCausalLM
 from ..data.streaming import StreamedDataset
-from ..data.teacher_cache import CachedDistillation
+from ..data.teacher_cache import CachedTargets
 from ..run.folder import StageFolder
 from ..train.engines import cut_up
 from ..train.flops import peak_flops
@@ -25,50 +26,45 @@ def trained(
     session: Session,
     folder: StageFolder,
     student: HybridForCausalLM,
-    objective: Objective,
     groups: list[ParameterGroup],
+    objective: Callable[[PreTrainedModel], Objective],
+    cached: CachedTargets | None = None,
     trans_points: Callable[[int], list] | None = None,
 ) -> dict:
-    """Trains, saves and measures. `trans_points`: the schedule of each step; the student is saved at its own."""
-    settings = getattr(session.recipe, folder.stage)
+    """Trains, saves and measures.
+
+    Args:
+        objective: takes the teacher, makes what is minimised.
+        cached: the data where it holds the teacher's predictions, and the teacher itself is not needed.
+        trans_points: the schedule of each step; the student is saved at its own.
+    """
+    settings, accelerator = getattr(session.recipe, folder.stage), session.accelerator
 
     def before_step(step: int) -> None:
         if trans_points is not None:
             student.set_trans_points(trans_points(step), warn=False)
 
-    cached = session.cached_targets if isinstance(objective, CachedDistillation) else None
-    teacher = session.teacher if cached is None else None
-    dataset: TrainingData = session.train_data if cached is None else cached
-    accelerator, gpu = session.accelerator, gpu_name(session.accelerator.device)
     only_these_train(student, groups)
-    check_vocabulary(session.tokenizer, student, "student")
-    check_disk(session.root, groups, student, settings)
-    processes = accelerator.num_processes, cut_up(accelerator)
-    session.console.print(what_will_run(folder.stage, groups, student, teacher, session.recipe, *processes, gpu))
+    use = _look_ahead(session, folder, student, groups, cached)
+    dataset: TrainingData = session.train_data if cached is None else cached
     tracking = Tracking(accelerator, session.recipe, folder.stage, folder)
-    cost = flops_per_token(folder.stage, teacher, student, session.recipe.data.length)
-    peak = peak_flops(gpu, torch.bfloat16 if session.precision == "bf16" else torch.float32) if gpu else None
 
     def log(figures: dict) -> None:
-        if peak is not None and cost is not None:
-            figures["mfu"] = cost * figures["tokens_per_second"] / (peak * accelerator.num_processes)
-        if gpu is not None:
-            figures["memory"] = torch.cuda.max_memory_allocated()
+        figures |= use(figures)
         tracking.log(figures)
 
-    del teacher  # or it would be held while it is loaded again
     with (
         at_trans_points(student),
-        session.teacher_in_training(objective) if cached is None else session.teacher_off_device(),
+        session.teacher_for_training() if cached is None else session.teacher_off_device(),
         closing(tracking),
     ):
         outcome = train(
-            objective,
+            objective(session.teacher),  # held by nothing here: it goes with the teacher that training has
             groups,
             settings,
             dataset,
             folder,
-            session.accelerator,
+            accelerator,
             session.console,
             session.recipe.run.seed,
             session.on_step,
@@ -92,9 +88,39 @@ def trained(
         whole.load_state_dict(outcome.weights, strict=False)
         merge(whole)
         session.save(whole, folder)
-        session.accelerator.wait_for_everyone()
+        accelerator.wait_for_everyone()
         student = session.student(folder.stage)
     record = {"training": outcome.figures, "quality": session.measure(student, folder.stage)}
     if cached is not None:
         record["teacher_cache"] = {name: cached.index[name] for name in ("k", "kl", "rest_mass")}
     return record
+
+
+def _look_ahead(
+    session: Session,
+    folder: StageFolder,
+    student: HybridForCausalLM,
+    groups: list[ParameterGroup],
+    cached: CachedTargets | None,
+) -> Callable[[dict], dict]:
+    """Says what will be trained and what that needs, and refuses what cannot end well. Returns what a device's use of a
+    step is found by, from the step's figures."""
+    settings, accelerator = getattr(session.recipe, folder.stage), session.accelerator
+    teacher, gpu = session.teacher if cached is None else None, gpu_name(accelerator.device)
+    check_vocabulary(session.tokenizer, student, "student")
+    check_disk(session.root, groups, student, settings)
+    processes = accelerator.num_processes
+    what = what_will_run(folder.stage, groups, student, teacher, session.recipe, processes, cut_up(accelerator), gpu)
+    session.console.print(what)
+    if gpu is None:
+        return lambda figures: {}
+    cost = flops_per_token(folder.stage, teacher, student, session.recipe.data.length)
+    peak = peak_flops(gpu, torch.bfloat16 if session.precision == "bf16" else torch.float32)
+
+    def use(figures: dict) -> dict:
+        found: dict = {"memory": torch.cuda.max_memory_allocated()}
+        if peak is not None and cost is not None:
+            found["mfu"] = cost * figures["tokens_per_second"] / (peak * processes)
+        return found
+
+    return use

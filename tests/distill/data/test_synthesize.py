@@ -277,7 +277,7 @@ def test_a_kill_loses_one_batch_at_most(folder):
     sample(folder.parent / "whole")
     script = f"""
 import os, signal, sys
-from transpoint.distill import synthesize
+from transpoint.distill.data import synthesize
 from transpoint.distill.cli import main
 original = synthesize.write_json
 def kill(path, record):

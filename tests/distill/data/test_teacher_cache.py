@@ -161,7 +161,7 @@ def test_shards_are_read_where_they_are_needed(tmp_path):
     script = f"""
 import resource, torch
 from safetensors.torch import save_file
-from transpoint.distill import teacher_cache as t
+from transpoint.distill.data import teacher_cache as t
 n, L, k = 64, 512, 512
 save_file({{"items": torch.arange(n), "ids": torch.zeros(n, L, k, dtype=torch.int32),
            "logprobs": torch.zeros(n, L, k), "rest": torch.zeros(n, L)}}, {str(tmp_path / "shard-00000.safetensors")!r})
@@ -441,7 +441,7 @@ write_shard = teacher_cache._write
 def test_a_kill_loses_nothing_that_was_written(folder, uninterrupted):
     script = f"""
 import os, signal, sys
-from transpoint.distill import teacher_cache
+from transpoint.distill.data import teacher_cache
 from transpoint.distill.cli import main
 original, calls = teacher_cache._targets, []
 def kill(*args):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -571,10 +572,25 @@ def test_a_bfloat16_teacher_has_a_float32_student(precision, tmp_path, run_tiny)
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
 
 
-def test_a_teacher_in_another_precision_while_a_stage_trains(tiny_copy, run_tiny):
+def test_a_teacher_in_another_precision_while_a_stage_trains(tiny_copy, run_tiny, monkeypatch):
     """It is transferred and measured as it was loaded; the teacher of training is recognisably rounded."""
-    exact = metrics(tiny_copy, "align")
+    exact, loaded = metrics(tiny_copy, "align"), []
+    load, measure = session_module.load_teacher, Session.measure
+
+    def remembered(*args):
+        model, tokenizer = load(*args)
+        loaded.append(weakref.ref(model))
+        return model, tokenizer
+
+    def measured(session, *args):
+        if len(loaded) > 1:  # of the one that was rounded nothing is left, or a device would hold both
+            assert loaded[0]() is None
+        return measure(session, *args)
+
+    monkeypatch.setattr(session_module, "load_teacher", remembered)
+    monkeypatch.setattr(Session, "measure", measured)
     output = run_tiny(tiny_copy, "teacher.training_dtype=bfloat16", until_stage="align")
+    assert len(loaded) == 2
     assert "transfer: done before, reused" in output and "calibrate: done before, reused" in output
     losses, rounded = ([line["loss"] for line in lines] for lines in (exact, metrics(tiny_copy, "align")))
     assert losses != rounded and rounded == pytest.approx(losses, rel=5e-2)

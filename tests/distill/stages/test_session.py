@@ -19,12 +19,12 @@ def test_the_teacher_of_training(processes, dtype, tmp_path, monkeypatch):
     options = [f"run.dir={tmp_path}", "teacher.share=true", f"teacher.training_dtype={dtype}", "run.device=cpu"]
     session = Session(load_recipe(TINY, options))
     session.accelerator = SimpleNamespace(num_processes=processes, device=torch.device("cpu"))
-    teacher, objective = session.teacher, SimpleNamespace(beside=("teacher",))
+    teacher = session.teacher
     changes = processes > 1 or dtype == "bfloat16"
-    with session.teacher_in_training(objective):
+    with session.teacher_for_training():
         assert shared == ([teacher] if processes > 1 else [])
-        assert teacher is session.teacher and objective.beside
+        assert teacher is session.teacher
         wanted = torch.bfloat16 if dtype == "bfloat16" else torch.float32
         assert {parameter.dtype for parameter in teacher.parameters()} == {wanted}
-    assert (session.teacher is teacher) != changes and objective.beside == (() if changes else ("teacher",))
+    assert (session.teacher is teacher) != changes
     assert {parameter.dtype for parameter in session.teacher.parameters()} == {torch.float32}
