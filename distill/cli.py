@@ -111,7 +111,7 @@ def plan(options) -> None:
     longest = getattr(teacher.config, "max_position_embeddings", None)
     check_schedules(recipe, teacher.config.num_hidden_layers, longest)
     student, transfers = plan_student(teacher, recipe.student)
-    mixers = cast("list[str]", student.config.mixers)
+    mixers = student.config.mixers
     points = student.trans_points if have_trans_points(mixers) else None
     table = Table("layer", "mixer", *(["TransPoint"] if points else []), title="layer plan")
     for layer, mixer in enumerate(mixers):
@@ -266,10 +266,11 @@ def generate(options) -> None:
 def figure(options) -> None:
     import math
 
-    from ..students import HybridConfig, plan_student
+    from ..students import plan_student
     from ..students.modeling.configuration_transmamba import fixed_point
     from ..teachers import load_teacher
     from .config import load_recipe
+    from .models import load_config
     from .report.figure import draw
 
     path = _model_folder(options.model)
@@ -279,12 +280,11 @@ def figure(options) -> None:
         teacher, _ = load_teacher(settings.source, settings.dtype, trust_remote_code=settings.trust_remote_code)
         config = plan_student(teacher, recipe.student)[0].config
     else:
-        config = HybridConfig.from_pretrained(path)
-    mixers = cast("list[str]", config.mixers)
-    points = config.trans_points or [None] * len(mixers)
-    points = [fixed_point(mixer, point) for mixer, point in zip(mixers, points, strict=True)]
+        config = load_config(path)
+    points = config.trans_points or [None] * len(config.mixers)
+    points = [fixed_point(mixer, point) for mixer, point in zip(config.mixers, points, strict=True)]
     points = [math.inf if point == "inf" else point for point in points]
-    print(draw(mixers, points, options.out, options.tokens))
+    print(draw(config.mixers, points, options.out, options.tokens))
 
 
 def cache_teacher(options) -> None:

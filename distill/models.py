@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..students import HybridForCausalLM
+from ..students import HybridConfig, HybridForCausalLM
 from ..students.modeling.configuration_mixers import have_trans_points, names_with_trans_points
 from ..teachers import incomplete
 from .errors import RunError
@@ -58,6 +58,15 @@ def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrai
     """The tokenizer beside a model. Raises RunError if it cannot be loaded."""
     with _naming(path):
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+
+
+def load_config(path: str | Path) -> HybridConfig:
+    """The config of a student, with its layer plan. Raises RunError for anything else."""
+    with _naming(path):
+        fields, _ = HybridConfig.get_config_dict(path)
+    if "mixers" not in fields:
+        raise RunError(f"model '{path}' has no layer plan: name a run, a recipe, a run's student or a custom export")
+    return HybridConfig.from_dict(fields)
 
 
 @contextmanager
@@ -109,7 +118,7 @@ def generated(model: PreTrainedModel, **inputs: torch.Tensor) -> torch.Tensor:
 
 
 def has_trans_points(model: PreTrainedModel) -> bool:
-    return have_trans_points(getattr(model.config, "mixers", None))
+    return have_trans_points(getattr(model.config, "mixers", ()))
 
 
 def _model_type(folder: Path) -> str | None:

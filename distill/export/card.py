@@ -4,7 +4,7 @@ import dataclasses
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import yaml
 from jinja2 import Environment, StrictUndefined
@@ -34,7 +34,7 @@ def write_card(
 ) -> None:
     """Writes README.md into an exported folder. `figures` are those of `export.verify`."""
     teacher = facts.teacher or TeacherInfo("an unnamed teacher")
-    mixers = cast("list[str]", student.config.mixers)
+    mixers = student.config.mixers
     kinds = kinds_in(mixers)
     front = {
         "license": teacher.license or "unknown",

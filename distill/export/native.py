@@ -52,7 +52,7 @@ def why_not(student: HybridForCausalLM) -> str | None:
         return f"{_ONE_FORM}; use format custom"
     if config.base_model_type not in NATIVE_FAMILIES:
         return f"it holds what {', '.join(NATIVE_FAMILIES)} have, not {config.base_model_type}; use format custom"
-    if others := set(cast("list[str]", config.mixers)) - {"attention", "mamba2"}:
+    if others := set(config.mixers) - {"attention", "mamba2"}:
         return f"it holds Mamba-2 layers, not {', '.join(sorted(others))}"
     mixer = mixers[0]
     lacking = [
@@ -117,7 +117,7 @@ def native_config(student: HybridForCausalLM) -> GraniteMoeHybridConfig:
     """The GraniteMoeHybrid config that holds this student."""
     config, layers = student.config, student.get_decoder().layers
     mixer = next(cast(Mamba2Mixer, mixer) for mixer in student.mixer_layers() if mixer is not None)
-    types = ["full_attention" if m == "attention" else "linear_attention" for m in cast("list[str]", config.mixers)]
+    types = ["full_attention" if m == "attention" else "linear_attention" for m in config.mixers]
     head_dim, heads = mixer.head_dim, mixer.num_heads
     return GraniteMoeHybridConfig(  # type: ignore[call-arg]  # its head_dim is not in the signature
         vocab_size=config.vocab_size,

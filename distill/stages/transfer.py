@@ -1,6 +1,6 @@
 """*transfer*: the student is built, and gets the teacher's weights."""
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from .stage import Stage
 
@@ -31,7 +31,7 @@ def run(session: "Session", folder: "StageFolder") -> dict:
             raise RunError(f"export.format={recipe.export.format} cannot hold this student: {reason}")
         kind.check_tokenizer(student, session.tokenizer)
         check_prompts(session.tokenizer, session.teacher, recipe)
-    if line := never_distilled(recipe, cast("list[str]", student.config.mixers), longest):
+    if line := never_distilled(recipe, student.config.mixers, longest):
         session.say(f"transfer: {line}")
     session.save(student, folder)
     if session.accelerator.is_main_process:

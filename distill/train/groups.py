@@ -1,6 +1,6 @@
 """Which parameters of a student a stage trains, in groups with their own learning rate and weight decay."""
 
-from typing import NotRequired, TypedDict, cast
+from typing import NotRequired, TypedDict
 
 from torch import nn
 
@@ -75,7 +75,7 @@ def group_of(name: str, student: HybridForCausalLM) -> str:
     parts = name.split(".")
     if (attention := student.config.attention_name) in parts:
         layer = int(parts[parts.index(attention) - 1])
-        return "attention" if cast("list[str]", student.config.mixers)[layer] == "attention" else "mixers"
+        return "attention" if student.config.mixers[layer] == "attention" else "mixers"
     if "mlp" in parts:
         return "mlp"
     if student.get_submodule(".".join(parts[:-1])) is student.get_output_embeddings():

@@ -41,7 +41,8 @@ class HybridConfig(PreTrainedConfig):
 
     Fields:
         base_model_type: the teacher's `model_type` ("llama"): whose module tree the student is.
-        mixers: for each layer what replaces self-attention, a name in `MIXERS`, or "attention" where it is kept.
+        mixers: for each layer what replaces self-attention, a name in `MIXERS`, or "attention" where it is kept, as it
+            is in all of them by default.
         mixer_options: keyword arguments of the mixer's class.
         geometry: of the attention that was there, as `Geometry` has it, and under "layers" what is other in single
             ones. None in students of earlier versions, which read it off the model.
@@ -58,8 +59,8 @@ class HybridConfig(PreTrainedConfig):
     model_type = MODEL_TYPE
 
     base_model_type: str | None = None
-    mixers: list[str] | None = None
-    mixer_options: dict | None = None
+    mixers: list[str] = None  # type: ignore[assignment]  # known with the number of layers
+    mixer_options: dict = None  # type: ignore[assignment]
     geometry: dict | None = None
     trans_points: Any = None
     measured_trans_points: list[dict] | None = None
@@ -69,7 +70,9 @@ class HybridConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        if self.mixers is not None and len(self.mixers) != self.num_hidden_layers:
+        self.mixers = ["attention"] * self.num_hidden_layers if self.mixers is None else self.mixers
+        self.mixer_options = {} if self.mixer_options is None else self.mixer_options
+        if len(self.mixers) != self.num_hidden_layers:
             raise ValueError(f"mixers names {len(self.mixers)} layers, the model has {self.num_hidden_layers}")
         if have_trans_points(self.mixers):
             self.set_trans_points(self.trans_points, warn=False)
@@ -89,7 +92,7 @@ class HybridConfig(PreTrainedConfig):
         # Where this file itself came with a checkpoint, transformers copies the code.
         if getattr(self, "auto_map", None) and __name__.startswith("transpoint."):
             self.auto_map = AUTO_MAP
-            write_code(Path(save_directory), self.mixers or ())
+            write_code(Path(save_directory), self.mixers)
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def set_trans_points(self, spec: Any, warn: bool = True) -> list[int | float]:
@@ -102,7 +105,7 @@ class HybridConfig(PreTrainedConfig):
         Raises:
             StudentError: spec is malformed, or no layer has a choice.
         """
-        if self.mixers is None or not have_trans_points(self.mixers):
+        if not have_trans_points(self.mixers):
             raise StudentError(
                 f"this student has no {names_with_trans_points()} layers, so there are no TransPoints to set"
             )

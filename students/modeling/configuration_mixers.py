@@ -123,6 +123,6 @@ def names_with_trans_points() -> str:
     return " or ".join(name for name, kind in MIXERS.items() if kind.trans_points)
 
 
-def have_trans_points(mixers: Iterable[str] | None) -> bool:
+def have_trans_points(mixers: Iterable[str]) -> bool:
     """Whether layers of these kinds have TransPoints that can be chosen."""
-    return any(mixer in MIXERS and MIXERS[mixer].trans_points for mixer in mixers or ())
+    return any(mixer in MIXERS and MIXERS[mixer].trans_points for mixer in mixers)

@@ -51,12 +51,11 @@ class HybridForCausalLM(_Teacher):
 
     def __init__(self, config: HybridConfig):
         super().__init__(config)
-        mixers, options = cast("list[str]", config.mixers), cast("dict", config.mixer_options)
         exact: set[str] = set()
-        for index, (layer, kind) in enumerate(zip(self.get_decoder().layers, mixers, strict=True)):
+        for index, (layer, kind) in enumerate(zip(self.get_decoder().layers, config.mixers, strict=True)):
             if kind != "attention":
                 name, mixer_class = config.attention_name, MIXERS[kind].load()
-                setattr(layer, name, mixer_class(getattr(layer, name), self.geometry(index), **options))
+                setattr(layer, name, mixer_class(getattr(layer, name), self.geometry(index), **config.mixer_options))
                 exact |= {f"{name}.{parameter}" for parameter in mixer_class.exact}
         # As decay, step and skip, which lose too much in bfloat16.
         self._keep_in_fp32_modules_strict = set(self._keep_in_fp32_modules_strict or ()) | exact
@@ -125,8 +124,7 @@ class HybridForCausalLM(_Teacher):
             StudentError: spec is malformed, or no layer has a choice.
         """
         points = self.config.set_trans_points(spec, warn)
-        kinds = cast("list[str]", self.config.mixers)
-        for kind, mixer, point in zip(kinds, self.mixer_layers(), points, strict=True):
+        for kind, mixer, point in zip(self.config.mixers, self.mixer_layers(), points, strict=True):
             if have_trans_points([kind]):
                 cast("Mixer", mixer).set_trans_point(point)
 

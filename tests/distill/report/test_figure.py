@@ -78,3 +78,7 @@ def test_figures_of_recipes_and_checkpoints(tmp_path, capsys):
     build_student(random_teacher("random-llama")[0], StudentConfig()).save_pretrained(mamba)
     assert main(["figure", str(mamba), "--out", str(out)]) == 0
     assert {colour for colour, _, _ in bars(out)} == {COLOURS["attention, kept"], COLOURS["state space"]}
+    random_teacher("random-llama")[0].save_pretrained(tmp_path / "plain")
+    for name, reason in (("plain", "has no layer plan: name a run"), ("missing", "neither a folder nor a hub id")):
+        assert main(["figure", str(tmp_path / name), "--out", str(out)]) == 1
+        assert reason in capsys.readouterr().err
