@@ -238,23 +238,27 @@ class TransMambaMixer(StateSpace):
 
         Raises:
             TypeError: a keyword that is not known; or the cache is one without a memory for this layer.
-            ValueError: the cache was filled with another TransPoint; or documents are packed and there is a cache.
+            ValueError: the cache was filled with another TransPoint; documents are packed and there is a cache; or
+                they come without seq_idx.
         """
         padding_mask, seq_idx, documents, span = self.told(attention_mask, padding_mask, seq_idx, documents, span)
         batch = hidden_states.shape[0]
         memory = self.memory(cache, others, packed=seq_idx is not None)
-        if seq_idx is not None:
-            if memory is not None or padding_mask is not None:
-                raise ValueError("packed documents take neither a cache nor padding: leave out seq_idx, or the others")
-            seq_idx = seq_idx.expand(batch, -1)
-            if span is None:
-                documents = documents or Documents(seq_idx)
-        if span is not None:
-            y = self._spanned(hidden_states, position_embeddings, seq_idx, span)  # type: ignore[arg-type]  # has one
-        elif documents is not None and documents.count > batch:
-            y = self._packed(hidden_states, position_embeddings, seq_idx, documents)  # type: ignore[arg-type]  # have one
-        else:
+        if seq_idx is None:
+            if documents is not None or span is not None:
+                raise ValueError("documents and span are those of seq_idx: give it, too")
             y = self._rows(hidden_states, position_embeddings, memory, padding_mask)
+        elif memory is not None or padding_mask is not None:
+            raise ValueError("packed documents take neither a cache nor padding: leave out seq_idx, or the others")
+        elif span is not None:
+            y = self._spanned(hidden_states, position_embeddings, seq_idx.expand(batch, -1), span)
+        else:
+            seq_idx = seq_idx.expand(batch, -1)
+            documents = documents or Documents(seq_idx)
+            if documents.count > batch:
+                y = self._packed(hidden_states, position_embeddings, seq_idx, documents)
+            else:
+                y = self._rows(hidden_states, position_embeddings, memory, padding_mask)
         return self.o_proj(y.to(hidden_states.dtype)), None
 
     def _rows(self, hidden: Tensor, position_embeddings, memory, padding_mask: Tensor | None) -> Tensor:

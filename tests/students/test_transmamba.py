@@ -389,6 +389,8 @@ def test_packed_documents_take_no_cache_and_no_padding():
     for more in ({"cache": student.new_cache()}, {"padding_mask": torch.ones(1, 4)}):
         with pytest.raises(ValueError, match="packed documents take neither a cache nor padding"):
             mixer(hidden, rotary, seq_idx=seq_idx, **more)
+    with pytest.raises(ValueError, match="documents and span are those of seq_idx: give it, too"):
+        mixer(hidden, rotary, documents=Documents(seq_idx))
 
 
 @settings(max_examples=30)
