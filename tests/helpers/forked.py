@@ -38,7 +38,7 @@ def in_two(function, *arguments, engine: str = "ddp") -> None:
     """
     from torch.multiprocessing import start_processes
 
-    multiprocessing.set_forkserver_preload(["deepspeed", "transpoint.distill.stages"])
+    multiprocessing.set_forkserver_preload(["preload"])
     with mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES=""):  # there may be one GPU only
         spin_briefly(os.environ)
         given = (engine, _free_port(), function, arguments)
@@ -98,9 +98,6 @@ def _fork(job: dict) -> bool:
 
 
 if __name__ == "__main__":
-    import deepspeed  # noqa: F401 - here, and not in every child
-
-    import transpoint.distill.data.synthesize  # noqa: F401
-    import transpoint.distill.stages  # noqa: F401
+    import preload  # noqa: F401 - here, and not in every child
 
     sys.exit(0 if all([_fork(job) for job in json.load(sys.stdin)]) else 1)

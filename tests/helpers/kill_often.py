@@ -15,6 +15,7 @@ import sys
 import time
 from pathlib import Path
 
+import preload  # noqa: F401 - here, and not in every child
 from transpoint.distill.cli import main
 from transpoint.distill.stages.pipeline import names
 
