@@ -350,7 +350,8 @@ def test_text_is_as_it_is_written(text, tmp_path):
     assert load_recipe(tmp_path / "saved.yaml").evaluate.prompts == [text, "plain"]
 
 
-@given(st.lists(st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), max_size=12), max_size=3))
+@settings(max_examples=20)
+@given(st.lists(st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), max_size=12), max_size=12))
 def test_any_text_comes_back(texts):
     override = yaml.safe_dump(texts, default_flow_style=True, allow_unicode=True, width=10**6).strip()
     assert load_recipe(TINY, [f"evaluate.prompts={override}"]).evaluate.prompts == texts

@@ -297,7 +297,7 @@ def positions_of(lengths):
 points_of_layers = st.lists(st.one_of(st.integers(0, 30), st.just("inf")), min_size=4, max_size=4)
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(
     lengths=st.lists(st.integers(1, 24), min_size=1, max_size=5), points=points_of_layers, shortest=st.integers(1, 16)
 )
@@ -323,8 +323,8 @@ def test_rows_of_a_batch_have_boundaries_of_their_own(student, cuts, points):
         assert_near(packed[row, cut:], logits(student, ids[row : row + 1, cut:])[0])
 
 
-@settings(max_examples=15)
 @mock.patch("transpoint.students.modeling.documents.SHORTEST", 2)
+@settings(max_examples=15)
 @given(lengths=st.lists(st.integers(1, 24), min_size=2, max_size=4), points=points_of_layers)
 def test_gradients_of_packed_documents_are_those_of_separate_ones(student, lengths, points):
     student.set_trans_points(points, warn=False)
@@ -393,7 +393,7 @@ def test_packed_documents_take_no_cache_and_no_padding():
         mixer(hidden, rotary, documents=Documents(seq_idx))
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(
     lengths=st.lists(st.integers(1, 30), min_size=1, max_size=3),
     side=st.sampled_from(["left", "right"]),

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from run_files import ROOT
+from run_files import ROOT, TINY
 from transpoint.distill.data.corpus import Corpus
 from transpoint.distill.data.packed import PackedDataset, batch_indices, collate
 from transpoint.distill.run.folder import StageFolder
@@ -507,17 +507,17 @@ def test_a_killed_run_goes_on_to_the_same_result(tiny_copy, tmp_path, run_tiny):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0])
-def test_twenty_kills_at_random_moments_change_no_bit(seed, tmp_path):
-    more = ["align.steps=40", "distill.steps=72", "align.checkpoint_every=5", "distill.checkpoint_every=4"]
-    command = [sys.executable, ROOT / "tests" / "helpers" / "kill_often.py"]
-    for name, kills in {"whole": 0, "killed": 20}.items():
-        arguments = [str(kills), str(seed), "run", "configs/tiny.yaml", f"run.dir={tmp_path / name}", *more]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        arguments = [*command, *arguments, "--until", "distill"]
-        done = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-4000:]
-        killed = ast.literal_eval(done.stdout.rpartition("killed ")[2])
-        assert sum(killed.values()) == kills
+def test_twenty_kills_at_random_moments_change_no_bit(seed, tmp_path, run_tiny):
+    more = ["align.steps=16", "distill.steps=36", "align.checkpoint_every=2", "distill.checkpoint_every=2"]
+    more += ["align.log_every=1", "distill.log_every=1", "data.length=32", "evaluate.sequences=2"]
+    run_tiny(tmp_path / "whole", *more, until_stage="distill")
+    command = [sys.executable, ROOT / "tests" / "helpers" / "kill_often.py", "20", str(seed)]
+    command += ["run", TINY, f"run.dir={tmp_path / 'killed'}", *more, "--until", "distill"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    killed = ast.literal_eval(done.stdout.rpartition("killed ")[2])
+    assert sum(killed.values()) == 20
     assert {"after calibrate", "after align"} <= killed.keys(), killed
     for stage in ("align", "distill"):
         weights = [tmp_path / name / stage / "student" / "model.safetensors" for name in ("whole", "killed")]
