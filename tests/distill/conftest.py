@@ -7,13 +7,16 @@ import dataclasses
 import io
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from accelerate.state import AcceleratorState
 from rich.console import Console
 
+import fresh
 from run_files import TINY
 from transpoint.distill.config import load_recipe
+from transpoint.distill.export import verify
 from transpoint.distill.export.formats import FORMATS, find_format
 from transpoint.distill.stages.pipeline import PIPELINE
 from transpoint.distill.stages.runner import run_recipe
@@ -32,6 +35,14 @@ def fresh_accelerator():
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def forked_checks():
+    """Export's own check is in a process that has transformers already; some tests start one of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verify, "subprocess", SimpleNamespace(run=fresh.run))
+        yield
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ The families are those of the installed version, so that a new one is tried the 
 import copy
 import json
 import os
-import subprocess
 import sys
 
 import pytest
@@ -16,6 +15,7 @@ from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+import fresh
 from families import tiny_teacher
 from run_files import ROOT
 from transpoint.distill.export.formats import find_format
@@ -25,7 +25,7 @@ from transpoint.distill.train.flops import distill_flops
 from transpoint.students import HybridForCausalLM, StudentConfig, StudentError, build_student
 from transpoint.teachers import TeacherError, output_head
 
-pytestmark = pytest.mark.stack
+pytestmark = [pytest.mark.stack, pytest.mark.slow]
 
 # They have converted, and must.
 CONVERT = {"apertus", "arcee", "gemma", "granite", "llama", "mistral", "mixtral", "nemotron", "olmo", "qwen2", "qwen3"}
@@ -212,7 +212,7 @@ def test_exports_with_their_own_code_load_where_transpoint_is_not(converted, tmp
         save_file(expected, tmp_path / "exports" / family / "expected.safetensors")
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
     command = [sys.executable, "-c", EXPORTED, str(tmp_path / "exports")]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    done = fresh.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found.keys() == converted.keys() and {family: e for family, e in found.items() if not e < 1e-4} == {}

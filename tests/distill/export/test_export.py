@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GraniteMoeHybridForCausalLM
 
+import fresh
 import transpoint.distill.export.verify as verification
 import transpoint.distill.export.write as writing
 from transpoint.distill.config import Recipe
@@ -144,8 +145,9 @@ def test_every_mixer_parameter_shows_in_the_logits():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("format", ["native", "custom"])
-def test_bfloat16_is_verified_in_a_process_without_transpoint(format, tmp_path):
+def test_bfloat16_is_verified_in_a_process_without_transpoint(format, tmp_path, monkeypatch):
     """Weights are rounded, decay, step and skip are not; what was rounded is then equal."""
+    monkeypatch.setattr(verification, "subprocess", subprocess)  # a process of its own
     student = make(keep=[])
     figures = export(student, byte_tokenizer(), tmp_path / "out", format, torch.bfloat16)
     assert figures["logits"] < 1e-4 * figures["scale"] and 0 < figures["decode"] < 1e-4 * figures["scale"]
@@ -231,7 +233,7 @@ def test_custom_goes_with_its_own_code_and_is_saved_with_it(family, options, tmp
     save_file({"ids": ids, "mask": mask, "padded": padded}, tmp_path / "given.safetensors")
     command = [sys.executable, "-c", FRESH, str(folder), str(again), str(tmp_path)]
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = fresh.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = load_file(tmp_path / "found.safetensors")
     with torch.no_grad():
@@ -554,6 +556,7 @@ def test_the_card_says_where_it_comes_from_and_what_was_measured(format, tmp_pat
     assert ("trust_remote_code" in text.split("```python")[1].split("```")[0]) == (format == "custom")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format, made", [("native", "GraniteMoeHybridForCausalLM"), ("custom", "HybridForCausalLM")])
 def test_the_cards_code_loads_the_model_and_asks_nothing(format, made, tmp_path, unverified):
     """In a process without Transpoint and without a terminal."""
@@ -562,7 +565,7 @@ def test_the_cards_code_loads_the_model_and_asks_nothing(format, made, tmp_path,
     code = f"import sys\nsys.modules['transpoint'] = None\n{code}"
     code += "\nprint(type(model).__name__, len(tokenizer('abc')['input_ids']))"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    done = subprocess.run(
+    done = fresh.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,
         env=environment,
