@@ -1,8 +1,8 @@
 """Several processes: of the command line, without importing everything in each, or of one function.
 
-`in_two(function, ...)` and `run_all(jobs)` are for tests. The latter runs this file in a process of its own:
-python forked.py < jobs.json. Each job is {"engine": a file of configs/accelerate, "arguments": [...], "log": file,
-"processes": 2}; the environment is what `accelerate launch` sets.
+`in_one(function)`, `in_two(function, ...)` and `run_all(jobs)` are for tests. The last runs this file in a process of
+its own: python forked.py < jobs.json. Each job is {"engine": a file of configs/accelerate, "arguments": [...], "log":
+file, "processes": 2}; the environment is what `accelerate launch` sets.
 """
 
 import json
@@ -29,6 +29,17 @@ def run_all(jobs: list[dict]) -> list[str]:
     outputs = [Path(job["log"]).read_text() for job in jobs]
     assert done.returncode == 0, "\n".join([done.stderr[-2000:], *(output[-2000:] for output in outputs)])
     return outputs
+
+
+def in_one(function) -> int:
+    """Calls function() in a process forked from this one; its exit code, negative where a signal ended it."""
+    child = os.fork()
+    if child == 0:
+        try:
+            function()
+        finally:
+            os._exit(1)  # whatever happens: nothing of the tests goes on in there
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def in_two(function, *arguments, engine: str = "ddp") -> None:

@@ -1,7 +1,7 @@
-"""Processes without Transpoint, as whoever has nothing but transformers starts them, but forked from one of them.
+"""Processes that have imported no part of Transpoint, as those who have only transformers start them, but forked.
 
-`run(command, ...)` is `subprocess.run` of [python, "-c", code, *arguments] with its output captured, without the
-seconds that importing torch and transformers takes each time. This file is what forks: it reads a job a line.
+`run(command, ...)` is `subprocess.run` of [python, "-c", code, *arguments] with its output captured as text, without
+the seconds that importing torch and transformers takes each time. This file is what forks: it reads a job a line.
 """
 
 import atexit
@@ -17,8 +17,8 @@ from pathlib import Path
 
 def run(command, *, cwd, env, **options) -> subprocess.CompletedProcess:
     python, flag, code, *arguments = map(str, command)
-    assert (python, flag) == (sys.executable, "-c") and options.pop("capture_output") and options.pop("text")
-    assert options in ({}, {"stdin": subprocess.DEVNULL}), options
+    assert (python, flag) == (sys.executable, "-c")
+    assert options.items() <= {"capture_output": True, "text": True, "stdin": subprocess.DEVNULL}.items(), options
     with tempfile.TemporaryDirectory() as scratch:
         job = {"code": code, "arguments": arguments, "cwd": str(cwd), "environment": dict(env), "scratch": scratch}
         server = _server()
@@ -49,7 +49,8 @@ def _do(job: dict) -> None:
     os.chdir(job["cwd"])
     os.environ.clear()
     os.environ.update(job["environment"])
-    transformers.dynamic_module_utils.HF_MODULES_CACHE = job["environment"]["HF_MODULES_CACHE"]  # was read at import
+    if modules := job["environment"].get("HF_MODULES_CACHE"):  # was read at import
+        transformers.dynamic_module_utils.HF_MODULES_CACHE = modules
     sys.argv, sys.path[0] = ["-c", *job["arguments"]], ""
     exec(compile(job["code"], "<string>", "exec"), {"__name__": "__main__"})
 

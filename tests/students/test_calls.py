@@ -1,8 +1,8 @@
 """What decoders of several versions of transformers hand to a mixer, and what they forget to."""
 
 import inspect
+import os
 import pickle
-import subprocess
 import sys
 from importlib.metadata import requires
 
@@ -11,6 +11,7 @@ import torch
 import transformers
 from packaging.requirements import Requirement
 
+import fresh
 from transpoint.students import HybridCache, HybridForCausalLM
 from transpoint.students.modeling.configuration_hybrid import OLDEST
 
@@ -110,7 +111,7 @@ def test_a_student_goes_through_pickle_to_another_process(make_student, mixer, t
         "assert type(student.config) is type(found['config']) and type(student).__name__ == 'HybridForCausalLM'\n"
         "assert torch.equal(student(torch.arange(3, 15)[None]).logits, found['logits'])\n"
     )
-    subprocess.run([sys.executable, "-c", script, tmp_path / "student.pt"], check=True)
+    fresh.run([sys.executable, "-c", script, tmp_path / "student.pt"], cwd=tmp_path, env=os.environ).check_returncode()
 
 
 def test_the_oldest_supported_transformers_is_the_one_that_the_package_asks_for():
@@ -118,7 +119,7 @@ def test_the_oldest_supported_transformers_is_the_one_that_the_package_asks_for(
     assert str(required.specifier) == f">={OLDEST}"
 
 
-def test_an_older_transformers_is_refused_in_one_line():
+def test_an_older_transformers_is_refused_in_one_line(tmp_path):
     script = (
         "import transformers\n"
         "transformers.__version__ = '5.16.1'\n"
@@ -127,7 +128,7 @@ def test_an_older_transformers_is_refused_in_one_line():
         "except ImportError as error:\n"
         "    print(error)\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = fresh.run([sys.executable, "-c", script], cwd=tmp_path, env=os.environ)
     assert done.stdout.strip() == (
         f"a Transpoint student needs transformers {OLDEST} or later, this is 5.16.1: `pip install -U transformers`"
     )

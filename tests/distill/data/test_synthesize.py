@@ -6,15 +6,13 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
 import zstandard
 from rich.console import Console
 
-from forked import run_all
+from forked import in_one, run_all
 from run_files import TINY
 from transpoint.distill.cli import main
 from transpoint.distill.config import load_recipe
@@ -275,22 +273,19 @@ def test_an_interrupted_call_goes_on(folder, monkeypatch, where, call):
 
 def test_a_kill_loses_one_batch_at_most(folder):
     sample(folder.parent / "whole")
-    script = f"""
-import os, signal, sys
-from transpoint.distill.data import synthesize
-from transpoint.distill.cli import main
-original = synthesize.write_json
-def kill(path, record):
-    if record["batches"] == 2:
-        os.kill(os.getpid(), signal.SIGKILL)  # the rows are in the file, the record does not say so yet
-    return original(path, record)
-synthesize.write_json = kill
-main({["synthesize", str(TINY), *SMALL]!r} + sys.argv[1:])
-"""
-    arguments = [f"run.dir={folder.parent / 'run'}", f"synthesize.out={folder}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    killed = subprocess.run([sys.executable, "-c", script, *arguments], env=environment, capture_output=True)
-    assert killed.returncode == -signal.SIGKILL
+
+    def run():
+        original = module.write_json
+
+        def kill(path, record):
+            if record["batches"] == 2:
+                os.kill(os.getpid(), signal.SIGKILL)  # the rows are in the file, the record does not say so yet
+            return original(path, record)
+
+        module.write_json = kill
+        main(["synthesize", str(TINY), *SMALL, f"run.dir={folder.parent / 'run'}", f"synthesize.out={folder}"])
+
+    assert in_one(run) == -signal.SIGKILL
     assert json.loads((folder / "synthesis.json").read_text())["batches"] == 1
     sample(folder)
     assert contents(folder) == contents(folder.parent / "whole")

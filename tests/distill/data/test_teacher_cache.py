@@ -5,7 +5,7 @@ import json
 import math
 import os
 import shutil
-import subprocess
+import signal
 import sys
 from pathlib import Path
 
@@ -14,6 +14,8 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
+import fresh
+from forked import in_one
 from run_files import TINY, done, metrics, student
 from transpoint.distill.cli import main
 from transpoint.distill.config import load_recipe
@@ -178,7 +180,7 @@ cached = t.CachedTargets(Data(), {str(tmp_path)!r}, verify=False)
 cached[3], cached[60]
 print(rss() - before)
 """
-    grown = float(subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout)
+    grown = float(fresh.run([sys.executable, "-c", script], cwd=tmp_path, env=os.environ).stdout)
     assert grown < 40  # MB, of 134
 
 
@@ -439,21 +441,20 @@ write_shard = teacher_cache._write
 
 
 def test_a_kill_loses_nothing_that_was_written(folder, uninterrupted):
-    script = f"""
-import os, signal, sys
-from transpoint.distill.data import teacher_cache
-from transpoint.distill.cli import main
-original, calls = teacher_cache._targets, []
-def kill(*args):
-    calls.append(1)
-    return os.kill(os.getpid(), signal.SIGKILL) if len(calls) == 2 else original(*args)
-teacher_cache._targets = kill
-main({["cache-teacher", str(TINY), *SMALL, *SHARDED, "run.precision=fp32"]!r} + sys.argv[1:])
-"""
-    arguments = [f"run.dir={folder.parent / 'run'}", f"distill.teacher_cache={folder}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    killed = subprocess.run([sys.executable, "-c", script, *arguments], env=environment, capture_output=True)
-    assert killed.returncode == -9 and list(shards(folder)) == ["shard-00000.safetensors"]
+    arguments = ["cache-teacher", str(TINY), *SMALL, *SHARDED, "run.precision=fp32"]
+    arguments += [f"run.dir={folder.parent / 'run'}", f"distill.teacher_cache={folder}"]
+
+    def run():
+        original, calls = teacher_cache._targets, []
+
+        def kill(*args):
+            calls.append(1)
+            return os.kill(os.getpid(), signal.SIGKILL) if len(calls) == 2 else original(*args)
+
+        teacher_cache._targets = kill
+        main(arguments)
+
+    assert in_one(run) == -signal.SIGKILL and list(shards(folder)) == ["shard-00000.safetensors"]
     session = open_session(folder, *SHARDED)
     cache_teacher(*parts(session))
     assert contents(folder) == uninterrupted
