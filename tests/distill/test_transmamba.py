@@ -63,6 +63,7 @@ def test_distillation_falls_from_attention_to_the_schedules(whole):
     assert {max(one for one in at if one <= share) for share in shares[10:]} == {*at}
 
 
+@pytest.mark.slow
 def test_without_align_distillation_begins_at_the_teacher(run_tiny, tmp_path):
     overrides = ("align.steps=0", "distill.steps=8", "distill.log_every=1", "run.precision=fp32")
     run_tiny(tmp_path / "run", *overrides, config=CONFIG, until_stage="distill")
@@ -130,6 +131,7 @@ def test_a_long_schedule_is_written_below_its_table(whole):
     assert "(1) [0, 128, 256, 512, 1024, 2048] cycled" in text and "│ (1)" in text
 
 
+@pytest.mark.slow
 def test_held_out_documents_that_never_pass_a_transpoint_are_named(whole, copy, run_tiny):
     assert "never passed" not in whole[1]
     output = run_tiny(

@@ -84,6 +84,7 @@ PIECES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pieces", PIECES.values(), ids=PIECES.keys())
 def test_decoding_across_every_trans_point_equals_a_full_forward(student, pieces):
     ids, left = tokens(), [*range(LENGTH + 2), "inf"]
@@ -142,6 +143,7 @@ GENERATION = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kwargs", GENERATION.values(), ids=GENERATION.keys())
 @pytest.mark.parametrize("points", [[0, 3, 9, 14], [7, 8, "inf", 19], [6, 1, 30, 0]], ids=str)
 def test_generation_with_a_cache_equals_generation_without(student, points, kwargs):

@@ -604,6 +604,7 @@ def test_config_documents_every_field_and_suits_omegaconf():
     assert config.train == ["a.txt"] and config.cache is None and config.length == 1024
 
 
+@pytest.mark.slow
 def test_the_sample_loads_and_is_free(tokenizer):
     rows = {}
     for name in ("train", "heldout"):

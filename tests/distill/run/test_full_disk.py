@@ -32,6 +32,7 @@ run_recipe(load_recipe("configs/tiny.yaml", [f"run.dir={sys.argv[1]}/run", *sys.
 """
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_while_training(run_tiny, tmp_path):
     disk, kept = tmp_path / "disk", tmp_path / "run"
     disk.mkdir()

@@ -90,6 +90,7 @@ def test_it_trains_what_the_matrix_depends_on_and_nothing_else(options):
     assert trained.keys() == reached - (attention if options.get("mixer") == "transmamba" else set())
 
 
+@pytest.mark.slow
 def test_orient_is_a_stage_of_runs_that_ask_for_it(tiny_run, tiny_copy, run_tiny):
     assert "orient" not in stage_inputs(load_recipe(tiny_run / "recipe.yaml"))
     out = run_tiny(tiny_copy, *ORIENT)

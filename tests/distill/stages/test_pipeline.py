@@ -296,6 +296,7 @@ def test_a_changed_teacher_folder_reruns_everything(tmp_path):
     assert list(reasons(run, *overrides)) == list(STAGES)
 
 
+@pytest.mark.slow
 def test_a_longer_align_runs_from_there_and_says_why(tiny_copy, run_tiny):
     before = {stage: student(tiny_copy, stage) for stage in ("transfer", "calibrate", "align", "distill")}
     output = run_tiny(tiny_copy, "align.steps=25", until_stage="distill")
@@ -324,6 +325,7 @@ def test_other_held_out_text_measures_every_student_again(tiny_copy, run_tiny):
         assert after[stage]["tokens"] < before[stage]["tokens"] and after[stage]["kl"] != before[stage]["kl"]
 
 
+@pytest.mark.slow
 def test_from_and_until(tiny_copy, run_tiny, tmp_path):
     before = files(tiny_copy), student(tiny_copy, "distill")
     output = run_tiny(tiny_copy, from_stage="distill", until_stage="distill")
@@ -342,6 +344,7 @@ def test_from_and_until(tiny_copy, run_tiny, tmp_path):
 # Interrupted
 
 
+@pytest.mark.slow
 def test_the_same_recipe_in_another_folder_exports_the_same_bytes(tiny_run, run_tiny, tmp_path):
     run_tiny(tmp_path / "again", until_stage="export")
     first, second = (
@@ -382,7 +385,7 @@ def test_interrupted_in_every_training_and_resumed_equals_uninterrupted(tiny_run
         assert (tiny_copy / name).read_bytes() == (tiny_run / name).read_bytes()
 
 
-@pytest.mark.parametrize("stage", ["transfer", "calibrate", "align"])
+@pytest.mark.parametrize("stage", ["transfer", "calibrate", pytest.param("align", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_interrupted_between_steps_the_stage_runs_again(stage, when, tiny_run, tiny_copy, run_tiny, pipeline):
     """Before it made anything, or after everything but its record."""
@@ -409,6 +412,7 @@ def test_interrupted_between_steps_the_stage_runs_again(stage, when, tiny_run, t
 # From one run to another
 
 
+@pytest.mark.slow
 def test_another_run_takes_over_what_is_the_same_and_goes_on(tiny_run, run_tiny, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "400")
     folder = tmp_path / "run"
@@ -572,6 +576,7 @@ def test_a_bfloat16_teacher_has_a_float32_student(precision, tmp_path, run_tiny)
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_a_teacher_in_another_precision_while_a_stage_trains(tiny_copy, run_tiny, monkeypatch):
     """It is transferred and measured as it was loaded; the teacher of training is recognisably rounded."""
     exact, loaded = metrics(tiny_copy, "align"), []
