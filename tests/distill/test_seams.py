@@ -147,6 +147,7 @@ def say(capsys, *arguments):
     return capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_toys_of_all_four_kinds_go_all_the_way(
     toy_mixer, toy_teacher, toy_stage, toy_format, tmp_path, capsys, monkeypatch
 ):
@@ -237,6 +238,7 @@ def test_a_family_without_a_reader_is_refused_and_a_wrong_reader_is_found_out(mo
         attention_view(model)
 
 
+@pytest.mark.slow
 def test_a_stage_may_come_after_distill(pipeline, tmp_path):
     """Of a student with TransPoints, whose schedules are those that distill trained it on."""
 

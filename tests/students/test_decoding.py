@@ -65,6 +65,7 @@ def test_decoding_in_pieces_equals_a_full_forward(make_student, family, keep, pi
     assert_near(in_pieces(student, ids, pieces), logits(student, ids), tolerance=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", [1, 2, 3, 4])
 @pytest.mark.parametrize("rope", [False, True])
 @pytest.mark.parametrize(
@@ -107,6 +108,7 @@ GENERATION = {
 }
 
 
+@pytest.mark.slow
 @families
 @hybrids
 @pytest.mark.parametrize("kwargs", GENERATION.values(), ids=GENERATION.keys())

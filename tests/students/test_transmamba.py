@@ -312,6 +312,7 @@ def test_packed_documents_equal_separate_ones(student, lengths, points, shortest
         assert_near(found, logits(student, document))
 
 
+@pytest.mark.slow
 @settings(max_examples=15)
 @given(cuts=st.lists(st.integers(1, 39), min_size=3, max_size=3), points=points_of_layers)
 def test_rows_of_a_batch_have_boundaries_of_their_own(student, cuts, points):
@@ -323,6 +324,7 @@ def test_rows_of_a_batch_have_boundaries_of_their_own(student, cuts, points):
         assert_near(packed[row, cut:], logits(student, ids[row : row + 1, cut:])[0])
 
 
+@pytest.mark.slow
 @mock.patch("transpoint.students.modeling.documents.SHORTEST", 2)
 @settings(max_examples=15)
 @given(lengths=st.lists(st.integers(1, 24), min_size=2, max_size=4), points=points_of_layers)

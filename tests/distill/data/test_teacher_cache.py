@@ -276,6 +276,7 @@ def whole(run, cache):
     return [f"run.dir={run}", "run.precision=fp32", *cached]
 
 
+@pytest.mark.slow
 def test_distilling_from_whole_predictions_is_distilling_from_the_teacher(cached_run, teacher_run):
     run, _, said = cached_run
     assert "align: done before, reused" in said and "distill: the teacher is read from " in said
@@ -291,6 +292,7 @@ def test_distilling_from_whole_predictions_is_distilling_from_the_teacher(cached
     assert got == pytest.approx(want, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_the_teacher_is_not_run_while_distill_trains(cached_run, copy, monkeypatch):
     run, cache, _ = cached_run
     recipe = load_recipe(TINY, whole(copy, cache))
@@ -307,6 +309,7 @@ def test_the_teacher_is_not_run_while_distill_trains(cached_run, copy, monkeypat
     assert calls  # held-out quality is measured against the teacher itself
 
 
+@pytest.mark.slow
 def test_a_resumed_run_from_a_cache_is_the_same(cached_run, copy):
     run, cache, _ = cached_run
 
@@ -322,6 +325,7 @@ def test_a_resumed_run_from_a_cache_is_the_same(cached_run, copy):
     assert metrics(copy, "distill") == metrics(run, "distill")
 
 
+@pytest.mark.slow
 def test_distill_depends_on_the_targets_of_the_cache_not_on_its_place(cached_run, tmp_path):
     run, cache, _ = cached_run
     moved, copy = shutil.copytree(cache, tmp_path / "moved"), shutil.copytree(run, tmp_path / "run")

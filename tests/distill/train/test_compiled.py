@@ -25,6 +25,7 @@ from transpoint.teachers import load_teacher
 
 GPU = torch.cuda.is_available()
 SCHEDULE = [0, 8, 20, "inf"]
+pytestmark = pytest.mark.slow  # all compile: seconds each
 
 
 @pytest.fixture
