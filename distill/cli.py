@@ -103,7 +103,7 @@ def plan(options) -> None:
     from .train.preflight import gpu_name, what_will_run
     from .train.schedules import check_schedules, never_distilled
 
-    console = Console()
+    console = _console()
     recipe = load_recipe(options.config, options.overrides)
     source = recipe.teacher
     gpu = gpu_name(torch.device("cpu" if recipe.run.device == "cpu" else _device()))
@@ -122,7 +122,7 @@ def plan(options) -> None:
     for stage in pipeline_of(recipe):
         if stage.groups is None:
             continue
-        reads = None if stage.name == "distill" and recipe.distill.teacher_cache else teacher
+        reads = None if getattr(stage.of(recipe), "teacher_cache", None) else teacher
         groups = stage.groups(student, recipe)
         only_these_train(student, groups)
         console.print(what_will_run(stage.name, groups, student, reads, recipe, device=gpu), highlight=False)
@@ -167,10 +167,10 @@ def status(options) -> None:
             "done" if reason is None else f"would run: {escape(reason)}",
             "" if kl is None else f"{kl:.4f}",
             ("" if training.tokens is None else f"{training.tokens:,}")
-            + (f" ({training.left_out} steps left out)" if training.left_out else ""),
+            + (f" ({training.skipped} steps skipped)" if training.skipped else ""),
             record.finished or "",
         )
-    Console().print(table)
+    _console().print(table)
 
 
 def export(options) -> None:
@@ -249,7 +249,7 @@ def evaluate(options) -> None:
         kl = "" if quality.kl is None else f"{quality.kl:.4f}"
         same = "" if quality.same_top is None else f"{quality.same_top:.1%}"
         table.add_row(name, kl, f"{quality.perplexity:.2f}", f"{quality.bits_per_byte:.4f}", same)
-    Console().print(table)
+    _console().print(table)
 
 
 def generate(options) -> None:
@@ -333,7 +333,7 @@ def keys(options) -> None:
     table = Table("key", "default", "what it is")
     for row in describe_keys():
         table.add_row(*row)
-    Console().print(table)
+    _console().print(table)
 
 
 COMMANDS = {
@@ -450,6 +450,11 @@ def _parser() -> argparse.ArgumentParser:
 
     command("keys", "list every key of a recipe with its default and what it is")
     return parser
+
+
+def _console() -> Console:
+    """Where tables go: as wide as the terminal, and whole where a program or a file reads them."""
+    return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 200)
 
 
 def _run_folder(path: str) -> Path:

@@ -1,4 +1,4 @@
-"""What the training stages minimise: modules whose `forward(batch)` gives a loss and named figures.
+"""What the training stages minimise: modules whose `forward(batch)` gives a loss and named metrics.
 
 The teacher is held beside the module, not in it: it is never wrapped, moved, optimised or saved with it.
 
@@ -37,7 +37,7 @@ class Alignment(nn.Module):
 
     A TransMamba mixer has two forms of one set of weights: to the loss of the state-space form (T = 0) it adds that of
     the attention form (T = infinity), so that this stays the teacher's while the weights learn to serve both; further
-    figures `attention_N`. Training only what the state-space form has for itself is left far behind
+    metrics `attention_N`. Training only what the state-space form has for itself is left far behind
     (docs/transmamba.md).
     """
 
@@ -69,7 +69,7 @@ class Alignment(nn.Module):
         fused = teacher.config._attn_implementation == FLEX
         documents = None if fused else Documents(seq_idx)  # once for all mixers, as it waits for the device
         spans = Spans(seq_idx) if fused else None
-        figures: dict[str, Tensor] = {}
+        metrics: dict[str, Tensor] = {}
         for view in views:
             inputs, output, position_embeddings = pairs[view.layer]
             mixer = cast(Mixer, self.mixers[str(view.layer)])
@@ -79,8 +79,8 @@ class Alignment(nn.Module):
                     if spans is not None and form.trans_point is not None:
                         where["span"] = spans.of(cast("Spanned", mixer))
                     found = mixer(inputs, position_embeddings, **where)[0]
-                figures[f"{form.name}_{view.layer}"] = self.error(found, output)
-        return cast(Tensor, sum(figures.values())) / len(views), figures
+                metrics[f"{form.name}_{view.layer}"] = self.error(found, output)
+        return cast(Tensor, sum(metrics.values())) / len(views), metrics
 
 
 class Orientation(nn.Module):
@@ -114,7 +114,7 @@ class Orientation(nn.Module):
         teacher, views = self.beside
         pairs = attention_pairs(teacher, views, batch)
         seq_idx = document_index(batch["position_ids"])
-        figures: dict[str, Tensor] = {}
+        metrics: dict[str, Tensor] = {}
         for view in views:
             inputs, _, position_embeddings = pairs[view.layer]
             with torch.no_grad():
@@ -122,8 +122,8 @@ class Orientation(nn.Module):
             own = cast(Mixer, self.mixers[str(view.layer)]).mixing(inputs, position_embeddings, seq_idx)
             where = {"scale": view.scale, "seq_idx": seq_idx, "window": view.window}
             distance, norm = mixing_distance(q.detach(), k.detach(), **own, **where, return_norm=True)
-            figures[f"layer_{view.layer}"] = (distance / norm).mean()
-        return cast(Tensor, sum(figures.values())) / len(views), figures
+            metrics[f"layer_{view.layer}"] = (distance / norm).mean()
+        return cast(Tensor, sum(metrics.values())) / len(views), metrics
 
 
 class Distillation(nn.Module):
@@ -162,12 +162,12 @@ class Distillation(nn.Module):
         found = hidden_states(self.student, inputs, every=settings.hidden_weight > 0)
         head, operands = output_head(self.student, check=False), output_head(teacher, check=False).operands(target[-1])
         divergence = partial(linear_kl, *head.operands(found[-1]), *operands, softcap=head.softcap)
-        loss, figures = predictions_loss(divergence, settings, batch)
+        loss, metrics = predictions_loss(divergence, settings, batch)
         if settings.hidden_weight > 0:
             pairs = zip(found, target, strict=True)
-            figures["hidden"] = torch.stack([relative_error(own, wanted) for own, wanted in pairs]).mean()
-            loss = loss + settings.hidden_weight * figures["hidden"]
-        return loss, figures | attention_share(self.student, batch)
+            metrics["hidden"] = torch.stack([relative_error(own, wanted) for own, wanted in pairs]).mean()
+            loss = loss + settings.hidden_weight * metrics["hidden"]
+        return loss, metrics | attention_share(self.student, batch)
 
 
 def hidden_states(model: PreTrainedModel, inputs: dict, every: bool) -> list[Tensor]:
@@ -225,7 +225,7 @@ def trans_point_pattern(student: HybridForCausalLM) -> tuple:
 def predictions_loss(
     divergence: Callable, settings: DistillConfig, batch: dict[str, Tensor]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """A divergence with the settings' options and cross-entropy, and its figures; `divergence` takes what `linear_kl`
+    """A divergence with the settings' options and cross-entropy, and its metrics; `divergence` takes what `linear_kl`
     takes by keyword."""
     labels = next_tokens(batch) if settings.ce_weight > 0 else None
     loss, kl, ce = divergence(

@@ -142,7 +142,7 @@ class TrainConfig:
     clip: float = setting(1.0, "largest norm of the gradient", above=0)
     max_skipped: int = setting(
         10,
-        "steps in a row that may be left out because their gradient is not finite, before training stops",
+        "steps in a row that may be skipped because their gradient is not finite, before training stops",
         minimum=1,
         result=False,
     )

@@ -53,7 +53,7 @@ class PackedDataset(torch.utils.data.Dataset):
         return {"input_ids": tokens, "position_ids": torch.from_numpy(positions)}
 
     def batch(self, step: int, batch_size: int, seed: int, slots: range) -> list[dict[str, torch.Tensor]]:
-        """The items of batch `step` (from 0) at some of its `batch_size` places: those of one process, say."""
+        """The items of batch `step` (from 0) at some of its `batch_size` slots: those of one process, say."""
         indices = batch_indices(len(self), batch_size, seed, step)
         return [self[indices[slot]] for slot in slots]
 

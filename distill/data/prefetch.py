@@ -17,13 +17,13 @@ AHEAD = 2  # batches that wait to be used
 class batches_ahead:
     """Iterates over steps: (micro-batches on the device, state of the dataset after them).
 
-    A thread reads and collates, in pinned memory where there is a GPU. The state is what `dataset.state_dict(places)`
+    A thread reads and collates, in pinned memory where there is a GPU. The state is what `dataset.state_dict(slots)`
     gave right after them, as the thread is further than the training by now; None where the dataset has none. Use it as
     a context manager: leaving it ends the thread.
 
     Args:
         steps: numbers of the steps to come.
-        places: this process's places in a batch, `micro` of which make up a micro-batch.
+        slots: this process's slots in a batch, `micro` of which make up a micro-batch.
     """
 
     def __init__(
@@ -32,12 +32,12 @@ class batches_ahead:
         steps: range,
         config: TrainConfig,
         seed: int,
-        places: range,
+        slots: range,
         micro: int,
         device: torch.device,
     ):
         self._dataset, self._steps, self._config, self._seed = dataset, steps, config, seed
-        self._places, self._micro, self._device = places, micro, device
+        self._slots, self._micro, self._device = slots, micro, device
         self._queue: queue.Queue = queue.Queue(maxsize=AHEAD)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._fill, name="batches", daemon=True)
@@ -77,9 +77,9 @@ class batches_ahead:
                 return
 
     def _make(self, step: int) -> tuple[list[dict[str, Tensor]], dict | None]:
-        items = self._dataset.batch(step, self._config.batch_size, self._seed, self._places)
+        items = self._dataset.batch(step, self._config.batch_size, self._seed, self._slots)
         batches = [collate(items[first : first + self._micro]) for first in range(0, len(items), self._micro)]
         if self._device.type == "cuda":
             batches = [{key: value.pin_memory() for key, value in batch.items()} for batch in batches]
-        state = self._dataset.state_dict(self._places) if hasattr(self._dataset, "state_dict") else None
+        state = self._dataset.state_dict(self._slots) if hasattr(self._dataset, "state_dict") else None
         return batches, state

@@ -1,7 +1,7 @@
 """Training text that is read, tokenised and packed while training runs.
 
 Place b of every batch is fed by *lane* b alone. A lane is a fixed share of the documents, whatever the number of
-processes, and a process reads the lanes of its own places: when the number of processes changes, lanes move, and no
+processes, and a process reads the lanes of its own slots: when the number of processes changes, lanes move, and no
 document is lost or seen twice. A lane goes through its share again and again; in each epoch the files come in another
 order, sources side by side in proportion to their size, and documents are shuffled in blocks. Lanes of one process that
 share a file read it together.
@@ -18,7 +18,7 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -71,14 +71,14 @@ class StreamedDataset:
         self.documents = RowEncoder(tokenizer, text_field, messages_field, bos)
         self._hub = HubDatasets()
         self._items = [resolve(source) for source in sources]
-        self._sources  # noqa: B018 - opens hub datasets: better an error now than after the teacher's first forward pass
+        self._open()  # better an error now than after the teacher's first forward pass
         self._lanes: dict[int, _Lane] = {}
         self._scans: WeakValueDictionary[tuple, _Scan] = WeakValueDictionary()  # each lives while a lane reads it
         self._saved: dict[int, dict] = {}
         self._made_for: tuple[int, int] | None = None  # batch size and seed
 
     def batch(self, step: int, batch_size: int, seed: int, slots: range) -> list[dict[str, torch.Tensor]]:
-        """The items of batch `step` (from 0) at some of its `batch_size` places: those of one process, say."""
+        """The items of batch `step` (from 0) at some of its `batch_size` slots: those of one process, say."""
         if self._made_for != (batch_size, seed):
             self._lanes, self._saved, self._made_for = {}, {}, (batch_size, seed)
             self._scans.clear()
@@ -131,8 +131,7 @@ class StreamedDataset:
             if items[0].kind == "hub":
                 name, config, split, commit = items[0].hub
                 items[0] = replace(items[0], hub=(name, config, split, commits.get(items[0].source, commit)))
-        for name in ("_sources", "_identity"):  # opened anew, at that commit
-            self.__dict__.pop(name, None)
+        self._open()
         if state["text"] != self._identity:
             raise DataError(
                 "the saved position is in other text than data.train holds now: restore the files, or run the stage "
@@ -191,8 +190,8 @@ class StreamedDataset:
             self._scans[key] = scan = _Scan(rows, begin, pieces, PATIENCE * self.shuffle_buffer)
         return scan.rows(slot, first, alone) if scan.has(slot, first) else alone(first)
 
-    @cached_property
-    def _sources(self) -> list["_Source"]:
+    def _open(self) -> None:
+        """Finds out what the sources hold, hub datasets at their commits."""
         sources = []
         for items in self._items:
             name = items[0].source
@@ -206,13 +205,9 @@ class StreamedDataset:
         known = [source.weight for source in sources if source.weight]
         for source in sources:  # a hub dataset that does not say its size comes as often as the others on average
             source.weight = source.weight or (sum(known) / len(known) if known else 1)
-        return sources
-
-    @cached_property
-    def _identity(self) -> str:
-        text = [[[item.kind, item.hub] for item in s.items] + [s.sizes] for s in self._sources]
+        text = [[[item.kind, item.hub] for item in source.items] + [source.sizes] for source in sources]
         parts = [text, self.documents.fields, self.tokens_per_item, self.shuffle_buffer]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+        self._sources, self._identity = sources, hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 # Which rows are a lane's
@@ -322,7 +317,7 @@ class _Position:
 
 
 class _Lane:
-    """The documents of one place of the batch, as one endless row of tokens cut into windows."""
+    """The documents of one slot of the batch, as one endless row of tokens cut into windows."""
 
     def __init__(
         self,

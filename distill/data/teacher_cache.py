@@ -158,8 +158,8 @@ class CachedDistillation(nn.Module):
             targets = (batch[f"teacher_{name}"] for name in ("ids", "logprobs", "rest"))
             divergence = partial(cached_kl, hidden, weight[: self.vocab_size], *targets)
         divergence = partial(divergence, softcap=own.softcap)
-        loss, figures = predictions_loss(divergence, settings, batch)
-        return loss, figures | attention_share(self.student, batch)
+        loss, metrics = predictions_loss(divergence, settings, batch)
+        return loss, metrics | attention_share(self.student, batch)
 
 
 def cache_teacher(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import yaml
+from huggingface_hub import ModelCardData
 from jinja2 import Environment, StrictUndefined
 
 from ...students.modeling.configuration_mixers import MIXERS, have_trans_points
@@ -36,14 +37,13 @@ def write_card(
     teacher = facts.teacher or TeacherInfo("an unnamed teacher")
     mixers = student.config.mixers
     kinds = kinds_in(mixers)
-    front = {
-        "license": teacher.license or "unknown",
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["transpoint", *kinds, "hybrid", "distillation"],
-    }
-    if teacher.hub_id:
-        front["base_model"] = teacher.hub_id
+    front = ModelCardData(
+        license=teacher.license or "unknown",
+        base_model=teacher.hub_id,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["transpoint", *kinds, "hybrid", "distillation"],
+    )
     recipe = for_others(facts.recipe) if facts.recipe is not None else None
     if recipe is not None:  # where this run lay, and kept its tokens, is of no use to anybody else
         recipe["run"].pop("dir", None)
@@ -51,7 +51,7 @@ def write_card(
     known = getattr(student.config, "measured_trans_points", None) or ()
     measured = [read_record(ScheduleRecord, record) for record in known]
     text = _TEMPLATE.render(
-        front=yaml.safe_dump(front, sort_keys=False).strip(),
+        front=front.to_yaml().strip(),
         teacher=teacher,
         kinds=list(kinds.values()),
         letters=[f"{letter(name)} {words}" for name, words in {"attention": "attention", **kinds}.items()],

@@ -263,7 +263,7 @@ def _events(stage: _Stage) -> list[dict]:
     for line in stage.lines:
         texts = []
         if count := number(line.get("skipped")):
-            texts.append(f"{count:.0f} step{'s' if count > 1 else ''} left out: the gradient was not finite")
+            texts.append(f"{count:.0f} step{'s' if count > 1 else ''} skipped: the gradient was not finite")
         if event := line.get("event"):
             texts.append(_readable(str(event)))
         loss = line.get("loss")
@@ -293,7 +293,7 @@ def _training(stage: _Stage) -> dict | None:
         if curves := {key: series for key, series in curves.items() if series[1] and series[1] != losses}:
             below[title] = curves
     marks = {
-        "steps left out": [line["step"] for line in stage.lines if line.get("skipped")],
+        "skipped steps": [line["step"] for line in stage.lines if line.get("skipped")],
         "event": [line["step"] for line in stage.lines if line.get("event")],
     }
     described = f"loss of {name} over {stage.last:,} steps, from {losses[0]:.4g} to {losses[-1]:.4g}"

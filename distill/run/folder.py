@@ -118,7 +118,9 @@ class StageFolder:
         """None if the stage is done and depends on just this; else why it must run, in words."""
         if self.started is None:
             return "not run yet"
-        if changes := _differences(self.started, depends_on):
+        old, new = (dict(needs) for needs in (self.started, depends_on))
+        changes = _stage_before(*(needs.pop("after", None) or {} for needs in (old, new))) + _differences(old, new)
+        if changes:
             return "changed: " + ", ".join(changes[:4]) + (f" and {len(changes) - 4} more" if len(changes) > 4 else "")
         return None if self.done is not None else "interrupted"
 
@@ -153,6 +155,13 @@ def truncate_log(path: Path, last_step: int) -> list[dict]:
     aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
     os.replace(aside, path)
     return [json.loads(line) for line in kept]
+
+
+def _stage_before(old: dict[str, str], new: dict[str, str]) -> list[str]:
+    """What differs in the stage before, by name with the identity of what it made."""
+    if old.keys() != new.keys():
+        return [f"the stage before ({', '.join(old) or 'none'} -> {', '.join(new) or 'none'})"]
+    return [f"what {name} made" for name in old if old[name] != new[name]]
 
 
 def _differences(old: Any, new: Any, key: str = "") -> list[str]:

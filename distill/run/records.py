@@ -63,7 +63,7 @@ class Training:
     """What training came to."""
 
     tokens: int | None = None
-    left_out: int | None = None  # steps whose gradient was not finite
+    skipped: int | None = field(default=None, metadata={"keys": ["skipped", "left_out"]})  # steps: gradient not finite
 
 
 @dataclass(frozen=True)
@@ -80,21 +80,21 @@ class StageRecord:
     teacher: dict | None = None
     folder: str | None = None
     verified: dict[str, float] = field(default_factory=dict)  # see `Format.check`
-    trained_schedules: dict[str, list] = field(
-        default_factory=dict, metadata={"key": "schedules"}
-    )  # distill's, by name
-    schedules: list[ScheduleRecord] = field(default_factory=list)  # evaluate's
+    # Of distill, by name; and of evaluate.
+    trained_schedules: dict[str, list] = field(default_factory=dict, metadata={"keys": ["schedules"]})
+    schedules: list[ScheduleRecord] = field(default_factory=list)
     answers: list[Answer] = field(default_factory=list)
 
 
 def read_record(kind: type[T], value: Any) -> T:
     """An instance of one of these classes. What is missing or of another type is as if it were not there."""
-    found = {}
+    found: dict[str, Any] = {}
     if isinstance(value, dict):
         hints = typing.get_type_hints(kind)
         for entry in dataclasses.fields(typing.cast(Any, kind)):
-            if (part := _read(hints[entry.name], value.get(entry.metadata.get("key", entry.name)))) is not None:
-                found[entry.name] = part
+            for key in entry.metadata.get("keys", [entry.name]):  # the later ones are those of earlier versions
+                if (part := _read(hints[entry.name], value.get(key))) is not None:
+                    found.setdefault(entry.name, part)
     return kind(**found)
 
 

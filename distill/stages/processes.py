@@ -45,7 +45,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         _without_shared_memory_op()
     # Precision is the trainer's, so that parameters are in float32 under every engine.
     accelerator = Accelerator(cpu=not on_gpu and not deepspeed, mixed_precision="no", kwargs_handlers=handlers)
-    if deepspeed:  # or transformers would cut up each model as it loads it, the teacher too
+    if deepspeed:  # or transformers would shard each model as it loads it, the teacher too
         unset_hf_deepspeed_config()
     if fsdp and accelerator.distributed_type == DistributedType.MULTI_CPU:  # accelerate has FSDP on GPUs only
         accelerator.state.distributed_type = DistributedType.FSDP

@@ -10,7 +10,7 @@ from ...students import HybridForCausalLM
 from ..data.streaming import StreamedDataset
 from ..data.teacher_cache import CachedTargets
 from ..run.folder import StageFolder
-from ..train.engines import cut_up
+from ..train.engines import sharded
 from ..train.flops import peak_flops
 from ..train.groups import ParameterGroup, only_these_train
 from ..train.lora import attach, merge
@@ -49,9 +49,9 @@ def trained(
     dataset: TrainingData = session.train_data if cached is None else cached
     tracking = Tracking(accelerator, session.recipe, folder.stage, folder)
 
-    def log(figures: dict) -> None:
-        figures |= use(figures)
-        tracking.log(figures)
+    def log(metrics: dict) -> None:
+        metrics |= use(metrics)
+        tracking.log(metrics)
 
     with (
         at_trans_points(student),
@@ -90,7 +90,7 @@ def trained(
         session.save(whole, folder)
         accelerator.wait_for_everyone()
         student = session.student(folder.stage)
-    record = {"training": outcome.figures, "quality": session.measure(student, folder.stage)}
+    record = {"training": outcome.metrics, "quality": session.measure(student, folder.stage)}
     if cached is not None:
         record["teacher_cache"] = {name: cached.index[name] for name in ("k", "kl", "rest_mass")}
     return record
@@ -104,23 +104,23 @@ def _look_ahead(
     cached: CachedTargets | None,
 ) -> Callable[[dict], dict]:
     """Says what will be trained and what that needs, and refuses what cannot end well. Returns what a device's use of a
-    step is found by, from the step's figures."""
+    step is found by, from the step's metrics."""
     settings, accelerator = getattr(session.recipe, folder.stage), session.accelerator
     teacher, gpu = session.teacher if cached is None else None, gpu_name(accelerator.device)
     check_vocabulary(session.tokenizer, student, "student")
     check_disk(session.root, groups, student, settings)
     processes = accelerator.num_processes
-    what = what_will_run(folder.stage, groups, student, teacher, session.recipe, processes, cut_up(accelerator), gpu)
+    what = what_will_run(folder.stage, groups, student, teacher, session.recipe, processes, sharded(accelerator), gpu)
     session.console.print(what)
     if gpu is None:
-        return lambda figures: {}
+        return lambda metrics: {}
     cost = flops_per_token(folder.stage, teacher, student, session.recipe.data.length)
     peak = peak_flops(gpu, torch.bfloat16 if session.precision == "bf16" else torch.float32)
 
-    def use(figures: dict) -> dict:
+    def use(metrics: dict) -> dict:
         found: dict = {"memory": torch.cuda.max_memory_allocated()}
         if peak is not None and cost is not None:
-            found["mfu"] = cost * figures["tokens_per_second"] / (peak * processes)
+            found["mfu"] = cost * metrics["tokens_per_second"] / (peak * processes)
         return found
 
     return use

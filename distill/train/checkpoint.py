@@ -1,7 +1,7 @@
 """Training state on disk: written whole or not at all, checksummed, in safetensors and JSON only.
 
 A checkpoint `step-N/` holds the trained parameters, the optimizer's tensors and the random generators' states, whole
-and by name, whatever they were cut up into (see `engine`). The position in the data and in the learning-rate schedule
+and by name, however they were sharded (see `engines`). The position in the data and in the learning-rate schedule
 is the step itself (see `data.batch_indices`), or, of text that is streamed, in its record.
 """
 

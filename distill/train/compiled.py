@@ -54,7 +54,7 @@ class Recorded:
     A graph is the GPU's work alone: the host does nothing in between.
 
     Args:
-        run: takes a batch, returns its loss and figures, and adds to gradients.
+        run: takes a batch, returns its loss and metrics, and adds to gradients.
         parameters: those that get gradients.
         adds: whether there may be gradients already. Otherwise those of a graph stay where it leaves them, until it is
             replayed.
@@ -118,14 +118,14 @@ class Recorded:
                 parameter.grad = None  # so that the graph makes its own
             # Other threads make batches ready meanwhile, in pinned memory.
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                loss, figures = self._run(inputs)
+                loss, metrics = self._run(inputs)
             gradients = [parameter.grad for parameter in self._parameters]
         finally:  # nothing was computed yet
             torch.cuda.set_stream(stream)  # a recording that fails leaves its own
             for parameter, gradient in zip(self._parameters, before, strict=True):
                 parameter.grad = gradient
         self._pool = graph.pool()
-        return _Graph(graph, inputs, (loss, figures), gradients)
+        return _Graph(graph, inputs, (loss, metrics), gradients)
 
 
 class _Graph(NamedTuple):

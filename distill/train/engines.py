@@ -37,7 +37,7 @@ def make_engine(
     groups: list[ParameterGroup],
     betas: list[float],
     clip: float,
-    micros: int,
+    accumulation: int,
     accelerator: Accelerator,
     compile: bool = False,
     say: Callable[[str], None] = print,
@@ -45,21 +45,21 @@ def make_engine(
     """The engine for accelerate's kind of distribution.
 
     Args:
-        objective: `forward(batch) -> (loss, {name: figure})`, the loss a mean over the batch.
+        objective: `forward(batch) -> (loss, {name: metric})`, the loss a mean over the batch.
         groups: what is trained, by AdamW; each with its weight decay.
         clip: the largest norm of the gradient of all of them.
-        micros: forward passes whose gradients make up a step.
+        accumulation: forward passes whose gradients make up a step.
         compile: whether layers are compiled and, where each process has a whole copy on a GPU, passes are recorded as
             CUDA graphs.
         say: takes a line, where that turns out to be impossible.
     """
     kinds = {DistributedType.DEEPSPEED: DeepSpeedEngine, DistributedType.FSDP: FSDPEngine}
     kind = kinds.get(accelerator.distributed_type, Engine)
-    return kind(objective, groups, betas, clip, micros, accelerator, compile, say)
+    return kind(objective, groups, betas, clip, accumulation, accelerator, compile, say)
 
 
-def cut_up(accelerator: Accelerator) -> tuple[str, ...]:
-    """Of "parameters", "gradients" and "optimizer", what each process has only a share of."""
+def sharded(accelerator: Accelerator) -> tuple[str, ...]:
+    """Of "parameters", "gradients" and "optimizer", what each process has only a shard of."""
     if accelerator.distributed_type == DistributedType.FSDP:
         return "parameters", "gradients", "optimizer"
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -82,12 +82,12 @@ class Engine:
         groups: list[ParameterGroup],
         betas: list[float],
         clip: float,
-        micros: int,
+        accumulation: int,
         accelerator: Accelerator,
         compile: bool,
         say: Callable[[str], None],
     ):
-        self.accelerator, self.clip, self.micros, self._say = accelerator, clip, micros, say
+        self.accelerator, self.clip, self.accumulation, self._say = accelerator, clip, accumulation, say
         self.parameters = {name: p for group in groups for name, p in group["parameters"].items()}
         names = {id(p): name for name, p in objective.named_parameters()}
         self._names = {name: names[id(p)] for name, p in self.parameters.items()}  # ours -> the objective's
@@ -100,13 +100,13 @@ class Engine:
         self._recorded: Recorded | None = None
         if compile and self._records(objective):
             trained = list(self.parameters.values())
-            self._recorded = Recorded(self._pass, trained, micros > 1, objective.kind, say)
+            self._recorded = Recorded(self._pass, trained, accumulation > 1, objective.kind, say)
 
     def forward_backward(self, batch: dict[str, Tensor], last: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and figures of one micro-batch; its gradient is added. `last`: of those that make up a step.
+        """Loss and metrics of one micro-batch; its gradient is added. `last`: of those that make up a step.
 
         Where a pass fails for being compiled, or for the memory of recorded ones, it runs again without. Gradients that
-        were there before it cannot be told from its own: the step is left out then, as one that is not finite.
+        were there before it cannot be told from its own: the step is skipped then, as one that is not finite.
         """
         try:
             found = (self._pass if self._recorded is None else self._recorded)(batch)
@@ -124,26 +124,30 @@ class Engine:
             for parameter in self._trained():
                 parameter.grad = None
             if self._passes:
-                spoiled = self._trained()[0]
-                spoiled.grad = torch.full_like(spoiled, float("nan"))
+                self._skip_step()
             found = self._pass(batch)
         self._passes += 1
         return found
 
+    def _skip_step(self) -> None:
+        """As for any gradient that is not finite: NaN reaches every process with the average, and all skip the step."""
+        parameter = self._trained()[0]
+        parameter.grad = torch.full_like(parameter, float("nan"))
+
     def _pass(self, batch):
-        loss, figures = self.module(batch)
-        self._backward(loss / self.micros)
+        loss, metrics = self.module(batch)
+        self._backward(loss / self.accumulation)
         # What keeps the graph of a pass alive ties parameters to the stream it ran on: no recording could follow.
-        return loss.detach(), {name: value.detach() for name, value in figures.items()}
+        return loss.detach(), {name: value.detach() for name, value in metrics.items()}
 
     def _backward(self, loss: Tensor) -> None:
         loss.backward()
 
     def step(self, lr: float) -> tuple[Tensor, Tensor]:
-        """An optimizer step with `lr` of every group's learning rate, left out where the gradient is not finite.
+        """An optimizer step with `lr` of every group's learning rate, skipped where the gradient is not finite.
 
         Returns:
-            The gradient's norm before clipping, and whether the step was left out: scalars, on the device.
+            The gradient's norm before clipping, and whether the step was skipped: scalars, on the device.
         """
         self._passes = 0
         if self.accelerator.num_processes > 1:
@@ -293,7 +297,7 @@ class FSDPEngine(Engine):
 
 
 class DeepSpeedEngine(Engine):
-    """ZeRO: optimizer state (1), gradients (2) and parameters (3) are cut up between the processes."""
+    """ZeRO: optimizer state (1), gradients (2) and parameters (3) are sharded over the processes."""
 
     shards = True
 
@@ -304,7 +308,7 @@ class DeepSpeedEngine(Engine):
         plugin = self.accelerator.state.deepspeed_plugin
         config = plugin.deepspeed_config
         # Steps, clipping and precision are the trainer's; whatever a person's DeepSpeed config says of the rest holds.
-        config["gradient_accumulation_steps"] = self.accelerator.gradient_accumulation_steps = self.micros
+        config["gradient_accumulation_steps"] = self.accelerator.gradient_accumulation_steps = self.accumulation
         config["train_micro_batch_size_per_gpu"] = 1  # sequences are counted by the trainer: it need only be a number
         config["gradient_clipping"] = self.clip
         config["train_batch_size"] = "auto"

@@ -101,7 +101,7 @@ def what_will_run(
     teacher: PreTrainedModel | None,
     recipe: Recipe,
     processes: int = 1,
-    cut_up: tuple[str, ...] = (),
+    sharded: tuple[str, ...] = (),
     device: str | None = None,
 ) -> Group:
     """What a stage will do, to be printed: parameters of each group, tokens and steps, and what that needs.
@@ -109,7 +109,7 @@ def what_will_run(
     Args:
         groups: as the trainer takes them.
         teacher: None where its predictions are read from a cache.
-        cut_up: of "parameters", "gradients" and "optimizer", what the processes have a share of each.
+        sharded: of "parameters", "gradients" and "optimizer", what the processes have a shard of each.
         device: the GPU's name, for a guess at the time.
     """
     config: TrainConfig = getattr(recipe, stage)
@@ -122,9 +122,9 @@ def what_will_run(
         table.add_row(group["name"], f"{_count([group]):,}", f"{group['lr']:g}", f"{decay:g}")
     total, trained = sum(p.numel() for p in student.parameters()), _count(groups)
     table.add_row("frozen", f"{total - trained:,}", "", "")
-    shares = {part: processes if part in cut_up else 1 for part in ("parameters", "gradients", "optimizer")}
-    memory = 4 * total / shares["parameters"] + 4 * trained / shares["gradients"]
-    memory += ADAM_BYTES * trained / shares["optimizer"]
+    shards = {part: processes if part in sharded else 1 for part in ("parameters", "gradients", "optimizer")}
+    memory = 4 * total / shards["parameters"] + 4 * trained / shards["gradients"]
+    memory += ADAM_BYTES * trained / shards["optimizer"]
     if teacher is not None:
         parts = processes if recipe.teacher.share else 1
         layers, whole = (
@@ -136,7 +136,7 @@ def what_will_run(
         f"{config.steps:,} steps of {config.batch_size} x {recipe.data.length:,} tokens: {config.steps * tokens:,} "
         f"({processes} process{'es' if processes > 1 else ''}, {share // micro} x {micro} sequences a step in each)",
         f"memory of a process, without activations: {_size(memory)}"
-        + (f" (with a share of {', '.join(cut_up)})" if cut_up else "")
+        + (f" ({', '.join(sharded)} sharded)" if sharded else "")
         + "; "
         f"disk: {_size(checkpoint_bytes(groups))} a checkpoint, the last {config.keep_checkpoints} kept",
     ]

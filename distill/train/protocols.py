@@ -18,7 +18,7 @@ class Objective(Protocol):
     beside: tuple[Any, ...]
 
     def __call__(self, batch: "dict[str, Tensor]") -> "tuple[Tensor, dict[str, Tensor]]":
-        """The loss, a mean over the batch, and named figures."""
+        """The loss, a mean over the batch, and named metrics."""
 
     def models(self) -> "list[PreTrainedModel]":
         """Those that take part."""
@@ -37,13 +37,13 @@ class Objective(Protocol):
 
 
 class TrainingData(Protocol):
-    """Sequences of equal length for batches. Where there are `state_dict(places)` and `load_state_dict(state)`, they
+    """Sequences of equal length for batches. Where there are `state_dict(slots)` and `load_state_dict(state)`, they
     are its position, which checkpoints keep."""
 
     tokens_per_item: int
 
-    def batch(self, step: int, batch_size: int, seed: int, places: range, /) -> "list[dict[str, Tensor]]":
-        """The items of batch `step` (from 0) at some of its places."""
+    def batch(self, step: int, batch_size: int, seed: int, slots: range, /) -> "list[dict[str, Tensor]]":
+        """The items of batch `step` (from 0) at some of its slots."""
 
     def spread(self, count: int, /) -> "list[dict[str, Tensor]]":
         """Some items from all over the text, whatever `batch` does."""

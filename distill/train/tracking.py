@@ -1,8 +1,8 @@
-"""Where the figures of training go: metrics.jsonl always, and the trackers that `run.trackers` names.
+"""Where the metrics of training go: metrics.jsonl always, and the trackers that `run.trackers` names.
 
 Names that other parts read (`report`): `loss`, `layer_N` and `attention_N` (alignment of one layer), `lr...`,
 `gradient_norm`, `tokens`, `tokens_per_second`, `mfu` (a fraction), `memory` (bytes, the peak on one device), and
-`skipped` (steps left out since the line before, as their gradient was not finite) and `event` (text).
+`skipped` (steps since the line before whose gradient was not finite) and `event` (text).
 """
 
 import json
@@ -38,7 +38,7 @@ def check_trackers(names: list[str]) -> None:
 class Tracking:
     """The log of one training stage. On processes other than the main one it does nothing.
 
-    Each stage is a run of its own in every tracker, and figures are named STAGE/NAME there. TensorBoard's files are in
+    Each stage is a run of its own in every tracker, and metrics are named STAGE/NAME there. TensorBoard's files are in
     RUN/tracking/STAGE. A resumed stage goes on in the same tracker run, which is not told again the steps it knows; so
     this is made before what metrics.jsonl says of steps after the last checkpoint is dropped.
 
@@ -66,20 +66,20 @@ class Tracking:
                 ) from error
             self.trackers.append(tracker)
 
-    def log(self, figures: dict) -> None:
-        """Writes down the figures of a step, `step` among them. Numbers and texts go to the trackers too.
+    def log(self, metrics: dict) -> None:
+        """Writes down the metrics of a step, `step` among them. Numbers and texts go to the trackers too.
 
         A tracker that fails is given up, with a warning: it must not cost a run.
         """
         if not self._main:
             return
-        self.folder.log(figures)
-        step = figures["step"]
+        self.folder.log(metrics)
+        step = metrics["step"]
         if step <= self._told:
             return
         values = {
             f"{self.stage}/{name}": value
-            for name, value in figures.items()
+            for name, value in metrics.items()
             if isinstance(value, int | float | str) and name != "step"
         }
         for tracker in list(self.trackers):

@@ -1,9 +1,9 @@
 """The one trainer: every training stage gives it an objective, and it does the rest.
 
-An objective is a module whose `forward(batch)` returns the loss (mean per token) and named figures. The trainer owns
-the schedule, accumulation, logging, checkpoints and resuming; `engine` how a step runs on one process or many.
+An objective is a module whose `forward(batch)` returns the loss (mean per token) and named metrics. The trainer owns
+the schedule, accumulation, logging, checkpoints and resuming; `engines` how a step runs on one process or many.
 
-The host does not wait for the device between log lines: what a step finds out (loss, norm, whether it was left out)
+The host does not wait for the device between log lines: what a step finds out (loss, norm, whether it was skipped)
 stays there until a line is written.
 """
 
@@ -52,11 +52,11 @@ class Stopped(TrainingError):
 class Trained:
     """What training came to.
 
-    figures: those of the last step, tokens seen, seconds, steps left out. weights: trained parameters by name, whole
+    metrics: those of the last step, tokens seen, seconds, steps skipped. weights: trained parameters by name, whole
     and on the CPU, in the main process; None where they are in the modules that were given.
     """
 
-    figures: dict
+    metrics: dict
     weights: dict[str, Tensor] | None
 
 
@@ -80,17 +80,17 @@ def train(
     Args:
         objective: `forward(batch) -> (loss, {name: figure})`; only the parameters in `groups` are changed.
         groups: what is trained; with a weight decay where it is not the config's.
-        dataset: `batch(step, batch_size, seed, places)` gives items; a `state_dict(places)`, where there is one, is
+        dataset: `batch(step, batch_size, seed, slots)` gives items; a `state_dict(slots)`, where there is one, is
             saved with checkpoints and given back to `load_state_dict`.
         on_step: called with each finished step; what tests interrupt a run with.
         before_step: called with the number of steps done before each step; what it does must depend on that alone, so
             that a resumed run is the same.
         precision: of the matrix products: fp32 or bf16 (parameters are in float32 in any case).
         compile: see `make_engine`; on a GPU only.
-        log: takes a line of figures; `folder.log` by default.
+        log: takes a line of metrics; `folder.log` by default.
 
     Raises:
-        TrainingError: too many steps in a row had a gradient that is not finite; the batch cannot be cut up.
+        TrainingError: too many steps in a row had a gradient that is not finite; the batch cannot be divided.
         Stopped: SIGTERM, after a checkpoint.
     """
     share, rest = divmod(config.batch_size, accelerator.num_processes)
@@ -100,7 +100,7 @@ def train(
             f"{folder.stage}.batch_size is {config.batch_size}; expected a multiple of {accelerator.num_processes} "
             f"processes times micro_batch_size {micro}"
         )
-    places = range(accelerator.process_index * share, (accelerator.process_index + 1) * share)
+    slots = range(accelerator.process_index * share, (accelerator.process_index + 1) * share)
     parameters = {name: p for group in groups for name, p in group["parameters"].items()}
     only_these_train(objective, groups)
     # The same for all processes, whatever each of them sees of the disk.
@@ -123,7 +123,7 @@ def train(
         console.print(f"{folder.stage}: going on from step {step}")
     del state
     losses: deque[float] = deque(maxlen=LINES)
-    told = 0  # steps left out that the lines tell of
+    told = 0  # skipped steps that the lines tell of
     if accelerator.is_main_process:
         lines = truncate_log(folder / "metrics.jsonl", step)
         losses.extend(line["loss"] for line in lines if line["loss"] is not None)
@@ -132,10 +132,10 @@ def train(
 
     log = log or folder.log
     tokens_per_step = config.batch_size * dataset.tokens_per_item
-    begun, last, figures = time.monotonic(), (time.monotonic(), step), {}
-    left_out, in_a_row = (torch.full((), count, device=accelerator.device) for count in (told, 0))
+    begun, last, metrics = time.monotonic(), (time.monotonic(), step), {}
+    skips, in_a_row = (torch.full((), count, device=accelerator.device) for count in (told, 0))
 
-    loader = batches_ahead(dataset, range(step, config.steps), config, seed, places, micro, accelerator.device)
+    loader = batches_ahead(dataset, range(step, config.steps), config, seed, slots, micro, accelerator.device)
     shown = Progress(console, folder.stage, config.steps, step, tokens_per_step)
     with _released(engine), shown as progress, _sigterm() as asked, loader:
         for batches, position in loader:
@@ -148,14 +148,14 @@ def train(
                     sums[key] = sums.get(key, 0) + value.detach() / len(batches)
             factor = learning_rate_factor(step, config)
             norm, skipped = engine.step(factor)
-            left_out += skipped
+            skips += skipped
             in_a_row = (in_a_row + 1) * skipped
             step += 1
             logs = step % config.log_every == 0 or step == config.steps
             if logs:
                 means = {key: accelerator.reduce(value.float(), "mean").item() for key, value in sums.items()}
                 now = time.monotonic()
-                figures = {
+                metrics = {
                     "step": step,
                     **means,
                     "gradient_norm": float(norm),
@@ -163,18 +163,18 @@ def train(
                     "tokens": step * tokens_per_step,
                     "tokens_per_second": (step - last[1]) * tokens_per_step / max(now - last[0], 1e-9),
                 }
-                if (count := int(left_out)) > told:
-                    figures["skipped"], told = count - told, count
-                figures = {key: value if math.isfinite(value) else None for key, value in figures.items()}
-                if figures["loss"] is not None:
-                    if len(losses) >= LINES // 4 and figures["loss"] > SPIKE * statistics.median(losses):
-                        figures["event"] = "loss spike"
-                    losses.append(figures["loss"])
+                if (count := int(skips)) > told:
+                    metrics["skipped"], told = count - told, count
+                metrics = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
+                if metrics["loss"] is not None:
+                    if len(losses) >= LINES // 4 and metrics["loss"] > SPIKE * statistics.median(losses):
+                        metrics["event"] = "loss spike"
+                    losses.append(metrics["loss"])
                 last = (now, step)
                 if accelerator.is_main_process:
-                    log(figures)
-                progress.show(step, figures["loss"])
-                _say(console, folder.stage, figures)
+                    log(metrics)
+                progress.show(step, metrics["loss"])
+                _say(console, folder.stage, metrics)
                 if in_a_row >= config.max_skipped:
                     raise TrainingError(_why_not_finite(engine, batches, folder.stage, step, int(in_a_row), means))
             else:
@@ -195,12 +195,12 @@ def train(
         whole = engine.state() or {}
         weights = {key.split(".", 1)[1]: value for key, value in whole.items() if key.startswith("parameter.")}
     engine.close()
-    figures |= {
+    metrics |= {
         "tokens": config.steps * tokens_per_step,
         "seconds": time.monotonic() - begun,
-        "left_out": int(left_out),
+        "skipped": int(skips),
     }
-    return Trained(figures, weights)
+    return Trained(metrics, weights)
 
 
 def learning_rate_factor(step: int, config: TrainConfig) -> float:
@@ -268,11 +268,11 @@ def _all_stop(asked: threading.Event, accelerator: Accelerator, logs: bool) -> b
     return bool(accelerator.reduce(torch.tensor(float(asked.is_set()), device=accelerator.device), "sum"))
 
 
-def _say(console: Console, stage: str, figures: dict) -> None:
-    if "skipped" in figures:
-        console.print(f"{stage}: {figures['skipped']} steps up to {figures['step']} left out: gradient not finite")
-    if "event" in figures:
-        console.print(f"{stage}: {figures['event']} at step {figures['step']}: {figures['loss']:.4g}")
+def _say(console: Console, stage: str, metrics: dict) -> None:
+    if "skipped" in metrics:
+        console.print(f"{stage}: {metrics['skipped']} steps up to {metrics['step']} skipped: gradient not finite")
+    if "event" in metrics:
+        console.print(f"{stage}: {metrics['event']} at step {metrics['step']}: {metrics['loss']:.4g}")
 
 
 def _why_not_finite(engine: Engine, batches: list, stage: str, step: int, in_a_row: int, means: dict) -> str:

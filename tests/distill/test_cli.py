@@ -257,12 +257,12 @@ def test_status(tiny_copy, say):
         assert row[3] == ("5,120" if row[0] in ("align", "distill") else "") and row[4] == record["finished"]
 
 
-def test_status_says_how_many_steps_were_left_out(tiny_copy, say):
+def test_status_says_how_many_steps_were_skipped(tiny_copy, say):
     record = read_json(tiny_copy / "align" / "done.json")
-    record["training"]["left_out"] = 3
+    record["training"]["skipped"] = 3
     (tiny_copy / "align" / "done.json").write_text(json.dumps(record))
-    rows = [line for line in say("status", tiny_copy)[1].splitlines() if "left out" in line]
-    assert [row.split("│")[1].strip() for row in rows] == ["align"] and " 5,120 (3 steps left out) " in rows[0]
+    rows = [line for line in say("status", tiny_copy)[1].splitlines() if "skipped" in line]
+    assert [row.split("│")[1].strip() for row in rows] == ["align"] and " 5,120 (3 steps skipped) " in rows[0]
 
 
 def test_status_says_what_would_run_and_why(tiny_copy, say):
@@ -273,7 +273,7 @@ def test_status_says_what_would_run_and_why(tiny_copy, say):
     states = dict(line.replace("│", "").split(maxsplit=1) for line in out.splitlines() if line.startswith("│"))
     assert states["align"].startswith("done ")
     assert states["distill"].startswith("would run: changed: distill.steps (20 -> 99)")
-    assert states["export"].startswith("would run: changed: after.distill (")
+    assert states["export"].startswith("would run: changed: what distill made")
     assert states["evaluate"].startswith("would run: not run yet")
 
 

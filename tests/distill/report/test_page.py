@@ -219,9 +219,9 @@ def test_events(started):
     lines[19] |= {"event": "loss spike", "loss": 9.5}
     started("distill", lines)
     shown = page(started.folder)
-    assert "distill 10 2 steps left out: the gradient was not finite –" in shown.text
+    assert "distill 10 2 steps skipped: the gradient was not finite –" in shown.text
     assert "distill 10 the loss was not finite" in shown.text and "distill 20 loss spike 9.5000" in shown.text
-    assert "steps left out" in shown.raw and figures(shown)[0].startswith("loss of distill over 399 steps")
+    assert "skipped steps" in shown.raw and figures(shown)[0].startswith("loss of distill over 399 steps")
     for line in lines:
         line["event"] = "again"
     (started.folder / "distill" / "metrics.jsonl").unlink()

@@ -232,19 +232,19 @@ def test_stages_after_each_other_compile_under_fsdp2():
     in_two(both_stages_under_fsdp2, engine="fsdp2")
 
 
-def steps(device, mixer, stage, compile, micros=1, precision="fp32", count=SEEN + 4):
+def steps(device, mixer, stage, compile, accumulation=1, precision="fp32", count=SEEN + 4):
     """Losses, norms and weights of a few optimizer steps of an engine; what it said."""
     student, objective, groups = task(stage, mixer, device)
     said, losses = [], []
     module = InPrecision(objective, precision, device)
-    engine = make_engine(module, groups, [0.9, 0.95], 1.0, micros, Accelerator(), compile, said.append)
+    engine = make_engine(module, groups, [0.9, 0.95], 1.0, accumulation, Accelerator(), compile, said.append)
     for step in range(count):
         if mixer == "transmamba" and stage == "distill":  # a schedule that moves on, as annealing does
             student.set_trans_points([0, 8 + step, 20 + step, "inf"], warn=False)
-        for micro in range(micros):
+        for micro in range(accumulation):
             rows = 3 if step == count - 2 else 2  # one batch of another shape
             batch = packed(rows=rows, length=128, seed=100 * step + micro, device=device)
-            loss, figures = engine.forward_backward(batch, last=micro == micros - 1)
+            loss, figures = engine.forward_backward(batch, last=micro == accumulation - 1)
             losses.append(loss.item())
             assert all(math.isfinite(value.item()) for value in figures.values())
         losses.append(engine.step(1.0)[0].item())
@@ -255,15 +255,18 @@ def steps(device, mixer, stage, compile, micros=1, precision="fp32", count=SEEN 
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("micros", [1, 2])
+@pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("stage", ["align", "distill"])
 @pytest.mark.parametrize("mixer", ["mamba2", "transmamba"])
-def test_recorded_steps_are_as_those_launched_from_python(mixer, stage, micros):
-    losses, weights, said, recorded = steps("cuda", mixer, stage, True, micros)
+def test_recorded_steps_are_as_those_launched_from_python(mixer, stage, accumulation):
+    losses, weights, said, recorded = steps("cuda", mixer, stage, True, accumulation)
     assert not said and recorded == 1
-    wanted, wanted_weights, *_ = steps("cuda", mixer, stage, False, micros)
-    for place, rel in [*((micro, 2e-3) for micro in range(micros)), (micros, 2e-2)]:  # losses, then a step's norm
-        assert losses[place :: micros + 1] == pytest.approx(wanted[place :: micros + 1], rel=rel)
+    wanted, wanted_weights, *_ = steps("cuda", mixer, stage, False, accumulation)
+    for place, rel in [
+        *((micro, 2e-3) for micro in range(accumulation)),
+        (accumulation, 2e-2),
+    ]:  # losses, then a step's norm
+        assert losses[place :: accumulation + 1] == pytest.approx(wanted[place :: accumulation + 1], rel=rel)
     untouched = dict(make(mixer=mixer, device="cuda")[1].named_parameters())
     for name, weight in wanted_weights.items():  # AdamW turns rounding in tiny gradients into steps
         error = (weights[name] - weight).norm() / weight.norm().clamp(min=1e-3)

@@ -119,7 +119,7 @@ def test_two_processes_train_as_one(engine, runs):
     assert f": 2 processes ({kinds.get(engine, 'DEEPSPEED')}) on cpu" in output
     shares = ("optimizer", "optimizer, gradients", "optimizer, gradients, parameters")
     shares = dict(zip(ENGINES[1:], (*shares, "parameters, gradients, optimizer"), strict=True))
-    said = re.findall(r"with a share of ([a-z, ]+)\)", " ".join(output.split()))
+    said = re.findall(r"\(([a-z, ]+) sharded\)", " ".join(output.split()))
     assert said == ([shares[engine]] * 2 if engine in shares else [])  # in both stages
     assert_same(folder, runs["alone"][0])
 

@@ -37,9 +37,9 @@ class Products(nn.Module):
         return ()
 
 
-def engine_of(module, micros=1, clip=1e9, accelerator=None, **options):
+def engine_of(module, accumulation=1, clip=1e9, accelerator=None, **options):
     groups = [{"parameters": dict(module.named_parameters()), "lr": LR, "weight_decay": DECAY}]
-    return make_engine(module, groups, [0.9, 0.95], clip, micros, accelerator or Accelerator(cpu=True), **options)
+    return make_engine(module, groups, [0.9, 0.95], clip, accumulation, accelerator or Accelerator(cpu=True), **options)
 
 
 def step_of_a_process(rank, folder):
@@ -51,7 +51,7 @@ def step_of_a_process(rank, folder):
     assert not skipped
     torch.save({"norm": norm, **{name: p.detach() for name, p in module.named_parameters()}}, f"{folder}/{rank}.pt")
     engine.forward_backward({"x": torch.tensor(float("nan") if rank else 1.0)}, last=True)
-    assert engine.step(1.0)[1]  # left out by both
+    assert engine.step(1.0)[1]  # skipped by both
 
 
 def test_processes_average_their_gradients_and_leave_alone_what_none_has(tmp_path):
@@ -92,7 +92,7 @@ def test_zero_aligns_parameters_as_compiled_layers_take_for_granted():
 
 @pytest.mark.parametrize("failing", [0, 1])
 def test_a_backward_pass_that_cannot_be_compiled_runs_as_it_is(failing):
-    """The second one of a step has added to gradients when it fails: that step is left out, later ones are not."""
+    """The second one of a step has added to gradients when it fails: that step is skipped, later ones are not."""
     module, said, passes = Products("ab", a=1.0, b=1.0), [], [0]
 
     class Fails(torch.autograd.Function):
@@ -109,13 +109,13 @@ def test_a_backward_pass_that_cannot_be_compiled_runs_as_it_is(failing):
 
     forward = module.forward
     module.forward = lambda batch: (Fails.apply(forward(batch)[0]), {})
-    engine = engine_of(module, micros=2, compile=True, say=said.append)
-    for left_out in (failing == 1, False):
+    engine = engine_of(module, accumulation=2, compile=True, say=said.append)
+    for lost in (failing == 1, False):
         for micro in range(2):
             engine.forward_backward({"x": torch.tensor(2.0)}, last=micro == 1)
         norm, skipped = engine.step(1.0)
-        assert bool(skipped) == left_out
-        if not left_out:
+        assert bool(skipped) == lost
+        if not lost:
             assert norm.item() == pytest.approx(2 * 8**0.5)
     assert len(said) == 1 and "no such operation" in said[0]
     engine.close()

@@ -30,11 +30,11 @@ def models():
     return teacher, build_student(teacher, StudentConfig(keep_attention="every:2"))
 
 
-def said(models, recipe, processes=1, cut_up=(), device=None):
+def said(models, recipe, processes=1, sharded=(), device=None):
     teacher, student = models
     groups = distill_groups(student, recipe.distill)
     console = Console(record=True, width=200, quiet=False, file=open("/dev/null", "w"))
-    console.print(what_will_run("distill", groups, student, teacher, recipe, processes, cut_up, device))
+    console.print(what_will_run("distill", groups, student, teacher, recipe, processes, sharded, device))
     return console.export_text()
 
 
@@ -53,11 +53,11 @@ def test_parameters_tokens_and_rates(models):
     assert "(2 processes, 2 x 2 sequences a step in each)" in text
 
 
-def test_what_is_cut_up_takes_less_memory_in_each_process(models):
-    def memory(cut_up):
+def test_what_is_sharded_takes_less_memory_in_each_process(models):
+    def memory(sharded):
         recipe = Recipe()
         recipe.distill.teacher_lr = 1e-4
-        (line,) = [line for line in said(models, recipe, 4, cut_up).splitlines() if line.startswith("memory")]
+        (line,) = [line for line in said(models, recipe, 4, sharded).splitlines() if line.startswith("memory")]
         return float(line.split(": ")[1].split(" MB")[0])
 
     whole = memory(())

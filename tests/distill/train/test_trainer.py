@@ -111,7 +111,7 @@ def go(folder, config, dataset, make=Toy, stop=None, stop_by=interrupt, names=TR
     with pytest.raises(KeyboardInterrupt) if stop is not None and stop_by is interrupt else nullcontext():
         trained = train(objective, groups, *arguments, on_step=on_step)
         if figures is not None:
-            figures.append(trained.figures)
+            figures.append(trained.metrics)
     return {name: p.detach().clone() for name, p in objective.named_parameters()}, taken
 
 
@@ -251,7 +251,7 @@ def test_a_checkpoint_of_another_model_is_not_used(folder, dataset, caplog):
 # Failures
 
 
-def test_steps_without_a_finite_gradient_are_left_out_and_counted(folder, dataset):
+def test_steps_without_a_finite_gradient_are_skipped_and_counted(folder, dataset):
     """As if the optimizer had not been there: nothing moves, and its own count of steps stands still."""
     parameters, taken = go(folder, settings_of(), dataset, lambda: Broken(6, 7, 12))
     lines = metrics(folder)
@@ -262,14 +262,14 @@ def test_steps_without_a_finite_gradient_are_left_out_and_counted(folder, datase
     assert state["optimizer.step.scale"].item() == 16 - 3
 
 
-def test_left_out_steps_stay_counted_after_a_resume(folder, dataset):
+def test_skipped_steps_stay_counted_after_a_resume(folder, dataset):
     go(folder, settings_of(), dataset, lambda: Broken(6, 7), stop=9)
     figures = []
     go(folder, settings_of(), dataset, lambda: Broken(1), figures=figures)  # its first call is of step 9
-    assert figures[0]["left_out"] == 3
+    assert figures[0]["skipped"] == 3
 
 
-def test_too_many_steps_left_out_in_a_row_stop_in_one_line_and_leave_the_checkpoint(folder, dataset, whole):
+def test_too_many_steps_skipped_in_a_row_stop_in_one_line_and_leave_the_checkpoint(folder, dataset, whole):
     with pytest.raises(TrainingError) as caught:
         go(folder, settings_of(max_skipped=3), dataset, lambda: Broken(*range(9, 99)))
     assert str(caught.value) == (
