@@ -181,7 +181,10 @@ def test_a_student_is_saved_and_loaded(converted, tmp_path):
     def check(teacher, student):
         student.save_pretrained(tmp_path / student.config.base_model_type)
         loaded = HybridForCausalLM.from_pretrained(tmp_path / student.config.base_model_type)
-        return None if torch.equal(loaded(ids).logits, student(ids).logits) else "differs"
+        wanted, found = student.state_dict(), loaded.state_dict()
+        if found.keys() != wanted.keys() or not all(torch.equal(found[name], wanted[name]) for name in wanted):
+            return "weights differ"
+        return differ(loaded(ids).logits, student(ids).logits)  # experts do not multiply alike wherever weights lie
 
     assert failures(converted, check) == {}
 
