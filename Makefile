@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := install -q --disable-pip-version-check
 # One worker a core, each with one thread: more would wait for each other, spinning.
-PYTEST := -m pytest -q -n 2 --dist loadfile
+PYTEST := -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 .PHONY: demo test test-fast test-oldest test-newest lint types clean

@@ -6,9 +6,14 @@ was loaded; scaling of the rotary embedding is set right; what differs, or is no
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import gguf
 import torch
 from gguf import GGUFReader
 from transformers import PreTrainedModel
@@ -50,9 +55,31 @@ _SCALING = "rope.scaling."
 _FREQUENCIES = "rope_freqs.weight"  # divisors of the rotary frequencies: Llama 3's scaling
 
 
+def open_gguf(path: Path) -> GGUFReader:
+    """A reader of a file. Reading the header takes seconds, as it holds the vocabulary, so the latest is kept."""
+    facts = path.stat()
+    return _opened(path.resolve(), facts.st_size, facts.st_mtime_ns)
+
+
+@lru_cache(maxsize=1)
+def _opened(path: Path, size: int, written: int) -> GGUFReader:
+    return GGUFReader(path)
+
+
+@contextmanager
+def read_once() -> Iterator[None]:
+    """Saves time alone: transformers reads a file's header, and makes the table of all names, again and again."""
+    reader, table = gguf.GGUFReader, gguf.get_tensor_name_map
+    gguf.GGUFReader, gguf.get_tensor_name_map = lambda path: open_gguf(Path(path)), lru_cache(table)  # type: ignore
+    try:
+        yield
+    finally:
+        gguf.GGUFReader, gguf.get_tensor_name_map = reader, table  # type: ignore
+
+
 def refuse_part(path: Path) -> None:
     """Raises TeacherError where a file is one of several that a model was split into."""
-    count = _facts(GGUFReader(path)).get("split.count", 1)
+    count = _facts(open_gguf(path)).get("split.count", 1)
     if count > 1:
         raise TeacherError(
             f"'{path.name}' is one of {count} parts of a model: put them together first, as "
@@ -66,7 +93,7 @@ def complete(model: PreTrainedModel, path: Path) -> None:
     Raises:
         TeacherError: the file says something of the model that it is not, or holds tensors that it has no use for.
     """
-    reader = GGUFReader(path)
+    reader = open_gguf(path)
     facts = _facts(reader)
     architecture = facts["general.architecture"]
     own = {key.removeprefix(f"{architecture}."): v for key, v in facts.items() if key.startswith(f"{architecture}.")}
@@ -127,7 +154,9 @@ def _equal(found, value) -> bool:
 def _refuse_others(model: PreTrainedModel, path: Path, architecture: str, tensors: dict) -> None:
     """Of experts, transformers puts several tensors into one, and leaves zeros where one of them is missing."""
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=model.config.to_dict())
-    names = get_gguf_hf_weights_map(model, processor).keys() | {_FREQUENCIES}
+    # Of a causal language model the whole has all names, and going through its parts would take seconds.
+    whole: Any = SimpleNamespace(config=model.config, state_dict=model.state_dict, named_children=tuple)
+    names = get_gguf_hf_weights_map(whole, processor).keys() | {_FREQUENCIES}
     used, held = ({name.removesuffix(".weight"): name for name in some} for some in (names, tensors))
     what = type(model).__name__
     if unused := sorted(held.keys() - used.keys()):

@@ -8,6 +8,7 @@ import difflib
 import importlib.util
 import logging
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import cast
 
@@ -15,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import TeacherError
-from .gguf_files import complete, refuse_part
+from .gguf_files import complete, open_gguf, read_once, refuse_part
 from .names import REGISTRY, TeacherInfo, is_hub_id
 from .random import RANDOM_FAMILIES, random_teacher
 
@@ -62,21 +63,22 @@ def load_teacher(
     try:
         if gguf:
             refuse_part(Path(folder) / gguf)
-        # `use_safetensors`: a pickled checkpoint is refused, never opened. Of other sizes, `incomplete` says which.
-        loaded = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            **kwargs,
-            **({} if gguf else {"use_safetensors": True}),
-        )
-        model, info = cast("tuple[PreTrainedModel, dict]", loaded)
-        if reason := incomplete(model, info):
-            raise TeacherError(f"teacher '{source}' is {reason}")
-        if gguf:
-            complete(model, Path(folder) / gguf)
-        tokenizer = AutoTokenizer.from_pretrained(folder, **kwargs)
+        with read_once() if gguf else nullcontext():
+            # `use_safetensors`: a pickled checkpoint is refused, never opened. Of other sizes, `incomplete` says which.
+            loaded = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **kwargs,
+                **({} if gguf else {"use_safetensors": True}),
+            )
+            model, info = cast("tuple[PreTrainedModel, dict]", loaded)
+            if reason := incomplete(model, info):
+                raise TeacherError(f"teacher '{source}' is {reason}")
+            if gguf:
+                complete(model, Path(folder) / gguf)
+            tokenizer = AutoTokenizer.from_pretrained(folder, **kwargs)
     except TeacherError:
         raise
     except Exception as error:
@@ -220,9 +222,7 @@ def _name_special_tokens(tokenizer: PreTrainedTokenizerBase, model: PreTrainedMo
 
 
 def _gguf_license(file: Path) -> str | None:
-    from gguf import GGUFReader
-
-    field = GGUFReader(str(file)).fields.get("general.license")
+    field = open_gguf(file).fields.get("general.license")
     return field.contents() if field else None
 
 

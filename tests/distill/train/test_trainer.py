@@ -446,7 +446,7 @@ def test_groups_have_their_own_learning_rate_and_the_rest_stays(folder, dataset)
     folder.path.mkdir()
     config = settings_of(steps=1, warmup=0.0)
     accelerator = Accelerator(cpu=True, mixed_precision="no")
-    figures = train(toy, groups, config, dataset, folder, accelerator, Console(quiet=True), 0).figures
+    figures = train(toy, groups, config, dataset, folder, accelerator, Console(quiet=True), 0).metrics
     # Adam's first step is the learning rate itself, with the gradient's sign.
     for name, lr in (("scale", 0.1), ("linear.weight", 0.001), ("linear.bias", 0.0), ("frozen", 0.0)):
         moved = (dict(toy.named_parameters())[name].detach() - before[name]).abs()
