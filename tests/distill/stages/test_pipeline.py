@@ -182,7 +182,7 @@ def test_a_changed_setting_reruns_its_stage_and_what_follows(override, tiny_run)
     assert list(found) == list(STAGES[first:])
     assert found[STAGES[first]].startswith("changed: ") and f"{override.partition('=')[0]} (" in found[STAGES[first]]
     for before, stage in zip(STAGES[first:], STAGES[first + 1 :], strict=False):
-        assert f"after.{before} (" in found[stage]
+        assert f"what {before} made" in found[stage]
 
 
 @pytest.mark.parametrize(
