@@ -99,8 +99,8 @@ def plan(options) -> None:
     from ..students.modeling.configuration_mixers import have_trans_points, names_with_trans_points
     from ..teachers import load_teacher
     from .config import load_recipe
+    from .stages.preflight import gpu_name, what_will_run
     from .train.groups import only_these_train
-    from .train.preflight import gpu_name, what_will_run
     from .train.schedules import check_schedules, never_distilled
 
     console = _console()
@@ -467,7 +467,7 @@ def _run_folder(path: str) -> Path:
 
 def _latest_student(root: Path) -> Path:
     from .errors import RunError
-    from .run.folder import lineage
+    from .stages.inputs import lineage
 
     done = lineage(root)
     for stage in reversed(names(lambda stage: stage.makes_student)):
@@ -479,7 +479,7 @@ def _latest_student(root: Path) -> Path:
 def _export_folder(path: str) -> Path:
     """An exported folder, or the one a run's export stage wrote."""
     from .errors import RunError
-    from .run.folder import lineage
+    from .stages.inputs import lineage
 
     if (Path(path) / "config.json").is_file():
         return Path(path)

@@ -25,10 +25,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from transpoint.distill.config import Recipe
 from transpoint.distill.objectives import Alignment, Distillation
+from transpoint.distill.stages.preflight import flops_per_token, gpu_name
 from transpoint.distill.stages.processes import make_accelerator
 from transpoint.distill.train.engines import make_engine
 from transpoint.distill.train.groups import distill_groups, mixer_parameters, only_these_train
-from transpoint.distill.train.preflight import flops_per_token, gpu_name
 from transpoint.distill.train.trainer import InPrecision
 from transpoint.students import StudentConfig, build_student
 from transpoint.teachers import share_layers

@@ -23,8 +23,9 @@ from ...students.modeling.configuration_mixers import have_trans_points
 from ..errors import RunError
 from ..export.card import kinds_in, quality_row
 from ..run.files import read_json
-from ..run.folder import StageFolder, lineage
+from ..run.folder import StageFolder
 from ..run.records import Cost, Quality, StageRecord, number, read_record
+from ..stages.inputs import lineage
 from ..stages.pipeline import names
 from .charts import heat_map, line_chart, loss_chart
 

@@ -9,8 +9,8 @@ from ...teachers import TeacherInfo, teacher_info
 from ..export.card import CardFacts, plan_in_letters, plan_in_words, quality_row, schedule_rows
 from ..export.formats import find_format
 from ..run.files import read_json
-from ..run.folder import lineage
 from ..run.records import Cost, Quality, ScheduleRecord, StageRecord, read_record
+from ..stages.inputs import lineage
 from ..stages.pipeline import names
 from ..stages.session import Session
 

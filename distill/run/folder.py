@@ -23,7 +23,6 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ..errors import RunError
-from ..stages.pipeline import pipeline_of
 from .files import read_json, write_json
 from .identity import identity, started
 from .records import StageRecord, read_record
@@ -123,26 +122,6 @@ class StageFolder:
         if changes:
             return "changed: " + ", ".join(changes[:4]) + (f" and {len(changes) - 4} more" if len(changes) > 4 else "")
         return None if self.done is not None else "interrupted"
-
-
-def lineage(root: Path) -> dict[str, StageRecord]:
-    """The records of a run that follow from one another, by stage: what came of earlier settings is left out."""
-    from ..config import ConfigError, Recipe, load_recipe
-
-    try:
-        recipe = load_recipe(root / "recipe.yaml")
-    except ConfigError:  # there is none, or not one of today's
-        recipe = Recipe()
-    found: dict[str, StageRecord] = {}
-    before = None
-    for stage in pipeline_of(recipe):
-        folder = StageFolder(root, stage.name)
-        started, done = folder.started, folder.done
-        if done is None or started is None or (started.get("after") or {}) != (before or {}):
-            break
-        found[stage.name] = folder.record
-        before = {stage.name: identity(started)}
-    return found
 
 
 def truncate_log(path: Path, last_step: int) -> list[dict]:

@@ -1,12 +1,13 @@
-"""What the result of each stage depends on."""
+"""What the result of each stage depends on, and which of a run's records follow from one another."""
 
 from pathlib import Path
 from typing import Any
 
-from ..config import Recipe
+from ..config import ConfigError, Recipe, load_recipe
 from ..data.sources import DataError, source_identity
 from ..run.folder import StageFolder
 from ..run.identity import file_identity, identity, without_resultless
+from ..run.records import StageRecord
 from .pipeline import pipeline_of
 
 
@@ -46,6 +47,24 @@ def stage_inputs(recipe: Recipe) -> dict[str, dict]:
         needs[stage.name] = own
         before = stage.name
     return needs
+
+
+def lineage(root: Path) -> dict[str, StageRecord]:
+    """The records of a run that follow from one another, by stage: what came of earlier settings is left out."""
+    try:
+        recipe = load_recipe(root / "recipe.yaml")
+    except ConfigError:  # there is none, or not one of today's
+        recipe = Recipe()
+    found: dict[str, StageRecord] = {}
+    before = None
+    for stage in pipeline_of(recipe):
+        folder = StageFolder(root, stage.name)
+        started, done = folder.started, folder.done
+        if done is None or started is None or (started.get("after") or {}) != (before or {}):
+            break
+        found[stage.name] = folder.record
+        before = {stage.name: identity(started)}
+    return found
 
 
 def _cache_identity(folder: str):

@@ -27,8 +27,8 @@ from ..report.quality import HeldOut
 from ..run.folder import StageFolder
 from ..run.identity import identity
 from ..tokenizers import save_tokenizer
-from ..train.preflight import check_vocabulary
 from .pipeline import student_before
+from .preflight import check_vocabulary
 from .processes import make_accelerator, precision
 
 

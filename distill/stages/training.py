@@ -14,11 +14,11 @@ from ..train.engines import sharded
 from ..train.flops import peak_flops
 from ..train.groups import ParameterGroup, only_these_train
 from ..train.lora import attach, merge
-from ..train.preflight import check_disk, check_vocabulary, flops_per_token, gpu_name, what_will_run
 from ..train.protocols import Objective, TrainingData
 from ..train.schedules import at_trans_points
 from ..train.tracking import Tracking
 from ..train.trainer import train
+from .preflight import check_disk, check_vocabulary, flops_per_token, gpu_name, what_will_run
 from .session import Session
 
 

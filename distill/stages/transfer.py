@@ -17,8 +17,8 @@ def run(session: "Session", folder: "StageFolder") -> dict:
     from ...teachers import teacher_info
     from ..errors import RunError
     from ..export.formats import find_format
-    from ..train.preflight import check_prompts
     from ..train.schedules import check_schedules, never_distilled
+    from .preflight import check_prompts
 
     recipe = session.recipe
     config = session.teacher.config

@@ -23,7 +23,6 @@ from accelerate import Accelerator
 from rich.console import Console
 from torch import Tensor, nn
 
-from ..data.prefetch import batches_ahead
 from ..errors import DistillError
 from ..run.folder import StageFolder, truncate_log
 from ..run.progress import Progress
@@ -32,6 +31,7 @@ from .checkpoint import find_checkpoint, load_generators, load_parameters, save_
 from .engines import Engine, make_engine
 from .groups import ParameterGroup, only_these_train
 from .nonfinite import first_nonfinite
+from .prefetch import batches_ahead
 from .protocols import Objective, TrainingData
 
 SPIKE = 2.0  # times the median of the last lines' losses that a loss is worth a word from

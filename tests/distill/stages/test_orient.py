@@ -9,8 +9,8 @@ from transpoint.distill.cli import main
 from transpoint.distill.config import load_recipe
 from transpoint.distill.errors import RunError
 from transpoint.distill.objectives import Orientation, attention_pairs
-from transpoint.distill.run.folder import lineage
 from transpoint.distill.stages import stage_inputs
+from transpoint.distill.stages.inputs import lineage
 from transpoint.distill.train.flops import orient_flops
 from transpoint.distill.train.groups import matrix_parameters, only_these_train
 from transpoint.kernels.ssd import ssd_matrix

@@ -19,10 +19,10 @@ from transpoint.distill.errors import RunError
 from transpoint.distill.models import load_model
 from transpoint.distill.report.summary import card_facts, summary
 from transpoint.distill.run.files import read_json, write_json
-from transpoint.distill.run.folder import StageFolder, lineage
+from transpoint.distill.run.folder import StageFolder
 from transpoint.distill.run.identity import identity
 from transpoint.distill.stages import session as session_module
-from transpoint.distill.stages.inputs import stage_inputs
+from transpoint.distill.stages.inputs import lineage, stage_inputs
 from transpoint.distill.stages.pipeline import names
 from transpoint.distill.stages.runner import run_recipe
 from transpoint.distill.stages.session import Session

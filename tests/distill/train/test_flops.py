@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from families import tiny_teacher
 from transpoint.distill.config import Recipe
+from transpoint.distill.stages.preflight import flops_per_token, what_will_run
 from transpoint.distill.train.flops import align_flops, distill_flops, peak_flops
-from transpoint.distill.train.preflight import flops_per_token, what_will_run
 from transpoint.students import StudentConfig, build_student
 from transpoint.teachers.random import random_teacher
 

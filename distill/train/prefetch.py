@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..data.packed import collate
 from ..settings import TrainConfig
-from ..train.protocols import TrainingData
-from .packed import collate
+from .protocols import TrainingData
 
 AHEAD = 2  # batches that wait to be used
 

@@ -11,15 +11,15 @@ from run_files import TINY
 from transpoint.distill.config import Recipe, load_recipe
 from transpoint.distill.data.sources import DataError
 from transpoint.distill.errors import RunError
-from transpoint.distill.stages.session import Session
-from transpoint.distill.train.groups import distill_groups
-from transpoint.distill.train.preflight import (
+from transpoint.distill.stages.preflight import (
     check_disk,
     check_prompts,
     check_vocabulary,
     checkpoint_bytes,
     what_will_run,
 )
+from transpoint.distill.stages.session import Session
+from transpoint.distill.train.groups import distill_groups
 from transpoint.students import StudentConfig, build_student
 from transpoint.teachers.random import random_teacher
 

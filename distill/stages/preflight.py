@@ -18,9 +18,9 @@ from ..models import embedding_rows, output_rows
 from ..report.quality import prompt_tokens
 from ..run.files import one_line
 from ..settings import TrainConfig
-from ..stages.pipeline import stage_of
-from .flops import peak_flops
-from .groups import ParameterGroup
+from ..train.flops import peak_flops
+from ..train.groups import ParameterGroup
+from .pipeline import stage_of
 
 logger = logging.getLogger(__name__)
 

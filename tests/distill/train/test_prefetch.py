@@ -7,9 +7,9 @@ import pytest
 import torch
 import zstandard
 
-from transpoint.distill.data.prefetch import batches_ahead
 from transpoint.distill.data.sources import DataError
 from transpoint.distill.settings import TrainConfig
+from transpoint.distill.train.prefetch import batches_ahead
 
 
 class Numbered:
