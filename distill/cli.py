@@ -10,12 +10,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from ..students.modeling.errors import StudentError
 from ..teachers.errors import TeacherError
+from .console import console_of
 from .errors import DistillError
 from .export.formats import FORMATS
 from .run.threads import leave_busy_cores, spin_briefly
@@ -103,7 +103,7 @@ def plan(options) -> None:
     from .train.groups import only_these_train
     from .train.schedules import check_schedules, never_distilled
 
-    console = _console()
+    console = console_of()
     recipe = load_recipe(options.config, options.overrides)
     source = recipe.teacher
     gpu = gpu_name(torch.device("cpu" if recipe.run.device == "cpu" else _device()))
@@ -170,7 +170,7 @@ def status(options) -> None:
             + (f" ({training.skipped} steps skipped)" if training.skipped else ""),
             record.finished or "",
         )
-    _console().print(table)
+    console_of().print(table)
 
 
 def export(options) -> None:
@@ -249,7 +249,7 @@ def evaluate(options) -> None:
         kl = "" if quality.kl is None else f"{quality.kl:.4f}"
         same = "" if quality.same_top is None else f"{quality.same_top:.1%}"
         table.add_row(name, kl, f"{quality.perplexity:.2f}", f"{quality.bits_per_byte:.4f}", same)
-    _console().print(table)
+    console_of().print(table)
 
 
 def generate(options) -> None:
@@ -333,7 +333,7 @@ def keys(options) -> None:
     table = Table("key", "default", "what it is")
     for row in describe_keys():
         table.add_row(*row)
-    _console().print(table)
+    console_of().print(table)
 
 
 COMMANDS = {
@@ -450,11 +450,6 @@ def _parser() -> argparse.ArgumentParser:
 
     command("keys", "list every key of a recipe with its default and what it is")
     return parser
-
-
-def _console() -> Console:
-    """Where tables go: as wide as the terminal, and whole where a program or a file reads them."""
-    return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 200)
 
 
 def _run_folder(path: str) -> Path:

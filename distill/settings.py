@@ -42,7 +42,7 @@ class RunConfig:
     trackers: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "where training figures go besides metrics.jsonl: tensorboard (files in RUN/tracking), wandb, "
+            "help": "where training metrics go besides metrics.jsonl: tensorboard (files in RUN/tracking), wandb, "
             "trackio; each must be installed",
             "choices": ("tensorboard", "wandb", "trackio"),
         },

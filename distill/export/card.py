@@ -13,7 +13,7 @@ from jinja2 import Environment, StrictUndefined
 from ...students.modeling.configuration_mixers import MIXERS, have_trans_points
 from ...teachers.names import TeacherInfo
 from ..config import for_others
-from ..run.records import Cost, Quality, ScheduleRecord, read_record
+from ..run.records import Cost, Quality, ScheduleRecord, read_record, shown
 from .formats import Format
 
 if TYPE_CHECKING:
@@ -105,14 +105,14 @@ def schedule_rows(records: list[ScheduleRecord]) -> list[tuple[str, ...]]:
             (
                 record.schedule,
                 "yes" if record.trained else "no",
-                _figure(quality.kl, "{:.4f}"),
-                _figure(quality.late_kl, "{:.4f}"),
-                _figure(quality.perplexity, "{:.2f}"),
-                _figure(quality.same_top, "{:.1%}"),
-                _figure(cost.attention, "{:.1%}"),
-                _figure(cost.cache_bytes, "{:.2f} MiB", 2**-20),
-                _figure(cost.prefill_seconds, "{:.0f} ms", 1e3),
-                _figure(cost.decode_seconds, "{:.1f} ms", 1e3),
+                shown(quality.kl, "{:.4f}"),
+                shown(quality.late_kl, "{:.4f}"),
+                shown(quality.perplexity, "{:.2f}"),
+                shown(quality.same_top, "{:.1%}"),
+                shown(cost.attention, "{:.1%}"),
+                shown(cost.cache_bytes, "{:.2f} MiB", 2**-20),
+                shown(cost.prefill_seconds, "{:.0f} ms", 1e3),
+                shown(cost.decode_seconds, "{:.1f} ms", 1e3),
             )
         )
     return rows
@@ -123,17 +123,13 @@ def quality_row(model: str, quality: Quality) -> dict:
     return {"model": model, **dataclasses.asdict(quality)}
 
 
-def _figure(value: float | None, form: str, unit: float = 1) -> str:
-    return "" if value is None else form.format(value * unit)
-
-
 def _escaped(text: str) -> str:
     """Text whose characters have no meaning in Markdown."""
     return re.sub(r"([\\`*_\[\]()<>|#])", r"\\\1", text)
 
 
 _ENVIRONMENT = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-_ENVIRONMENT.filters["escaped"] = _escaped
+_ENVIRONMENT.filters |= {"escaped": _escaped, "shown": shown}
 _TEMPLATE = _ENVIRONMENT.from_string(
     """\
 ---
@@ -182,14 +178,12 @@ Licence: the teacher's, which could not be read from its files; look it up befor
 | model | perplexity | bits per byte | KL from teacher, nats per token | same most likely token |
 |---|---|---|---|---|
 {% for row in quality %}
-| {{ row.model }} | {{ "%.2f" | format(row.perplexity) }} | {{ "%.4f" | format(row.bits_per_byte) }} |
-{%- if row.kl is not none %} {{ "%.4f" | format(row.kl) }} | {{ "%.1f %%" | format(100 * row.same_top) }} |
-{%- else %} | |
-{%- endif %}
+| {{ row.model }} | {{ row.perplexity | shown("{:.2f}") }} | {{ row.bits_per_byte | shown("{:.4f}") }} |
+{{- " " }}{{ row.kl | shown("{:.4f}") }} | {{ row.same_top | shown("{:.1f} %", 100) }} |
 
 {% endfor %}
 
-Measured on {{ "{:,}".format(quality[0].tokens) }} tokens.
+Measured on {{ quality[0].tokens | shown("{:,}") }} tokens.
 {% endif %}
 
 {% if schedules %}
@@ -204,7 +198,7 @@ Measured on {{ "{:,}".format(quality[0].tokens) }} tokens.
 
 KL: from the teacher, nats per token; past {{ late }}: over tokens after so many of their document. Same top: the
 fraction of tokens with the teacher's most likely next token. Attention: the fraction of tokens and layers that take it.
-It, cache and times are those of one sequence of {{ "{:,}".format(schedules[0].cost.length) }} tokens in
+It, cache and times are those of one sequence of {{ schedules[0].cost.length | shown("{:,}") }} tokens in
 {{ schedules[0].cost.dtype }} on {{ schedules[0].cost.device }}.
 {% if schedules[0].longest is not none %}
 The longest held-out document has {{ "{:,}".format(schedules[0].longest) }} tokens: quality says nothing of the

@@ -13,7 +13,7 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -73,7 +73,7 @@ def write_report(root: Path, out: Path | None = None) -> Path:
             Path(aside).unlink(missing_ok=True)
             raise
     except OSError as error:
-        raise RunError(f"the report cannot be written to '{out}': {error}") from error
+        raise RunError(f"the report cannot be written to '{out}': {error.strerror or error}") from error
     return out
 
 
@@ -381,7 +381,7 @@ def _readable(text: str) -> str:
 
 
 def _fixed(value: float | None, digits: int = 2) -> str:
-    if value is None:
+    if value is None or not math.isfinite(value):
         return "–"
     return f"{value:,.{digits}f}" if abs(value) < 1e9 else f"{value:.2e}"
 
@@ -396,11 +396,11 @@ def _significant(value: float) -> str:
 
 
 def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f} %"
+    return "–" if number(value) is None else f"{100 * cast(float, value):.1f} %"
 
 
 def _count(value: float | None) -> str:
-    return "–" if value is None else f"{value:,.0f}"
+    return "–" if number(value) is None else f"{value:,.0f}"
 
 
 def _short(value: float) -> str:
@@ -413,7 +413,7 @@ def _short(value: float) -> str:
 
 def _duration(seconds: float | None) -> str:
     """`8 s`, `3 min 20 s`, `5 h 12 min`."""
-    if seconds is None:
+    if seconds is None or not math.isfinite(seconds):
         return "–"
     if seconds < 60:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"

@@ -9,7 +9,7 @@ from ...teachers import TeacherInfo, teacher_info
 from ..export.card import CardFacts, plan_in_letters, plan_in_words, quality_row, schedule_rows
 from ..export.formats import find_format
 from ..run.files import read_json
-from ..run.records import Cost, Quality, ScheduleRecord, StageRecord, read_record
+from ..run.records import Cost, Quality, ScheduleRecord, StageRecord, read_record, shown
 from ..stages.inputs import lineage
 from ..stages.pipeline import names
 from ..stages.session import Session
@@ -30,7 +30,7 @@ def card_facts(root: Path) -> CardFacts:
 def quality_rows(root: Path) -> list[dict]:
     """Held-out quality of the teacher and of each stage's student, as recorded."""
     teacher = read_json(root / "teacher_quality.json")
-    rows = [quality_row("teacher", read_record(Quality, teacher))] if teacher else []
+    rows = [quality_row("teacher", read_record(Quality, teacher))] if isinstance(teacher, dict) else []
     made = names(lambda stage: stage.makes_student)
     done = {stage: record.quality for stage, record in lineage(root).items() if stage in made}
     return rows + [quality_row(f"after {stage}", quality) for stage, quality in done.items() if quality is not None]
@@ -48,10 +48,10 @@ def summary(session: Session) -> list:
     for row in rows:
         table.add_row(
             row["model"],
-            f"{row['kl']:.4f}",
-            f"{row['perplexity']:.2f}",
-            f"{row['bits_per_byte']:.4f}",
-            f"{row['same_top']:.1%}",
+            shown(row["kl"], "{:.4f}"),
+            shown(row["perplexity"], "{:.2f}"),
+            shown(row["bits_per_byte"], "{:.4f}"),
+            shown(row["same_top"], "{:.1%}"),
         )
     parts = [f"layer plan: {plan_in_letters(mixers)}  ({plan_in_words(mixers)})", table]
     if evaluated.schedules:
@@ -67,7 +67,8 @@ def summary(session: Session) -> list:
 def schedule_table(records: list[ScheduleRecord]) -> Table:
     """Quality and cost by schedule, for a console of 80 columns: the model card has it all in words."""
     cost, late = records[0].cost or Cost(), (records[0].quality or Quality()).late
-    title = f"schedules (cost: one sequence of {cost.length:,} tokens, {cost.dtype} on {cost.device})"
+    length = shown(cost.length, "{:,}")
+    title = f"schedules (cost: one sequence of {length} tokens, {cost.dtype} on {cost.device})"
     table = Table("schedule", title=title, padding=(0, 0, 0, 1))
     for name in ("trained", "KL", f"KL>{late}", "ppl", "top", "attn", "cache", "token"):
         table.add_column(name, no_wrap=True)

@@ -1,1 +1,1 @@
-"""A run folder on disk: its records, what makes them valid, and how files are written."""
+"""What a run is on a machine: its folder and records, what makes them valid, files, progress, threads."""

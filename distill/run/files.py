@@ -18,7 +18,7 @@ def read_json(path: Path) -> Any:
     """What a JSON file holds; None if it is not there or damaged (records are written whole, so damage is foreign)."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 

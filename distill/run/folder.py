@@ -68,7 +68,8 @@ class StageFolder:
     @property
     def done(self) -> dict | None:
         """What done.json holds, or None while the stage is not done."""
-        return read_json(self / "done.json")
+        found = read_json(self / "done.json")
+        return found if isinstance(found, dict) else None
 
     @property
     def record(self) -> StageRecord:

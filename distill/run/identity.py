@@ -75,7 +75,9 @@ def started(run: Path, stage: str) -> dict | None:
         return found
     if "data" in today and "bos" not in today["data"]:
         today["data"] = {**today["data"], "bos": _begins_nothing(run / "transfer" / "student")}
-    for before, recorded in (found.get("after") or {}).items():
+    if not isinstance(today.get("after", {}), dict):  # damaged
+        today["after"] = {}
+    for before, recorded in today.get("after", {}).items():
         own = read_json(run / before / "stage.json")
         if isinstance(own, dict) and identity(own) == recorded:
             today["after"] = {before: identity(cast(dict, started(run, before)))}

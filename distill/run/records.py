@@ -81,7 +81,9 @@ class StageRecord:
     folder: str | None = None
     verified: dict[str, float] = field(default_factory=dict)  # see `Format.check`
     # Of distill, by name; and of evaluate.
-    trained_schedules: dict[str, list] = field(default_factory=dict, metadata={"keys": ["schedules"]})
+    trained_schedules: dict[str, list] = field(
+        default_factory=dict, metadata={"keys": ["trained_schedules", "schedules"]}
+    )
     schedules: list[ScheduleRecord] = field(default_factory=list)
     answers: list[Answer] = field(default_factory=list)
 
@@ -100,16 +102,29 @@ def read_record(kind: type[T], value: Any) -> T:
 
 def number(value: Any) -> float | None:
     """A finite number, or None."""
+    found = _float(value)
+    return found if found is not None and math.isfinite(found) else None
+
+
+def shown(value: float | None, form: str, unit: float = 1) -> str:
+    """A figure as text; one that is not known is empty, and one that is not finite says so."""
+    return "" if value is None else form.format(value * unit)
+
+
+def _float(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value) if math.isfinite(value) else None
+    try:
+        return float(value)
+    except OverflowError:  # an integer of hundreds of digits
+        return None
 
 
 def _read(hint: Any, value: Any) -> Any:
     if isinstance(hint, types.UnionType):  # with None
         hint = next(part for part in typing.get_args(hint) if part is not type(None))
     if hint is float:
-        return number(value)
+        return _float(value)
     if hint is int:
         return None if (found := number(value)) is None else int(found)
     if dataclasses.is_dataclass(hint):
@@ -117,5 +132,12 @@ def _read(hint: Any, value: Any) -> Any:
     if not isinstance(value, typing.get_origin(hint) or hint):
         return None
     if typing.get_origin(hint) is list:
-        return [found for entry in value if (found := _read(typing.get_args(hint)[0], entry)) is not None]
+        kind = typing.get_args(hint)[0]
+        entries = [_read(kind, entry) for entry in value]
+        if None in entries and not dataclasses.is_dataclass(kind):  # a layer's mixer: the others would be misplaced
+            return None
+        return [entry for entry in entries if entry is not None]
+    if typing.get_origin(hint) is dict:
+        kind = typing.get_args(hint)[1]
+        return {str(key): found for key, entry in value.items() if (found := _read(kind, entry)) is not None}
     return value

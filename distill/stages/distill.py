@@ -58,7 +58,7 @@ def run(session: "Session", folder: "StageFolder") -> dict:
         return trans_points_in_step(step, targets, recipe.data.length, settings, recipe.run.seed)
 
     done = train_student(session, folder, student, trained_groups, objective, cached, trans_points)
-    return done | {"schedules": trained}
+    return done | {"trained_schedules": trained}
 
 
 def groups(student, recipe) -> "list[ParameterGroup]":

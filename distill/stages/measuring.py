@@ -15,7 +15,7 @@ from .session import Session
 def refresh_quality(session: Session) -> None:
     """Measures again what earlier runs measured on other held-out sequences, the teacher included."""
     main, teacher = session.accelerator.is_main_process, session.root / "teacher_quality.json"
-    if (read_json(teacher) or {}).get("measured_on") != session.measured_on:
+    if read_record(Quality, read_json(teacher)).measured_on != session.measured_on:
         quality = session.measure(session.teacher, "teacher")
         if main:
             write_json(teacher, quality)

@@ -44,7 +44,7 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel,
     """Raises RunError where the tokenizer has tokens that a model has no embedding or no prediction for.
 
     Models may have more rows than there are tokens: vocabularies are padded, and differently. A special token may be
-    beyond the rows, as one added for padding often is; text that holds it is refused by `data.check_tokens`. The
+    beyond the rows, as one added for padding often is; text that holds it is refused by `data.rows.check_tokens`. The
     beginning and the end of text may not: documents are packed with them.
     """
     special = set(tokenizer.all_special_ids) - {tokenizer.bos_token_id, tokenizer.eos_token_id}

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from ...students import HybridForCausalLM
 from ...teachers import load_teacher, output_head, share_layers
 from ..config import Recipe
+from ..console import console_of
 from ..data.corpus import Corpus, tokenize_corpus
 from ..data.packed import PackedDataset
 from ..data.rows import beginning, check_tokens
@@ -40,7 +41,7 @@ class Session:
         self.root = Path(recipe.run.dir)
         self.accelerator = make_accelerator(recipe)
         self.precision = precision(recipe, self.accelerator)
-        self.console = console or Console(quiet=not self.accelerator.is_main_process)
+        self.console = console or console_of(quiet=not self.accelerator.is_main_process)
         self.on_step: Callable[[int], None] | None = None
         self.exports = False  # whether this run goes on to the export
         self._loaded: tuple[PreTrainedModel, Any] | None = None
@@ -119,11 +120,11 @@ class Session:
         if dtype == settings.dtype and not shares:
             yield
             return
-        for parameter in self.teacher.parameters():  # alone: rotary frequencies stay in float32
-            parameter.data = parameter.data.to(getattr(torch, dtype))
-        if shares:
-            share_layers(self.teacher)
         try:
+            for parameter in self.teacher.parameters():  # alone: rotary frequencies stay in float32
+                parameter.data = parameter.data.to(getattr(torch, dtype))
+            if shares:
+                share_layers(self.teacher)
             yield
         finally:
             self._loaded = self._held_out = None

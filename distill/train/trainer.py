@@ -78,7 +78,7 @@ def train(
     """Trains for `config.steps` steps, going on from the newest checkpoint in `folder` if there is one.
 
     Args:
-        objective: `forward(batch) -> (loss, {name: figure})`; only the parameters in `groups` are changed.
+        objective: `forward(batch) -> (loss, {name: metric})`; only the parameters in `groups` are changed.
         groups: what is trained; with a weight decay where it is not the config's.
         dataset: `batch(step, batch_size, seed, slots)` gives items; a `state_dict(slots)`, where there is one, is
             saved with checkpoints and given back to `load_state_dict`.

@@ -1,4 +1,4 @@
-"""The one error of this package: a student that cannot be built."""
+"""The one error of students."""
 
 
 class StudentError(ValueError):

@@ -73,7 +73,7 @@ def test_without_align_distillation_begins_at_the_teacher(run_tiny, tmp_path):
 
 def test_the_schedules_it_was_trained_on_are_recorded(whole):
     trained = {"[0, 8, 16, 32]": OWN, "uniform:16": [16] * 4, "mamba": [0] * 4}
-    assert done(whole[0], "distill")["schedules"] == trained
+    assert done(whole[0], "distill")["trained_schedules"] == trained
     records = json.loads((whole[0] / "evaluate" / "results.json").read_text())["schedules"]
     assert [(r["schedule"], r["trained"]) for r in records] == [
         ("[0, 8, 16, 32]", True),
