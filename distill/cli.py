@@ -87,7 +87,7 @@ def run(options) -> None:
     from .stages.runner import run_recipe
 
     session = run_recipe(load_recipe(options.config, options.overrides), options.from_stage, options.until)
-    for part in summary(session) if session.accelerator.is_main_process else ():
+    for part in summary(session.root) if session.accelerator.is_main_process else ():
         session.console.print()
         session.console.print(part, highlight=False, markup=False, soft_wrap=True)
 

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..kernels.kl import linear_kl
+from ..kernels.kl_cached import cached_kl
 from ..kernels.matching import mixing_distance
 from ..students import HybridForCausalLM, Mixer
 from ..students.modeling.configuration_mixers import have_trans_points
 from ..students.modeling.documents import Documents, Spans, document_index, document_mask, flex_options
-from ..teachers import attention_view, output_head
+from ..teachers import OutputHead, attention_view, output_head
 from .settings import DistillConfig
 from .train.compiled import FLEX
 
@@ -167,6 +168,50 @@ class Distillation(nn.Module):
             pairs = zip(found, target, strict=True)
             metrics["hidden"] = torch.stack([relative_error(own, wanted) for own, wanted in pairs]).mean()
             loss = loss + settings.hidden_weight * metrics["hidden"]
+        return loss, metrics | attention_share(self.student, batch)
+
+
+class CachedDistillation(nn.Module):
+    """What `Distillation` is, from what `data.teacher_cache.CachedTargets` adds to a batch in place of the teacher.
+
+    With the teacher's k most likely tokens its divergence is `cached_kl`, a lower bound. With its last hidden states,
+    where they are cached, and its own `head`, it is `linear_kl`, the divergence itself. Hidden states of all layers are
+    not cached: `hidden_weight` is left out (and refused by `CachedTargets.check`).
+
+    Args:
+        vocab_size: of the teacher; rows of the student's output matrix past it are left out.
+    """
+
+    def __init__(
+        self, student: HybridForCausalLM, settings: DistillConfig, vocab_size: int, head: OutputHead | None = None
+    ):
+        super().__init__()
+        self.student = student
+        self.settings = settings
+        self.vocab_size = vocab_size
+        self.beside: tuple[Any, ...] = (head,)
+
+    def models(self) -> list[PreTrainedModel]:
+        return [self.student]
+
+    def compilable(self) -> list[tuple[object, str]]:
+        return compilable_layers(self.student)
+
+    def kind(self) -> tuple:
+        return trans_point_pattern(self.student)
+
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        (head,), settings = self.beside, self.settings
+        hidden = self.student.get_decoder()(**decoder_inputs(batch, self.student)).last_hidden_state
+        own = output_head(self.student, check=False)
+        hidden, weight = own.operands(hidden)
+        if head is not None:
+            divergence = partial(linear_kl, hidden, weight, *head.operands(batch["teacher_hidden"]))
+        else:
+            targets = (batch[f"teacher_{name}"] for name in ("ids", "logprobs", "rest"))
+            divergence = partial(cached_kl, hidden, weight[: self.vocab_size], *targets)
+        divergence = partial(divergence, softcap=own.softcap)
+        loss, metrics = predictions_loss(divergence, settings, batch)
         return loss, metrics | attention_share(self.student, batch)
 
 

@@ -20,7 +20,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -28,21 +27,17 @@ from accelerate.utils import gather_object
 from rich.console import Console
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from ...kernels.kl import linear_kl
-from ...kernels.kl_cached import cached_kl
 from ...kernels.kl_reference import CHUNK_BYTES, _matmul, capped
-from ...students import HybridForCausalLM
 from ...teachers import OutputHead, output_head
 from ..config import Recipe
 from ..errors import RunError
-from ..objectives import attention_share, compilable_layers, decoder_inputs, predictions_loss, trans_point_pattern
 from ..run.files import read_json, sha256, write_json
 from ..run.identity import file_identity, model_files
 from ..run.progress import Progress
-from ..settings import CacheTeacherConfig, DistillConfig
+from ..settings import CacheTeacherConfig
 from .packed import PackedDataset, batch_indices, collate
 
 FORMAT = 1  # of the folder; raise it when an older one would be read wrongly
@@ -116,50 +111,6 @@ class CachedTargets(torch.utils.data.Dataset):
     def summary(self) -> str:
         """One line for people: what is here, and what it costs that the rest is not."""
         return describe(self.index)
-
-
-class CachedDistillation(nn.Module):
-    """What `Distillation` is, from what `CachedTargets` adds to a batch in place of the teacher.
-
-    With the teacher's k most likely tokens its divergence is `cached_kl`, a lower bound. With its last hidden states,
-    where they are cached, and its own `head`, it is `linear_kl`, the divergence itself. Hidden states of all layers are
-    not cached: `hidden_weight` is left out (and refused by `CachedTargets.check`).
-
-    Args:
-        vocab_size: of the teacher; rows of the student's output matrix past it are left out.
-    """
-
-    def __init__(
-        self, student: HybridForCausalLM, settings: DistillConfig, vocab_size: int, head: OutputHead | None = None
-    ):
-        super().__init__()
-        self.student = student
-        self.settings = settings
-        self.vocab_size = vocab_size
-        self.beside: tuple[Any, ...] = (head,)
-
-    def models(self) -> list[PreTrainedModel]:
-        return [self.student]
-
-    def compilable(self) -> list[tuple[object, str]]:
-        return compilable_layers(self.student)
-
-    def kind(self) -> tuple:
-        return trans_point_pattern(self.student)
-
-    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        (head,), settings = self.beside, self.settings
-        hidden = self.student.get_decoder()(**decoder_inputs(batch, self.student)).last_hidden_state
-        own = output_head(self.student, check=False)
-        hidden, weight = own.operands(hidden)
-        if head is not None:
-            divergence = partial(linear_kl, hidden, weight, *head.operands(batch["teacher_hidden"]))
-        else:
-            targets = (batch[f"teacher_{name}"] for name in ("ids", "logprobs", "rest"))
-            divergence = partial(cached_kl, hidden, weight[: self.vocab_size], *targets)
-        divergence = partial(divergence, softcap=own.softcap)
-        loss, metrics = predictions_loss(divergence, settings, batch)
-        return loss, metrics | attention_share(self.student, batch)
 
 
 def cache_teacher(

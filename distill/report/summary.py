@@ -12,7 +12,6 @@ from ..run.files import read_json
 from ..run.records import Cost, Quality, ScheduleRecord, StageRecord, read_record, shown
 from ..stages.inputs import lineage
 from ..stages.pipeline import names
-from ..stages.session import Session
 
 
 def card_facts(root: Path) -> CardFacts:
@@ -36,12 +35,12 @@ def quality_rows(root: Path) -> list[dict]:
     return rows + [quality_row(f"after {stage}", quality) for stage, quality in done.items() if quality is not None]
 
 
-def summary(session: Session) -> list:
+def summary(root: Path) -> list:
     """What a finished run shows: layer plan, quality by stage, answers, and how to load the checkpoint."""
-    done = lineage(session.root)
+    done = lineage(root)
     mixers = done["transfer"].mixers
     table = Table("model", "KL from teacher", "perplexity", "bits per byte", "same top token", title="held-out quality")
-    rows = quality_rows(session.root)
+    rows = quality_rows(root)
     evaluated = done.get("evaluate", StageRecord())
     if evaluated.quality is not None:
         rows.append(quality_row("exported checkpoint", evaluated.quality))
@@ -59,7 +58,7 @@ def summary(session: Session) -> list:
     for entry in evaluated.answers:
         parts.append(f"question: {entry.prompt}\n teacher: {entry.teacher}\n student: {entry.student}")
     if "export" in done and (name := done["export"].folder):
-        folder = (session.folder("export") / name).resolve()
+        folder = (root / "export" / name).resolve()
         parts.append(f"checkpoint: {folder}\n\n{find_format(name).snippet(str(folder))}")
     return parts
 

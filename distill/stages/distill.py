@@ -17,10 +17,9 @@ def run(session: "Session", folder: "StageFolder") -> dict:
 
     from ...students.modeling.configuration_transmamba import written
     from ...teachers import output_head
-    from ..data.teacher_cache import CachedDistillation
     from ..errors import RunError
     from ..models import has_trans_points
-    from ..objectives import Distillation
+    from ..objectives import CachedDistillation, Distillation
     from ..train.schedules import resolve, trans_points_in_step
     from .training import trained as train_student
 

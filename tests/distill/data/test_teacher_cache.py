@@ -21,14 +21,9 @@ from transpoint.distill.cli import main
 from transpoint.distill.config import load_recipe
 from transpoint.distill.data import teacher_cache
 from transpoint.distill.data.packed import batch_indices, collate
-from transpoint.distill.data.teacher_cache import (
-    CachedDistillation,
-    CachedTargets,
-    cache_teacher,
-    items_of_distill,
-)
+from transpoint.distill.data.teacher_cache import CachedTargets, cache_teacher, items_of_distill
 from transpoint.distill.errors import RunError
-from transpoint.distill.objectives import Distillation
+from transpoint.distill.objectives import CachedDistillation, Distillation
 from transpoint.distill.stages.runner import run_recipe
 from transpoint.distill.stages.session import Session
 from transpoint.students import StudentConfig, build_student

@@ -512,7 +512,7 @@ def test_too_little_text(tmp_path):
 
 
 def test_the_summary_shows_plan_quality_answers_and_how_to_load(tiny_run):
-    parts = summary(Session(load_recipe(tiny_run / "recipe.yaml", [f"run.dir={tiny_run}"])))
+    parts = summary(tiny_run)
     text = "\n".join(part for part in parts if isinstance(part, str))
     assert "layer plan: MAMA  (2 of 4 layers are Mamba-2)" in text
     assert "question: What is the capital of France?\n teacher: " in text
@@ -538,7 +538,7 @@ def test_the_card_of_a_run(tiny_run):
 def test_stages_of_other_settings_do_not_count(tiny_copy, run_tiny):
     run_tiny(tiny_copy, "student.keep_attention=[0]", until_stage="transfer")
     assert list(lineage(tiny_copy)) == ["transfer"] and (tiny_copy / "distill" / "done.json").exists()
-    plan, _ = summary(Session(load_recipe(tiny_copy / "recipe.yaml")))  # and no answers, no checkpoint
+    plan, _ = summary(tiny_copy)  # and no answers, no checkpoint
     assert plan.startswith("layer plan: AMMM")
     assert [row["model"] for row in card_facts(tiny_copy).quality][1:] == ["after transfer"]
     assert card_facts(tiny_copy).recipe["student"]["keep_attention"] == [0]
