@@ -36,8 +36,9 @@ def test_fields_of_earlier_versions():
 
 
 @pytest.fixture
-def say(capsys):
+def say(capsys, monkeypatch):
     """What a command exits with, and prints."""
+    monkeypatch.setenv("COLUMNS", "400")
 
     def say(*arguments):
         code = main(list(map(str, arguments)))
