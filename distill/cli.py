@@ -149,7 +149,7 @@ def plan(options) -> None:
 def status(options) -> None:
     from .config import load_recipe
     from .run.folder import StageFolder
-    from .run.records import Training
+    from .run.records import Training, shown
     from .stages.inputs import finished_elsewhere, stage_inputs
 
     root = _run_folder(options.run)
@@ -165,9 +165,8 @@ def status(options) -> None:
         table.add_row(
             stage,
             "done" if reason is None else f"would run: {escape(reason)}",
-            "" if kl is None else f"{kl:.4f}",
-            ("" if training.tokens is None else f"{training.tokens:,}")
-            + (f" ({training.skipped} steps skipped)" if training.skipped else ""),
+            shown(kl, "{:.4f}"),
+            shown(training.tokens, "{:,}") + (f" ({training.skipped} steps skipped)" if training.skipped else ""),
             record.finished or "",
         )
     console_of().print(table)

@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import gguf
 import torch
@@ -154,9 +152,7 @@ def _equal(found, value) -> bool:
 def _refuse_others(model: PreTrainedModel, path: Path, architecture: str, tensors: dict) -> None:
     """Of experts, transformers puts several tensors into one, and leaves zeros where one of them is missing."""
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=model.config.to_dict())
-    # Of a causal language model the whole has all names, and going through its parts would take seconds.
-    whole: Any = SimpleNamespace(config=model.config, state_dict=model.state_dict, named_children=tuple)
-    names = get_gguf_hf_weights_map(whole, processor).keys() | {_FREQUENCIES}
+    names = get_gguf_hf_weights_map(model, processor).keys() | {_FREQUENCIES}
     used, held = ({name.removesuffix(".weight"): name for name in some} for some in (names, tensors))
     what = type(model).__name__
     if unused := sorted(held.keys() - used.keys()):

@@ -1,6 +1,6 @@
 """Training text that is read, tokenised and packed while training runs.
 
-Place b of every batch is fed by *lane* b alone. A lane is a fixed share of the documents, whatever the number of
+Slot b of every batch is fed by *lane* b alone. A lane is a fixed share of the documents, whatever the number of
 processes, and a process reads the lanes of its own slots: when the number of processes changes, lanes move, and no
 document is lost or seen twice. A lane goes through its share again and again; in each epoch the files come in another
 order, sources side by side in proportion to their size, and documents are shuffled in blocks. Lanes of one process that
@@ -38,7 +38,7 @@ class StreamedDataset:
     """Endless packed sequences from `sources`, for the trainer: `batch` is a function of its arguments.
 
     An item is {"input_ids": (length,) int64, "position_ids": (length,) int64}, consecutive `length` tokens of a lane;
-    positions restart at 0 with each document and each window. RowEncoder and the rows they come from are as in
+    positions restart at 0 with each document and each window. Documents and the rows they come from are as in
     `data.tokenize_corpus`. `shuffle_buffer`: documents of a lane that are held and shuffled together. `rows`: of the
     model's embeddings, beyond which there may be no token.
 
@@ -403,7 +403,7 @@ class _Lane:
         return {"input_ids": torch.from_numpy(np.concatenate(pieces)), "position_ids": torch.from_numpy(positions)}
 
     def _all_texts(self, at: _Position) -> Iterator[tuple[_Position, str]]:
-        """RowEncoder from a position on, epoch after epoch."""
+        """Documents from a position on, epoch after epoch."""
         epoch, cursors, index = at.epoch, at.cursors, at.index
         found = at != _Position(0, self.begin, 0)
         while True:

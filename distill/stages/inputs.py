@@ -7,7 +7,7 @@ from ..config import ConfigError, Recipe, load_recipe
 from ..data.sources import DataError, source_identity
 from ..run.folder import StageFolder
 from ..run.identity import file_identity, identity, without_resultless
-from ..run.records import StageRecord
+from ..run.records import StageRecord, read_record
 from .pipeline import pipeline_of
 
 
@@ -62,7 +62,7 @@ def lineage(root: Path) -> dict[str, StageRecord]:
         started, done = folder.started, folder.done
         if done is None or started is None or (started.get("after") or {}) != (before or {}):
             break
-        found[stage.name] = folder.record
+        found[stage.name] = read_record(StageRecord, done)
         before = {stage.name: identity(started)}
     return found
 
