@@ -101,7 +101,7 @@ def plan(options) -> None:
     from .config import load_recipe
     from .stages.preflight import gpu_name, what_will_run
     from .train.groups import only_these_train
-    from .train.schedules import check_schedules, never_distilled
+    from .trans_points import check_schedules, never_distilled
 
     console = console_of()
     recipe = load_recipe(options.config, options.overrides)
@@ -201,8 +201,8 @@ def evaluate(options) -> None:
     from .data.packed import PackedDataset
     from .data.rows import check_tokens
     from .errors import RunError
+    from .measure.held_out import HeldOut
     from .models import embedding_rows, load_model, load_tokenizer, on_device
-    from .report.quality import HeldOut
 
     path, device = _model_folder(options.model), _device()
     recipe = Recipe()
@@ -252,8 +252,8 @@ def evaluate(options) -> None:
 
 
 def generate(options) -> None:
+    from .measure.answers import answer
     from .models import load_model, load_tokenizer, on_device
-    from .report.quality import answer
 
     path = _model_folder(options.model)
     with _saying_warnings():

@@ -48,6 +48,13 @@ def tokenizer_facts(tokenizer, probes) -> dict:
     return facts
 
 
+def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that a tokenizer puts before every text, as `generate` has it: its beginning token, or none."""
+    plain, whole = (tokenizer.encode("a", add_special_tokens=special) for special in (False, True))
+    places = range(len(whole) - len(plain) + 1)
+    return whole[: next((place for place in places if whole[place : place + len(plain)] == plain), 0)]
+
+
 def decoded(tokenizer: PreTrainedTokenizerBase, ids, **options) -> str:
     """The text of one row of tokens, without special ones."""
     return cast(str, tokenizer.decode(ids, skip_special_tokens=True, **options))

@@ -21,8 +21,8 @@ import torch
 import transformers
 from transformers import DynamicCache, PreTrainedModel
 
+from transpoint.distill.measure.cost import cache_bytes
 from transpoint.distill.models import load_model
-from transpoint.distill.report.cost import cache_bytes
 from transpoint.students import StudentConfig, build_student
 from transpoint.students.modeling.modeling_hybrid import cache_name
 from transpoint.teachers import load_teacher

@@ -13,8 +13,8 @@ import torch
 
 from transpoint.distill.data.corpus import tokenize_corpus
 from transpoint.distill.data.packed import PackedDataset
-from transpoint.distill.data.rows import beginning
-from transpoint.distill.report.quality import HeldOut
+from transpoint.distill.measure.held_out import HeldOut
+from transpoint.distill.tokenizers import beginning
 from transpoint.teachers import load_teacher
 
 

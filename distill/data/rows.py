@@ -9,6 +9,7 @@ from copy import copy
 import numpy as np
 import torch
 
+from ..tokenizers import beginning
 from .sources import DataError, Skip
 
 FIELD_PATIENCE = 10_000  # rows without the wanted fields before a long source is given up
@@ -134,13 +135,6 @@ class FieldCheck:
                 f"{self.source}: {self.documents.no_field} in any of the {self.rows:,} rows read; the first row has "
                 f"{found}: set data.text_field or data.messages_field"
             )
-
-
-def beginning(tokenizer) -> list[int]:
-    """The tokens that a tokenizer puts before every text, as `generate` has it: its beginning token, or none."""
-    plain, whole = (tokenizer.encode("a", add_special_tokens=special) for special in (False, True))
-    places = range(len(whole) - len(plain) + 1)
-    return whole[: next((place for place in places if whole[place : place + len(plain)] == plain), 0)]
 
 
 def check_tokens(ids: list[int] | torch.Tensor, rows: int, tokenizer, where: str) -> None:

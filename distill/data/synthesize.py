@@ -30,8 +30,8 @@ from ..models import embedding_rows, generated, generating
 from ..run.files import read_json, sha256, write_json
 from ..run.identity import file_identity, model_files
 from ..run.progress import Progress
-from ..tokenizers import decoded
-from .rows import beginning, check_tokens
+from ..tokenizers import beginning, decoded
+from .rows import check_tokens
 from .sources import DataError, place, read, resolve, source_identity
 
 _MARK = "\N{OBJECT REPLACEMENT CHARACTER}"  # stands for a question, to find where the template puts it

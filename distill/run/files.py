@@ -1,5 +1,6 @@
 """JSON written whole or not at all, hashes, and what an error says in one line."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -23,11 +24,11 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file whole or not at all."""
+    """Writes a JSON file whole or not at all; dataclasses, wherever they are in it, as objects."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(value, file, indent=1, ensure_ascii=False)
+            json.dump(value, file, indent=1, ensure_ascii=False, default=dataclasses.asdict)
             file.flush()
             os.fsync(file.fileno())
         os.replace(name, path)

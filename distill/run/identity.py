@@ -89,7 +89,7 @@ def _begins_nothing(student: Path) -> bool:
     """Whether the tokenizer of a run puts nothing before a text: then it does not matter whether it is asked to."""
     from transformers import AutoTokenizer
 
-    from ..data.rows import beginning
+    from ..tokenizers import beginning
 
     try:
         return not beginning(AutoTokenizer.from_pretrained(student))

@@ -13,7 +13,7 @@ def run(session: "Session", folder: "StageFolder") -> dict:
     """Sets decay, step and scale from a few teacher batches."""
     from ..data.packed import collate
     from ..train.calibration import calibrate
-    from ..train.schedules import at_trans_points
+    from ..trans_points import at_trans_points
 
     student = session.student_before("calibrate")
     batches = [collate([item]) for item in session.train_data.spread(session.recipe.calibrate.sequences)]

@@ -20,7 +20,7 @@ def run(session: "Session", folder: "StageFolder") -> dict:
     from ..errors import RunError
     from ..models import has_trans_points
     from ..objectives import CachedDistillation, Distillation
-    from ..train.schedules import resolve, trans_points_in_step
+    from ..trans_points import resolve, trans_points_in_step
     from .training import trained as train_student
 
     settings = session.recipe.distill

@@ -15,8 +15,8 @@ def run(session: "Session", folder: "StageFolder") -> dict:
 
     from ..export.card import write_card
     from ..export.formats import find_format
+    from ..measure.answers import answer
     from ..models import has_trans_points, load_model
-    from ..report.quality import answer
     from ..report.summary import card_facts
     from ..run.files import read_json, write_json
     from .measuring import measure_schedules, refresh_quality
@@ -32,9 +32,10 @@ def run(session: "Session", folder: "StageFolder") -> dict:
     late = None
     if has_trans_points(model):  # where no layer takes attention any more, or at least the layers that documents reach
         late = max((point for point in model.trans_points if point < session.held_out.longest), default=None)
-    results: dict[str, Any] = {"quality": session.measure(model, "evaluate", late)}
+    quality = session.measure(model, "evaluate", late)
+    results: dict[str, Any] = {"quality": quality}
     if has_trans_points(model):
-        schedules = measure_schedules(session, model, results["quality"])
+        schedules = measure_schedules(session, model, quality)
         results["schedules"] = [dataclasses.asdict(record) for record in schedules]
     results["answers"] = [
         {

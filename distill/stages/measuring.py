@@ -4,10 +4,10 @@ import math
 
 from ...students import HybridForCausalLM
 from ...students.modeling.configuration_transmamba import written
-from ..report.cost import measure_cost
+from ..measure.cost import measure_cost
 from ..run.files import read_json, write_json
 from ..run.records import Quality, ScheduleRecord, read_record
-from ..train.schedules import at_trans_points, resolve
+from ..trans_points import at_trans_points, resolve
 from .pipeline import pipeline_of
 from .session import Session
 
@@ -29,7 +29,7 @@ def refresh_quality(session: Session) -> None:
     session.accelerator.wait_for_everyone()
 
 
-def measure_schedules(session: Session, model: HybridForCausalLM, own: dict) -> list[ScheduleRecord]:
+def measure_schedules(session: Session, model: HybridForCausalLM, own: Quality) -> list[ScheduleRecord]:
     """Quality and cost at each schedule: those it was trained on first; `own` is the quality at its own."""
     recipe = session.recipe
     length = recipe.evaluate.cost_length or recipe.data.length
@@ -41,9 +41,8 @@ def measure_schedules(session: Session, model: HybridForCausalLM, own: dict) -> 
     never: set[int | float] = set()
     for name, points in resolve(model, specs).items():
         with at_trans_points(model, points):
-            found = session.measure(model, f"evaluate at {name}", own["late"]) if records else own
+            quality = session.measure(model, f"evaluate at {name}", own.late) if records else own
             cost = measure_cost(model, points, length)
-        quality = read_record(Quality, found)
         as_written = written(points)
         records.append(
             ScheduleRecord(name, as_written, as_written in trained.values(), session.held_out.longest, quality, cost)

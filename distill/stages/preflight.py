@@ -14,8 +14,8 @@ from ...students import HybridForCausalLM
 from ..config import Recipe
 from ..data.rows import check_tokens
 from ..errors import RunError
+from ..measure.answers import prompt_tokens
 from ..models import embedding_rows, output_rows
-from ..report.quality import prompt_tokens
 from ..run.files import one_line
 from ..settings import TrainConfig
 from ..train.flops import peak_flops

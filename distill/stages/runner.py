@@ -11,8 +11,8 @@ from rich.text import Text
 from ..config import Recipe
 from ..errors import RunError
 from ..run.folder import alone_in
-from ..train.schedules import check_schedules
 from ..train.tracking import check_trackers
+from ..trans_points import check_schedules
 from .inputs import finished_elsewhere, stage_inputs
 from .pipeline import pipeline_of
 from .session import Session

@@ -19,15 +19,16 @@ from ..config import Recipe
 from ..console import console_of
 from ..data.corpus import Corpus, tokenize_corpus
 from ..data.packed import PackedDataset
-from ..data.rows import beginning, check_tokens
+from ..data.rows import check_tokens
 from ..data.sources import source_identity
 from ..data.streaming import StreamedDataset
 from ..data.teacher_cache import CachedTargets
+from ..measure.held_out import HeldOut
 from ..models import embedding_rows, load_model, on_device
-from ..report.quality import HeldOut
 from ..run.folder import StageFolder
 from ..run.identity import identity
-from ..tokenizers import save_tokenizer
+from ..run.records import Quality
+from ..tokenizers import beginning, save_tokenizer
 from .pipeline import student_before
 from .preflight import check_vocabulary
 from .processes import make_accelerator, precision
@@ -195,11 +196,11 @@ class Session:
         fields += [data.bos] if beginning(self.tokenizer) else []
         return identity({"text": sources, "fields": fields, "sequences": self.recipe.evaluate.sequences})
 
-    def measure(self, student: PreTrainedModel, stage: str, late: int | None = None) -> dict:
+    def measure(self, student: PreTrainedModel, stage: str, late: int | None = None) -> Quality:
         """The student's held-out quality, said and for the record; `late`: see `HeldOut.measure`."""
-        quality = dataclasses.asdict(self.held_out.measure(student, late)) | {"measured_on": self.measured_on}
+        quality = dataclasses.replace(self.held_out.measure(student, late), measured_on=self.measured_on)
         self.say(
-            f"{stage}: held-out KL {quality['kl']:.4f}, perplexity {quality['perplexity']:.2f}, "
-            f"same top token {quality['same_top']:.1%}"
+            f"{stage}: held-out KL {quality.kl:.4f}, perplexity {quality.perplexity:.2f}, "
+            f"same top token {quality.same_top:.1%}"
         )
         return quality

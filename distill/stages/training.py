@@ -15,9 +15,9 @@ from ..train.flops import peak_flops
 from ..train.groups import ParameterGroup, only_these_train
 from ..train.lora import attach, merge
 from ..train.protocols import Objective, TrainingData
-from ..train.schedules import at_trans_points
 from ..train.tracking import Tracking
 from ..train.trainer import train
+from ..trans_points import at_trans_points
 from .preflight import check_disk, check_vocabulary, flops_per_token, gpu_name, what_will_run
 from .session import Session
 

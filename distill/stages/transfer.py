@@ -17,7 +17,7 @@ def run(session: "Session", folder: "StageFolder") -> dict:
     from ...teachers import teacher_info
     from ..errors import RunError
     from ..export.formats import find_format
-    from ..train.schedules import check_schedules, never_distilled
+    from ..trans_points import check_schedules, never_distilled
     from .preflight import check_prompts
 
     recipe = session.recipe

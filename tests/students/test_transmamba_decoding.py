@@ -229,6 +229,7 @@ def test_keys_and_values_are_held_up_to_the_trans_point_and_a_state_after_it():
     assert cache.get_seq_length() == 14
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_memory_is_constant_over_4096_tokens_after_the_trans_point():
     sizes = {"num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}

@@ -1,5 +1,6 @@
 """A teacher's layers, held by two processes together."""
 
+import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
@@ -26,6 +27,7 @@ def share(rank, folder):
     torch.save(found, f"{folder}/{rank}.pt")
 
 
+@pytest.mark.slow
 def test_each_has_half_of_the_layers_and_all_of_the_predictions(tmp_path):
     in_two(share, tmp_path)
     wanted = outputs(load_teacher("random-llama")[0])

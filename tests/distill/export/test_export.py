@@ -24,7 +24,7 @@ from transpoint.distill.export import custom, native
 from transpoint.distill.export.card import CardFacts, plan_in_letters, plan_in_words, write_card
 from transpoint.distill.export.formats import FORMATS, ExportError, find_format
 from transpoint.distill.export.write import export
-from transpoint.distill.report.quality import HeldOut
+from transpoint.distill.measure.held_out import HeldOut
 from transpoint.students import HybridForCausalLM, StudentConfig, build_student
 from transpoint.teachers import TeacherInfo
 from transpoint.teachers.random import byte_tokenizer, random_teacher

@@ -54,6 +54,7 @@ def step_of_a_process(rank, folder):
     assert engine.step(1.0)[1]  # skipped by both
 
 
+@pytest.mark.slow
 def test_processes_average_their_gradients_and_leave_alone_what_none_has(tmp_path):
     in_two(step_of_a_process, tmp_path)
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
@@ -85,6 +86,7 @@ def step_under_zero(rank):
         assert state[f"optimizer.exp_avg.{name}"].shape == (3, 3)
 
 
+@pytest.mark.slow
 def test_zero_aligns_parameters_as_compiled_layers_take_for_granted():
     """To 16 bytes, also where those before them have an odd count of numbers."""
     in_two(step_under_zero, engine="zero2")

@@ -8,7 +8,7 @@ from transformers import Cache, PreTrainedModel
 
 from ...students import HybridForCausalLM
 from ..run.records import Cost
-from ..train.schedules import TransPoints
+from ..trans_points import TransPoints
 
 
 @torch.no_grad()

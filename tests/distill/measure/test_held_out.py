@@ -11,8 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transpoint.distill.data.corpus import Corpus
 from transpoint.distill.data.packed import PackedDataset
 from transpoint.distill.data.sources import DataError
-from transpoint.distill.report import quality
-from transpoint.distill.report.quality import HeldOut, answer
+from transpoint.distill.measure import held_out
+from transpoint.distill.measure.answers import answer
+from transpoint.distill.measure.held_out import HeldOut
 from transpoint.students import StudentConfig, build_student
 from transpoint.teachers.random import random_teacher
 
@@ -101,7 +102,7 @@ def test_quality_is_that_of_each_document_on_its_own(sequences, dataset, student
 def test_late_tokens_are_those_after_the_first_of_their_document(
     late, chunk, dataset, student, teacher, tokenizer, monkeypatch
 ):
-    monkeypatch.setattr(quality, "CHUNK", chunk)
+    monkeypatch.setattr(held_out, "CHUNK", chunk)
     found = HeldOut(dataset, 2, tokenizer, teacher).measure(student, late)
     check(found, naive(dataset, 2, student, teacher, late=late))
     assert found.late == late and (found.late_kl is None) == (late == LENGTH)
@@ -123,7 +124,7 @@ def test_the_teacher_follows_itself(dataset, teacher, tokenizer):
 
 @pytest.mark.parametrize("chunk", [1, 7, 31, 32, 1000])
 def test_chunks_do_not_matter(chunk, dataset, student, teacher, tokenizer, monkeypatch):
-    monkeypatch.setattr(quality, "CHUNK", chunk)
+    monkeypatch.setattr(held_out, "CHUNK", chunk)
     check(HeldOut(dataset, 2, tokenizer, teacher).measure(student), naive(dataset, 2, student, teacher))
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from transpoint.distill.report.cost import cache_bytes, measure_cost
+from transpoint.distill.measure.cost import cache_bytes, measure_cost
 from transpoint.distill.settings import AnnealConfig, DistillConfig
-from transpoint.distill.train.schedules import annealed, at_trans_points, describe, resolve, trans_points_in_step
+from transpoint.distill.trans_points import annealed, at_trans_points, describe, resolve, trans_points_in_step
 from transpoint.students import StudentConfig, StudentError, build_student
 from transpoint.teachers.random import random_teacher
 

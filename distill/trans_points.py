@@ -9,10 +9,10 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ...students import HybridForCausalLM, StudentError, parse_trans_points
-from ...students.modeling.configuration_mixers import have_trans_points
-from ..config import Recipe
-from ..settings import DistillConfig
+from ..students import HybridForCausalLM, StudentError, parse_trans_points
+from ..students.modeling.configuration_mixers import have_trans_points
+from .config import Recipe
+from .settings import DistillConfig
 
 TransPoints = list[int | float]
 
