@@ -100,6 +100,7 @@ def plan(options) -> None:
     from ..teachers import load_teacher
     from .config import load_recipe
     from .stages.preflight import gpu_name, what_will_run
+    from .stages.select import as_far_as_known
     from .train.groups import only_these_train
     from .trans_points import check_schedules, never_distilled
 
@@ -110,7 +111,8 @@ def plan(options) -> None:
     teacher, _ = load_teacher(source.source, source.dtype, trust_remote_code=source.trust_remote_code)
     longest = getattr(teacher.config, "max_position_embeddings", None)
     check_schedules(recipe, teacher.config.num_hidden_layers, longest)
-    student, transfers = plan_student(teacher, recipe.student)
+    config, not_yet = as_far_as_known(recipe, teacher.config.num_hidden_layers)
+    student, transfers = plan_student(teacher, config)
     mixers = student.config.mixers
     points = student.trans_points if have_trans_points(mixers) else None
     table = Table("layer", "mixer", *(["TransPoint"] if points else []), title="layer plan")
@@ -118,6 +120,8 @@ def plan(options) -> None:
         name = mixer if mixer == "attention" else f"[bold]{mixer}[/bold]"
         table.add_row(str(layer), name, *([str(points[layer])] if points else []))
     console.print(table, transfers.table())
+    if not_yet is not None:
+        console.print(not_yet, highlight=False)
     before, after = (sum(p.numel() for p in model.parameters()) for model in (teacher, student))
     for stage in pipeline_of(recipe):
         if stage.groups is None:
@@ -271,13 +275,17 @@ def figure(options) -> None:
     from .config import load_recipe
     from .models import load_config
     from .report.figure import draw
+    from .stages.select import as_far_as_known
 
     path = _model_folder(options.model)
     if Path(path).is_file():
         recipe = load_recipe(path)
         settings = recipe.teacher
         teacher, _ = load_teacher(settings.source, settings.dtype, trust_remote_code=settings.trust_remote_code)
-        config = plan_student(teacher, recipe.student)[0].config
+        student, not_yet = as_far_as_known(recipe, teacher.config.num_hidden_layers)
+        if not_yet is not None:
+            print(not_yet)
+        config = plan_student(teacher, student)[0].config
     else:
         config = load_config(path)
     points = config.trans_points or [None] * len(config.mixers)

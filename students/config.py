@@ -20,9 +20,9 @@ class StudentConfig:
     keep_attention: Any = field(
         default=None,
         metadata={
-            "help": "layers that keep attention: a list of indices (negative ones count from the end), 'every:N' "
-            "(the last layer of every N), or a fraction of the layers, evenly spaced; null: every:2 for mamba2, none "
-            "for transmamba"
+            "help": "layers that keep attention: a list of indices (negative ones from the end), 'every:N' (the last "
+            "layer of every N), a fraction of the layers, evenly spaced, or 'select:K' (so many, or such a fraction, "
+            "that the stage select finds); null: every:2 for mamba2, none for transmamba"
         },
     )
     trans_points: Any = field(
@@ -149,11 +149,34 @@ def layer_plan(config: StudentConfig, num_layers: int) -> list[str]:
     return ["attention" if layer in kept else config.mixer for layer in range(num_layers)]
 
 
+def asks_to_select(keep: Any) -> bool:
+    """Whether `keep_attention` leaves the choice to the stage `select`."""
+    return isinstance(keep, str) and keep.startswith("select:")
+
+
+def count_to_select(keep: Any, num_layers: int) -> int | None:
+    """How many of `num_layers` are to be chosen; None where they are not left to the stage `select`.
+
+    Raises StudentError where more are asked for than there are.
+    """
+    if not asks_to_select(keep):
+        return None
+    number = keep.partition(":")[2]
+    count = int(number) if number.isdigit() else round(float(number) * num_layers)
+    if count > num_layers:
+        raise StudentError(f"student.keep_attention is '{keep}': the teacher has only {num_layers} layers")
+    return count
+
+
 def kept_layers(keep: Any, num_layers: int | None) -> set[int]:
     """Indices that `keep_attention` keeps among `num_layers` (None: only its form is checked)."""
-    expected = "expected a list of layer indices, 'every:N' with N of at least 2, or a fraction from 0 to 1"
+    expected = "expected a list of layer indices, 'every:N' with N of at least 2, a fraction from 0 to 1, or 'select:K'"
     if isinstance(keep, str):
         word, _, number = keep.partition(":")
+        if word == "select" and (number.isdigit() or _is_fraction(number)):
+            if num_layers is None:
+                return set()
+            raise StudentError(f"student.keep_attention is '{keep}': no layers have been chosen; run the stage select")
         if word != "every" or not number.isdigit() or int(number) < 2:
             raise StudentError(f"student.keep_attention is '{keep}'; {expected}")
         return set(range(int(number) - 1, num_layers or 0, int(number)))
@@ -174,3 +197,10 @@ def kept_layers(keep: Any, num_layers: int | None) -> set[int]:
             raise StudentError(f"student.keep_attention holds layer {layer}, the teacher has 0 to {num_layers - 1}")
         kept.add(layer % num_layers if num_layers else layer)
     return kept
+
+
+def _is_fraction(text: str) -> bool:
+    try:
+        return 0 <= float(text) <= 1
+    except ValueError:
+        return False

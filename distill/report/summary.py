@@ -38,7 +38,6 @@ def quality_rows(root: Path) -> list[dict]:
 def summary(root: Path) -> list:
     """What a finished run shows: layer plan, quality by stage, answers, and how to load the checkpoint."""
     done = lineage(root)
-    mixers = done["transfer"].mixers
     table = Table("model", "KL from teacher", "perplexity", "bits per byte", "same top token", title="held-out quality")
     rows = quality_rows(root)
     evaluated = done.get("evaluate", StageRecord())
@@ -52,7 +51,10 @@ def summary(root: Path) -> list:
             shown(row["bits_per_byte"], "{:.4f}"),
             shown(row["same_top"], "{:.1%}"),
         )
-    parts = [f"layer plan: {plan_in_letters(mixers)}  ({plan_in_words(mixers)})", table]
+    parts: list = []
+    if "transfer" in done:
+        mixers = done["transfer"].mixers
+        parts = [f"layer plan: {plan_in_letters(mixers)}  ({plan_in_words(mixers)})", table]
     if evaluated.schedules:
         parts.append(schedule_table(evaluated.schedules))
     for entry in evaluated.answers:

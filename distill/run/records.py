@@ -52,6 +52,38 @@ class ScheduleRecord:
 
 
 @dataclass(frozen=True)
+class LayerScore:
+    """What a teacher is left with where some layers' attention is replaced."""
+
+    kl: float | None = None  # KL(teacher || it) on text, nats per token
+    recall: float | None = None  # what a token of an answer lost in log-probability, nats
+    accuracy: float | None = None  # fraction of answers given
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which layers should keep attention. Keys are numbers as text, as JSON has them."""
+
+    teacher: LayerScore | None = None
+    alone: dict[str, LayerScore] = field(default_factory=dict)  # by layer: with that one alone replaced
+    kept: dict[str, list] = field(default_factory=dict)  # by how many: the layers that should keep attention
+    scores: dict[str, LayerScore] = field(default_factory=dict)  # by how many: with the others replaced
+
+
+@dataclass(frozen=True)
+class Recall:
+    """How many answers of a task (see `measure.recall`) a model gives, in texts of `length` tokens."""
+
+    task: str = ""
+    length: int | None = None
+    answers: int | None = None
+    accuracy: float | None = None
+    logprob: float | None = None  # of an answer, nats
+    depths: list[float] = field(default_factory=list)  # where the answer of each text stands: 0 first, 1 last
+    right: list[bool] = field(default_factory=list)  # whether it is given
+
+
+@dataclass(frozen=True)
 class Answer:
     prompt: str = ""
     teacher: str = ""
@@ -76,6 +108,7 @@ class StageRecord:
     finished: str | None = None
     quality: Quality | None = None
     training: Training | None = None
+    selection: Selection | None = None
     mixers: list[str] = field(default_factory=list)
     teacher: dict | None = None
     folder: str | None = None

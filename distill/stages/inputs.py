@@ -13,7 +13,7 @@ from .pipeline import pipeline_of
 
 def stage_inputs(recipe: Recipe) -> dict[str, dict]:
     """For each stage, all that its result depends on: settings, seed, files, what it does, and the stage before it."""
-    settings = recipe.to_dict()
+    settings, defaults = recipe.to_dict(), Recipe().to_dict()
     for name in ("train", "heldout"):
         if not settings["data"][name]:
             raise DataError(f"data.{name} is empty: list files, folders or hub:OWNER/NAME there")
@@ -23,13 +23,22 @@ def stage_inputs(recipe: Recipe) -> dict[str, dict]:
     }
     needs: dict[str, dict] = {}
     before = None
-    for stage in pipeline_of(recipe):
+    stages = pipeline_of(recipe)
+    last = max(i for i, stage in enumerate(stages) if stage.makes_student)
+    for i, stage in enumerate(stages):
+        trains = i <= last
         own: dict[str, Any] = {name: dict(settings[name]) for name in stage.reads} | {"code": stage.code}
+        for key in stage.unread(recipe):
+            section, _, name = key.partition(".")
+            if name:
+                own[section][name] = defaults[section][name]
+            else:
+                del own[section]
         if "data" in own:
             own["data"] |= text
             # What is trained does not depend on what it is measured on.
-            unread = ["heldout", "max_heldout_tokens"] if stage.makes_student else []
-            if not (stage.makes_student and recipe.data.streaming):
+            unread = ["heldout", "max_heldout_tokens"] if trains else []
+            if not (trains and recipe.data.streaming):
                 unread += ["streaming", "shuffle_buffer"]
             for name in unread:
                 del own["data"][name]

@@ -13,13 +13,14 @@ from .distill import DISTILL
 from .evaluate import EVALUATE
 from .export import EXPORT
 from .orient import ORIENT
+from .select import SELECT
 from .stage import Stage
 from .transfer import TRANSFER
 
 if TYPE_CHECKING:
     from ..config import Recipe
 
-PIPELINE: list[Stage] = [TRANSFER, CALIBRATE, ORIENT, ALIGN, DISTILL, EXPORT, EVALUATE]
+PIPELINE: list[Stage] = [SELECT, TRANSFER, CALIBRATE, ORIENT, ALIGN, DISTILL, EXPORT, EVALUATE]
 
 
 def names(only: Callable[[Stage], bool] = lambda stage: True) -> list[str]:

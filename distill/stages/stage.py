@@ -20,6 +20,7 @@ class Stage:
         name: of its folder, and of its section in a recipe.
         run: does it; takes the session and its folder, returns what done.json holds.
         reads: the sections of a recipe that its result depends on, besides what the stages before it read.
+        unread: takes a recipe; sections of `reads`, and settings in them ("student.mixer"), that make no difference.
         code: of what it does. Raise it where the same settings and inputs would give another result.
         settings: its section of a recipe, a dataclass of `setting`s; None where it has none, or it is in `Recipe`.
         makes_student: whether it leaves a student in its folder, "student".
@@ -35,6 +36,7 @@ class Stage:
     name: str
     run: Callable[["Session", "StageFolder"], dict]
     reads: tuple[str, ...]
+    unread: Callable[["Recipe"], tuple[str, ...]] = lambda recipe: ()
     code: int = 1
     settings: type | None = None
     makes_student: bool = False

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from .select import selected
 from .stage import Stage
 
 if TYPE_CHECKING:
@@ -24,7 +25,8 @@ def run(session: "Session", folder: "StageFolder") -> dict:
     config = session.teacher.config
     longest = getattr(config, "max_position_embeddings", None)
     check_schedules(recipe, config.num_hidden_layers, longest)  # better now than after training
-    student = build_student(session.teacher, recipe.student)
+    chosen = selected(recipe, session.folder("select"), config.num_hidden_layers)
+    student = build_student(session.teacher, chosen)
     if session.exports:
         kind = find_format(recipe.export.format)
         if reason := kind.why_not(student):

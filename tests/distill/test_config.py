@@ -20,7 +20,7 @@ SECTIONS = [entry.name for entry in dataclasses.fields(Recipe.schema())]
 KEYS = [key for key, _, _ in describe_keys()]
 PARTS = [key.split(".") for key in KEYS]
 NESTED = sorted({".".join(parts[:n]) for parts in PARTS for n in range(2, len(parts))})  # sections within sections
-KEEP = "expected a list of layer indices, 'every:N' with N of at least 2, or a fraction from 0 to 1"
+KEEP = "expected a list of layer indices, 'every:N' with N of at least 2, a fraction from 0 to 1, or 'select:K'"
 
 
 def message(path, *overrides):

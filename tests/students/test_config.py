@@ -6,7 +6,7 @@ from hypothesis import given, strategies as st
 from transpoint.students import StudentConfig, StudentError, build_student, layer_plan
 from transpoint.teachers.random import random_teacher
 
-EXPECTED = "expected a list of layer indices, 'every:N' with N of at least 2, or a fraction from 0 to 1"
+EXPECTED = "expected a list of layer indices, 'every:N' with N of at least 2, a fraction from 0 to 1, or 'select:K'"
 
 
 def kept(keep, num_layers):

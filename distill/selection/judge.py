@@ -1,0 +1,185 @@
+"""How well a teacher still does where stand-ins take the place of some layers' attention."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ...kernels.kl import linear_kl
+from ...teachers import attention_view, decoder_layers, output_head
+from ..measure.recall import Item, stacked
+from ..run.records import LayerScore
+from .stand_ins import StandIn
+
+POSITIONS = 64  # of a text, at which predictions are compared
+
+
+@dataclass
+class _Pass:
+    """A batch (B,L), and what is measured on it: predictions at some of its positions, or answers."""
+
+    ids: Tensor
+    answers: list[list[tuple[int, int]]] | None = None
+
+
+@dataclass
+class _Sums:
+    kl: float = 0.0
+    tokens: int = 0
+    logprob: float = 0.0
+    answer_tokens: int = 0
+    right: int = 0
+    answers: int = 0
+
+    def add(self, other: "_Sums") -> None:
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
+
+class Judge:
+    """Scores of a teacher with stand-ins in some of its layers.
+
+    Args:
+        texts: tokens (n, L); each is taken as one text, whatever documents are in it.
+        items: texts with answers in them, of `measure.recall`.
+        batch_tokens: of items, in one pass.
+        bf16: whether matrix products are rounded to bfloat16.
+    """
+
+    def __init__(
+        self,
+        teacher: PreTrainedModel,
+        stand_ins: dict[int, StandIn],
+        texts: Tensor,
+        items: Sequence[Item],
+        batch_tokens: int = 16384,
+        bf16: bool = False,
+    ):
+        self.teacher, self.stand_ins = teacher.eval(), stand_ins
+        self.autocast = partial(torch.autocast, teacher.device.type, torch.bfloat16, enabled=bf16)
+        self.head = output_head(teacher)
+        self.layers = list(decoder_layers(teacher))
+        self.attention = {view.layer: view.module for view in attention_view(teacher, check=False)}
+        device = teacher.device
+        self.passes = [_Pass(ids.to(device)) for ids in texts.split(max(1, batch_tokens // texts.shape[1]))]
+        size = max(1, batch_tokens // max((len(item.tokens) for item in items), default=1))
+        for first in range(0, len(items), size):
+            batch = items[first : first + size]
+            self.passes.append(_Pass(stacked(batch).to(device), [item.answers for item in batch]))
+        with self.autocast(), torch.no_grad():
+            self.wanted = [self._decode(one) for one in self.passes]  # hidden states; logits come from them again
+        own = _Sums()
+        for one, hidden in zip(self.passes, self.wanted, strict=True):
+            own.add(self._measure(one, hidden, hidden))
+        self.own = own
+
+    def score(self, replaced: Iterable[int]) -> LayerScore:
+        """With these layers replaced."""
+        (found,) = self.scores([(frozenset(replaced), None)])
+        return found
+
+    def toggled(self, replaced: Iterable[int], layers: Iterable[int]) -> dict[int, LayerScore]:
+        """For each of `layers`: with `replaced` and that one replaced, or, if it is among them, without it."""
+        layers, replaced = list(layers), frozenset(replaced)
+        return dict(zip(layers, self.scores([(replaced, layer) for layer in layers]), strict=True))
+
+    @torch.no_grad()
+    def scores(self, wanted: list[tuple[frozenset[int], int | None]]) -> list[LayerScore]:
+        """Of sets of layers, each with one toggled. Sets that are the same share the layers below those toggled."""
+        sums = [_Sums() for _ in wanted]
+        for one, true in zip(self.passes, self.wanted, strict=True):
+            for replaced in dict.fromkeys(base for base, _ in wanted):
+                asked = [i for i, (base, _) in enumerate(wanted) if base == replaced]
+                inputs: list[Any] = []
+                with self.autocast(), self._replacing(replaced), self._keeping(inputs):
+                    whole = self._decode(one)
+                for i in asked:
+                    layer = wanted[i][1]
+                    hidden = whole
+                    if layer is not None:
+                        own = replaced ^ {layer}
+                        with self.autocast(), self._replacing(own), self._starting(layer, inputs):
+                            hidden = self._decode(one)
+                    sums[i].add(self._measure(one, hidden, true))
+        return [self._score(found) for found in sums]
+
+    def _score(self, found: _Sums) -> LayerScore:
+        answers = max(1, found.answers)
+        lost = (self.own.logprob - found.logprob) / max(1, found.answer_tokens)
+        return LayerScore(found.kl / max(1, found.tokens), lost, found.right / answers)
+
+    def _decode(self, one: _Pass) -> Tensor:
+        return self.teacher.get_decoder()(input_ids=one.ids, use_cache=False).last_hidden_state
+
+    def _measure(self, one: _Pass, hidden: Tensor, true: Tensor) -> _Sums:
+        with self.autocast():
+            if one.answers is None:
+                # Spread over all depths: what is compared is the same for all sets, so few are enough.
+                at = torch.arange(0, hidden.shape[1], max(1, hidden.shape[1] // POSITIONS), device=hidden.device)
+                found, weight = self.head.operands(hidden[:, at])
+                wanted, _ = self.head.operands(true[:, at])
+                kl = linear_kl(found, weight, wanted, weight, softcap=self.head.softcap)
+                tokens = len(one.ids) * len(at)
+                return _Sums(kl=kl.item() * tokens, tokens=tokens)
+            rows, places = zip(
+                *((row, place) for row, spans in enumerate(one.answers) for a, b in spans for place in range(a, b)),
+                strict=True,
+            )
+            row, place = torch.tensor(rows), torch.tensor(places)
+            ids = one.ids[row, place]
+            logprobs = self.head.logits(hidden[row, place - 1]).float().log_softmax(-1)
+        own = logprobs.gather(1, ids[:, None]).sum().item()
+        best = (logprobs.argmax(-1) == ids).tolist()
+        spans = [b - a for spans in one.answers for a, b in spans]
+        ends = torch.tensor(spans).cumsum(0).tolist()
+        right = sum(all(best[end - span : end]) for end, span in zip(ends, spans, strict=True))
+        return _Sums(logprob=own, answer_tokens=len(places), right=right, answers=len(spans))
+
+    @contextmanager
+    def _replacing(self, replaced: Iterable[int]) -> Iterator[None]:
+        """Meanwhile attention in these layers is what stands in for it."""
+
+        def standing_in(stand_in: StandIn, hidden_states=None, position_embeddings=None, *args, **kwargs):
+            return stand_in(hidden_states, position_embeddings), None
+
+        modules = [self.attention[layer] for layer in replaced]
+        for layer, module in zip(replaced, modules, strict=True):
+            module.forward = partial(standing_in, self.stand_ins[layer])
+        try:
+            yield
+        finally:
+            for module in modules:
+                del module.forward  # the class's own is left
+
+    @contextmanager
+    def _keeping(self, inputs: list) -> Iterator[None]:
+        """Puts down what each layer gives; what the first one gets, first."""
+
+        def keep(module, args, kwargs, output):
+            if not inputs:
+                inputs.append(None)
+            inputs.append(output)
+
+        handles = [layer.register_forward_hook(keep, with_kwargs=True) for layer in self.layers]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def _starting(self, first: int, inputs: list) -> Iterator[None]:
+        """Meanwhile layers before `first` do nothing, and the last of them gives what it gave before."""
+        before = self.layers[:first]
+        for layer in before:
+            layer.forward = lambda *args, **kwargs: inputs[first]
+        try:
+            yield
+        finally:
+            for layer in before:
+                del layer.forward

@@ -1,0 +1,46 @@
+"""Which layers should keep attention, for any number of them."""
+
+from collections.abc import Callable
+
+from ..run.records import LayerScore, Selection
+from .judge import Judge
+
+Loss = Callable[[LayerScore], float]
+
+
+def by_rank(losses: dict[int, float]) -> dict[str, list[int]]:
+    """For each number of layers, those whose replacement costs most, each on its own."""
+    ranked = sorted(losses, key=lambda layer: -losses[layer])
+    return {str(k): sorted(ranked[:k]) for k in range(len(ranked) + 1)}
+
+
+def one_by_one(judge: Judge, loss: Loss) -> Selection:
+    """Each layer replaced alone: as many passes as there are layers. That layers do for one another is not seen."""
+    alone = judge.toggled((), judge.stand_ins)
+    return Selection(judge.score(()), _by_name(alone), by_rank({layer: loss(score) for layer, score in alone.items()}))
+
+
+def jointly(judge: Judge, loss: Loss, beam: int, adding: bool) -> Selection:
+    """Beam search, a layer at a time: from all replaced, the best ones get their attention back (`adding`); or from
+    none, those whose replacement costs least are replaced. n^2 / 2 passes for each set in the beam."""
+    layers = frozenset(judge.stand_ins)
+    first = layers if adding else frozenset()
+    sets, alone = {first: judge.score(first)}, judge.toggled((), judge.stand_ins)
+    kept, scores = {}, {}
+    for step in range(len(layers) + 1):
+        best = sorted(sets, key=lambda replaced: (loss(sets[replaced]), sorted(replaced)))[:beam]
+        left = len(layers) - len(best[0])
+        kept[str(left)], scores[str(left)] = sorted(layers - best[0]), sets[best[0]]
+        if step == 0 and not adding:  # known already
+            sets = {frozenset((layer,)): score for layer, score in alone.items()}
+            continue
+        sets = {}
+        for replaced in best:
+            free = sorted(replaced if adding else layers - replaced)
+            new = [layer for layer in free if replaced ^ {layer} not in sets]
+            sets |= {replaced ^ {layer}: score for layer, score in judge.toggled(replaced, new).items()}
+    return Selection(judge.score(()), _by_name(alone), kept, scores)
+
+
+def _by_name(scores: dict[int, LayerScore]) -> dict[str, LayerScore]:
+    return {str(layer): score for layer, score in scores.items()}

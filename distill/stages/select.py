@@ -1,0 +1,160 @@
+"""*select*: which layers keep attention. Off unless student.keep_attention asks for it ("select:0.5")."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ...students.config import asks_to_select, count_to_select
+from ..errors import RunError
+from ..settings import setting
+from .stage import Stage
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ...students.config import StudentConfig
+    from ..config import Recipe
+    from ..run.folder import StageFolder
+    from ..run.records import LayerScore, Selection
+    from ..selection.stand_ins import StandIn
+    from .session import Session
+
+
+@dataclass
+class SelectConfig:
+    stand_in: str = setting(
+        "window",
+        "what takes the place of attention in layers that give it up, to see what that costs: window (the teacher's "
+        "own attention of the last tokens alone) or mixer (the student's, calibrated)",
+        choices=("window", "mixer"),
+    )
+    window: int = setting(64, "tokens that a stand-in of that name sees", minimum=1)
+    sinks: int = setting(0, "first tokens of a document that it sees besides", minimum=0)
+    search: str = setting(
+        "single",
+        "single (each layer on its own), add (from none, the best layers get attention one by one), or remove (from "
+        "all, those that it costs least give it up)",
+        choices=("single", "add", "remove"),
+    )
+    beam: int = setting(1, "sets of layers that add and remove follow at a time", minimum=1)
+    recall_weight: float = setting(
+        1.0, "of what a token of an answer loses in log-probability, beside the KL of a token of text", minimum=0
+    )
+    length: int = setting(1024, "tokens of the texts that are judged on", minimum=16)
+    sequences: int = setting(8, "texts for the KL", minimum=1)
+    items: int = setting(16, "texts with numbers to be found again, for recall", minimum=1)
+
+
+def run(session: "Session", folder: "StageFolder") -> dict:
+    """Scores layers by what it costs the teacher to do without their attention; finds, for any number of them, those
+    that should keep it."""
+    from ..measure.recall import KEYS, keys_in_text
+    from ..selection.judge import Judge
+    from ..selection.search import jointly, one_by_one
+
+    settings: SelectConfig = SELECT.of(session.recipe)
+    texts = _texts(session, settings)
+    items = keys_in_text(session.tokenizer, texts.flatten(), settings.length, settings.items, KEYS)
+
+    def loss(score: "LayerScore") -> float:
+        return (score.kl or 0.0) + settings.recall_weight * (score.recall or 0.0)
+
+    def search() -> "Selection":
+        judge = Judge(session.teacher, _stand_ins(session, settings), texts, items, session.precision == "bf16")
+        if settings.search == "single":
+            return one_by_one(judge, loss)
+        return jointly(judge, loss, settings.beam, settings.search == "add")
+
+    with session.teacher_for_training():
+        found = search()
+    layers = len(found.alone)
+    count = count_to_select(session.recipe.student.keep_attention, layers)
+    worst, score = max(found.alone.items(), key=lambda entry: loss(entry[1]))
+    session.say(
+        f"select: attention is kept in {', '.join(map(str, found.kept[str(count)]))} of {layers} layers; the teacher "
+        f"misses that of layer {worst} most: without it, KL {score.kl:.4f}, and {score.recall:.2f} nats for each token "
+        f"of an answer"
+    )
+    return {"selection": found}
+
+
+def selected(recipe: "Recipe", folder: "StageFolder", layers: int) -> "StudentConfig":
+    """What a recipe says of the student, with the layers that the stage has chosen where it asks for that.
+
+    Raises RunError where the stage has not chosen any.
+    """
+    count = count_to_select(recipe.student.keep_attention, layers)
+    if count is None:
+        return recipe.student
+    selection = folder.record.selection
+    kept = None if selection is None else selection.kept.get(str(count))
+    if kept is None:
+        raise RunError(
+            f"student.keep_attention is '{recipe.student.keep_attention}', and no layers have been chosen in "
+            f"{folder.path}: run the recipe, with --from select if it has run"
+        )
+    return dataclasses.replace(recipe.student, keep_attention=kept)
+
+
+def as_far_as_known(recipe: "Recipe", layers: int) -> "tuple[StudentConfig, str | None]":
+    """The same before the stage has run: as many layers, evenly spaced, and a line that says so."""
+    from ..run.folder import StageFolder
+    from .inputs import stage_inputs
+
+    folder = StageFolder(Path(recipe.run.dir), SELECT.name)
+    count = count_to_select(recipe.student.keep_attention, layers)
+    if count is None or folder.why_not_reusable(stage_inputs(recipe)[SELECT.name]) is None:
+        return selected(recipe, folder, layers), None
+    even = dataclasses.replace(recipe.student, keep_attention=count / layers)
+    return even, f"which {count} layers keep attention is for select to find: here they are evenly spaced"
+
+
+def _texts(session: "Session", settings: SelectConfig) -> "Tensor":
+    """Training text, (n, length): in sequences of the stage's own length."""
+    import torch
+
+    from ..data.packed import PackedDataset
+
+    data, length = session.train_data, settings.length
+    if isinstance(data, PackedDataset):
+        return torch.stack(
+            [item["input_ids"] for item in PackedDataset(data.corpus, length).spread(settings.sequences)]
+        )
+    windows = data.spread(-(-settings.sequences * length // session.recipe.data.length))
+    tokens = torch.cat([window["input_ids"] for window in windows])
+    return tokens[: len(tokens) // length * length].view(-1, length)
+
+
+def _stand_ins(session: "Session", settings: SelectConfig) -> "dict[int, StandIn]":
+    from ...students import build_student
+    from ..data.packed import collate
+    from ..selection.stand_ins import mixers, windows
+    from ..train.calibration import calibrate
+
+    if settings.stand_in == "window":
+        return windows(session.teacher, settings.window, settings.sinks)
+    recipe = session.recipe
+    # With TransPoints, the state-space form: it is what has no attention.
+    every = dataclasses.replace(recipe.student, keep_attention=[], trans_points="mamba")
+    student = build_student(session.teacher, every)
+    batches = [collate([item]) for item in session.train_data.spread(recipe.calibrate.sequences)]
+    batches = [{key: value.to(session.accelerator.device) for key, value in batch.items()} for batch in batches]
+    calibrate(session.teacher, student, batches, recipe.calibrate.decay)
+    return mixers(student.requires_grad_(False))
+
+
+def unread(recipe: "Recipe") -> tuple[str, ...]:
+    if SELECT.of(recipe).stand_in == "window":
+        return ("student", "calibrate")
+    return ("student.keep_attention", "student.trans_points")
+
+
+SELECT: Stage = Stage(
+    "select",
+    run,
+    reads=("teacher", "student", "calibrate", "select", "data"),
+    settings=SelectConfig,
+    wanted=lambda recipe: asks_to_select(recipe.student.keep_attention),
+    unread=unread,
+)

@@ -1,0 +1,141 @@
+"""select: what it asks the other stages for, and what becomes of what it finds."""
+
+import shutil
+
+import pytest
+
+from run_files import TINY, done
+from transpoint.distill.cli import main
+from transpoint.distill.config import ConfigError, load_recipe
+from transpoint.distill.errors import RunError
+from transpoint.distill.run.files import read_json, write_json
+from transpoint.distill.stages import stage_inputs
+from transpoint.students import StudentConfig, StudentError
+from transpoint.students.config import count_to_select, layer_plan
+
+SELECT = ("student.keep_attention=select:2", "select.length=128", "select.items=2", "select.sequences=2")
+LAYERS = {"0", "1", "2", "3"}
+
+
+@pytest.fixture(scope="module")
+def selected(tmp_path_factory, run_tiny):
+    """A run up to transfer."""
+    folder = tmp_path_factory.mktemp("select") / "run"
+    return folder, run_tiny(folder, *SELECT, until_stage="transfer")
+
+
+def test_the_layers_found_are_those_that_keep_attention(selected):
+    folder, said = selected
+    selection = done(folder, "select")["selection"]
+    kept = selection["kept"]["2"]
+    assert done(folder, "transfer")["mixers"] == ["attention" if layer in kept else "mamba2" for layer in range(4)]
+    assert f"select: attention is kept in {kept[0]}, {kept[1]} of 4 layers" in said
+    assert selection["alone"].keys() == LAYERS and selection["kept"].keys() == LAYERS | {"4"}
+    losses = {int(layer): score["kl"] + score["recall"] for layer, score in selection["alone"].items()}
+    assert set(kept) == set(sorted(losses, key=losses.get)[-2:])
+
+
+def test_the_scores_serve_any_number_of_layers(selected, run_tiny, tmp_path):
+    folder = selected[0]
+    more = (*SELECT[1:], "student.keep_attention=select:0.75", f"run.reuse=[{folder}]")
+    said = run_tiny(tmp_path / "run", *more, until_stage="transfer")
+    assert f"select: taken over from {folder}" in said
+    kept = done(folder, "select")["selection"]["kept"]["3"]
+    assert [i for i, mixer in enumerate(done(tmp_path / "run", "transfer")["mixers"]) if mixer == "attention"] == kept
+
+
+@pytest.mark.parametrize(
+    "override, same",
+    [
+        ("student.keep_attention=select:1", True),
+        ("student.rope=true", True),
+        ("calibrate.sequences=2", True),
+        ("data.heldout=[/nowhere]", None),
+        ("evaluate.sequences=3", True),
+        ("select.window=8", False),
+        ("select.stand_in=mixer", False),
+        ("data.length=32", False),
+        ("run.seed=3", True),
+    ],
+)
+def test_what_it_depends_on(override, same):
+    needs = stage_inputs(load_recipe(TINY, [*SELECT]))["select"]
+    if same is None:
+        recipe = load_recipe(TINY, [*SELECT])
+        recipe.data.heldout = recipe.data.heldout * 2
+        assert stage_inputs(recipe)["select"] == needs
+        return
+    assert (stage_inputs(load_recipe(TINY, [*SELECT, override]))["select"] == needs) is same
+
+
+def test_with_mixers_in_their_place_the_mixers_count():
+    own = (*SELECT, "select.stand_in=mixer")
+    needs = stage_inputs(load_recipe(TINY, own))["select"]
+    for override, same in (("student.keep_attention=select:1", True), ("student.rope=true", False)):
+        assert (stage_inputs(load_recipe(TINY, [*own, override]))["select"] == needs) is same
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["select.stand_in=mixer", "select.search=add", "select.beam=2"],
+        ["select.search=remove", "select.sinks=2"],
+        ["student.mixer=transmamba", "select.stand_in=mixer"],
+        ["data.streaming=true", "data.max_train_tokens=null"],
+    ],
+    ids=str,
+)
+def test_other_ways(more, run_tiny, tmp_path):
+    run_tiny(tmp_path, *SELECT, *more, until_stage="select")
+    selection = done(tmp_path, "select")["selection"]
+    assert selection["alone"].keys() == LAYERS
+    joint = any("search" in option for option in more)
+    assert (selection["scores"].keys() == LAYERS | {"4"}) is joint
+    assert [len(selection["kept"][str(k)]) for k in range(5)] == [0, 1, 2, 3, 4]
+
+
+def test_a_plan_before_and_after(selected, capsys):
+    folder = selected[0]
+    kept = done(folder, "select")["selection"]["kept"]["2"]
+
+    def plan(*overrides):
+        assert main(["plan", str(TINY), *SELECT, *overrides]) == 0
+        out = capsys.readouterr().out
+        rows = [line.split("│")[1:3] for line in out.split("transfer plan")[0].splitlines() if line.startswith("│")]
+        return out, [int(layer) for layer, mixer in rows if mixer.strip() == "attention"]
+
+    out, layers = plan(f"run.dir={folder}")
+    assert layers == kept and "for select to find" not in out
+    out, layers = plan("run.dir=/nowhere")
+    assert layers == [1, 3] and "which 2 layers keep attention is for select to find" in out
+
+
+def test_more_layers_than_there_are(run_tiny, tmp_path):
+    with pytest.raises(StudentError, match="select:9': the teacher has only 4 layers"):
+        run_tiny(tmp_path, *SELECT, "student.keep_attention=select:9", until_stage="select")
+
+
+@pytest.mark.parametrize("spec", ["select:two", "select:1.5", "select:-1", "select:nan"])
+def test_what_is_no_number_of_layers(spec):
+    with pytest.raises(ConfigError, match=f"student.keep_attention is '{spec}'; expected .* 'select:K'"):
+        load_recipe(TINY, [f"student.keep_attention={spec}"])
+
+
+@pytest.mark.parametrize(
+    "spec, count", [("select:0.5", 15), ("select:7", 7), ("select:0", 0), ("select:1", 1), (0.5, None)]
+)
+def test_how_many(spec, count):
+    assert count_to_select(spec, 30) == count
+
+
+def test_without_a_run_nothing_is_chosen():
+    with pytest.raises(StudentError, match="no layers have been chosen; run the stage select"):
+        layer_plan(StudentConfig(keep_attention="select:2"), 4)
+
+
+def test_a_record_that_has_lost_its_layers_is_asked_for_again(selected, run_tiny, tmp_path):
+    shutil.copytree(selected[0], tmp_path / "run")
+    record = tmp_path / "run" / "select" / "done.json"
+    write_json(record, read_json(record) | {"selection": {"kept": 3}})
+    with pytest.raises(RunError, match="no layers have been chosen .* --from select"):
+        run_tiny(tmp_path / "run", *SELECT, "student.rope=true", until_stage="transfer")
