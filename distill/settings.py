@@ -8,6 +8,8 @@ from typing import Any
 
 from .export.formats import FORMATS
 
+RECALL = ("passkey", "multikey", "pairs")  # tasks of `measure.recall`
+
 
 def setting(default: Any, help: str, **metadata) -> Any:
     """A dataclass field with its documentation. `metadata` may hold `choices`, `minimum`, `maximum`, `above`, `below`;
@@ -301,6 +303,25 @@ class EvaluateConfig:
         metadata={"help": "chat questions that teacher and student answer"},
     )
     max_new_tokens: int = setting(40, "of each answer", minimum=1)
+    lengths: list[int] = field(
+        default_factory=list,
+        metadata={
+            "help": "further lengths of held-out sequences that quality is measured at, on as many tokens",
+            "minimum": 2,
+        },
+    )
+    recall: list[str] = field(
+        default_factory=lambda: list(RECALL),
+        metadata={
+            "help": "what is to be found again in a text: passkey (a number), multikey (one of several), pairs (all of "
+            "a list, asked in another order)",
+            "choices": RECALL,
+        },
+    )
+    recall_lengths: list[int] = field(
+        default_factory=lambda: [1024], metadata={"help": "tokens of such texts", "minimum": 16}
+    )
+    recall_items: int = setting(16, "texts of each kind and length", minimum=1)
     schedules: list[Any] | None = setting(
         None,
         "schedules that a transmamba student is measured at, each as student.trans_points takes it, besides those it "

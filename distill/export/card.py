@@ -13,7 +13,7 @@ from jinja2 import Environment, StrictUndefined
 from ...students.modeling.configuration_mixers import MIXERS, have_trans_points
 from ...teachers.names import TeacherInfo
 from ..config import for_others
-from ..run.records import Cost, Quality, ScheduleRecord, read_record, shown
+from ..run.records import Cost, Measures, Quality, Recall, ScheduleRecord, read_record, shown
 from .formats import Format
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ class CardFacts:
     recipe: dict | None = None
     tokens: dict[str, int] = field(default_factory=dict)  # training stage -> tokens seen
     quality: list[dict] = field(default_factory=list)  # rows: {"model", and the fields of Quality}
+    measures: dict[str, Measures] = field(default_factory=dict)  # of "teacher" and "student"
 
 
 def write_card(
@@ -64,6 +65,7 @@ def write_card(
         schedule_rows=schedule_rows,
         tokens=facts.tokens,
         quality=facts.quality,
+        measures=measure_rows(facts.measures),
         note=format.note,
         figures=figures,
         recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).strip() if recipe is not None else None,
@@ -115,6 +117,26 @@ def schedule_rows(records: list[ScheduleRecord]) -> list[tuple[str, ...]]:
                 shown(cost.decode_seconds, "{:.1f} ms", 1e3),
             )
         )
+    return rows
+
+
+def measure_rows(measures: dict[str, Measures]) -> list[tuple[str, ...]]:
+    """What `evaluate` measured besides, as rows of text: what, the teacher's, the student's."""
+    teacher, student = (measures.get(name, Measures()) for name in ("teacher", "student"))
+    rows: list[tuple[str, ...]] = []
+    texts = {(one.source, one.length): one.quality or Quality() for one in teacher.texts}
+    for one in student.texts:
+        where = f"{one.source + ', ' if one.source else ''}{shown(one.length, '{:,}')} tokens"
+        before, after = texts.get((one.source, one.length), Quality()), one.quality or Quality()
+        rows.append((f"KL from teacher ({where})", shown(before.kl, "{:.4f}"), shown(after.kl, "{:.4f}")))
+        for name, form in (("perplexity", "{:.2f}"), ("bits per byte", "{:.4f}")):
+            key = name.replace(" ", "_")
+            rows.append((f"{name} ({where})", *(shown(getattr(one, key), form) for one in (before, after))))
+    tasks = {(one.task, one.length): one for one in teacher.recall}
+    for found in student.recall:
+        own = tasks.get((found.task, found.length), Recall())
+        name = f"{found.task} ({shown(found.length, '{:,}')} tokens)"
+        rows.append((name, shown(own.accuracy, "{:.1%}"), shown(found.accuracy, "{:.1%}")))
     return rows
 
 
@@ -184,6 +206,19 @@ Licence: the teacher's, which could not be read from its files; look it up befor
 {% endfor %}
 
 Measured on {{ quality[0].tokens | shown("{:,}") }} tokens.
+{% endif %}
+
+{% if measures %}
+## Beside its teacher
+
+| | teacher | student |
+|---|---|---|
+{% for row in measures %}
+| {{ row | join(" | ") }} |
+{% endfor %}
+
+Passkey: a number in a text is found again. Multikey: one of several numbers. Pairs: all of a list, asked in another
+order. An answer counts where it would be generated.
 {% endif %}
 
 {% if schedules %}

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ...teachers import output_head
 from ..errors import RunError
 from ..run.records import Recall
+from ..tokenizers import beginning
 
 WORDS = (
     "acorn amber anchor apple arrow autumn badge basket beacon bell bottle branch bridge bronze bucket button cabin "
@@ -56,7 +57,7 @@ def keys_in_text(
         RunError: the text, or `length`, is too short.
     """
     chance = random.Random(f"{seed} {length} {keys}")  # noqa: S311 - data, no secrets
-    begin = _begin(tokenizer)
+    begin = beginning(tokenizer)
     items = []
     for i in range(count):
         words = chance.sample(WORDS, keys)
@@ -98,7 +99,8 @@ def pairs_in_list(tokenizer: PreTrainedTokenizerBase, length: int, count: int, s
         pairs = [(word, str(chance.randrange(100, 1000))) for word in words]
         # Each line on its own, so that tokens of the two lists are the same.
         lines = [(_plain(tokenizer, f"\n{word}:"), _plain(tokenizer, f" {number}")) for word, number in pairs]
-        begin, between = [*_begin(tokenizer), *_plain(tokenizer, "A list:")], _plain(tokenizer, "\n\nThe list again:")
+        begin = [*beginning(tokenizer), *_plain(tokenizer, "A list:")]
+        between = _plain(tokenizer, "\n\nThe list again:")
         room, held = (length - len(begin) - len(between)) // 2, 0
         while held < len(lines) and sum(len(w) + len(n) for w, n in lines[: held + 1]) <= room:
             held += 1
@@ -185,9 +187,3 @@ def measure_recall(
 
 def _plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def _begin(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    from ..tokenizers import beginning
-
-    return beginning(tokenizer)

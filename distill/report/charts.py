@@ -161,6 +161,25 @@ def heat_map(name: str, steps: Sequence[int], rows: Mapping[int, Sequence[float]
     return _svg(figure, name, label)
 
 
+@_styled()
+def layer_bars(name: str, panels: Mapping[str, Sequence[float | None]], kept: set[int], label: str) -> str:
+    """A figure for each layer, one panel of bars above the other; those of layers that are `kept` in another colour."""
+    figure, axes = _figure(_WIDTH, [1.1] * len(panels))
+    for panel, (title, values) in zip(axes, panels.items(), strict=True):
+        heights = [math.nan if value is None else value for value in values]
+        colours = [_SERIES[0] if layer in kept else _SERIES[1] for layer in range(len(heights))]
+        panel.bar(range(len(heights)), heights, color=colours, width=0.75)
+        panel.set_ylabel(title)
+        panel.locator_params(axis="y", nbins=3)
+        panel.yaxis.set_major_formatter(_number)
+    for kind, colour in (("keeps attention", _SERIES[0]), ("converted", _SERIES[1])):
+        axes[0].bar([0], [0], color=colour, label=kind)
+    _legend(axes[0], True)
+    _steps_below(figure, axes, nbins=10)
+    axes[-1].set_xlabel("layer")
+    return _svg(figure, name, label)
+
+
 def _figure(width: float, heights: list[float]):
     """A figure and its axes, one above the other, of these heights in inches."""
     from matplotlib.figure import Figure

@@ -21,14 +21,15 @@ from markupsafe import Markup
 
 from ...students.modeling.configuration_mixers import have_trans_points
 from ..errors import RunError
-from ..export.card import kinds_in, quality_row
+from ..export.card import kinds_in, measure_rows, quality_row
 from ..run.files import read_json
 from ..run.folder import StageFolder
-from ..run.records import Cost, Quality, StageRecord, number, read_record
+from ..run.records import Cost, Quality, Recall, StageRecord, number, read_record
 from ..stages.inputs import lineage
 from ..stages.pipeline import names
-from .charts import heat_map, line_chart, loss_chart
+from .charts import heat_map, layer_bars, line_chart, loss_chart
 
+DEPTHS = 4  # parts of a text, in maps of recall
 EVENTS = 200  # shown in the table
 # Figures in a line of metrics.jsonl that are no part of the loss.
 _OTHER = re.compile(
@@ -146,6 +147,9 @@ def _contents(root: Path) -> dict:
         "teacher_quality": next((row for row in quality if row["model"] == "teacher"), None),
         "best": next((row for row in reversed(quality) if row["model"] != "teacher"), None),
         "trained_tokens": sum(stage.tokens or 0 for stage in stages.values()) or None,
+        "selection": _selection(stages["select"].record, layers),
+        "measures": measure_rows(results.measures),
+        "recall": [part for part in map(_recall_map, _recall_tasks(results)) if part],
         "schedules": _schedules(results),
         "training": [part for stage in stages.values() if (part := _training(stage))],
         "answers": [{name: _readable(text) for name, text in asdict(answer).items()} for answer in results.answers],
@@ -208,6 +212,55 @@ def _layers(root: Path, stages: dict[str, _Stage], results: StageRecord) -> list
             {"kind": kind, "words": kinds_in([kind]).get(kind, kind), "point": words, "share": round(share, 1)}
         )
     return cells
+
+
+def _selection(record: StageRecord, layers: list[dict]) -> Markup | None:
+    """What each layer's attention is worth, as `select` found it."""
+    scores = record.selection.alone if record.selection is not None else {}
+    found = [scores.get(str(layer)) for layer in range(len(scores))]
+    if not found or None in found:
+        return None
+    kept = {index for index, cell in enumerate(layers) if cell["kind"] == "attention"}
+    panels = {
+        "KL": [number(score.kl) for score in found if score],
+        "recall lost": [number(score.recall) for score in found if score],
+    }
+    worst = max(range(len(found)), key=lambda layer: panels["recall lost"][layer] or 0.0)
+    label = f"what the teacher loses without the attention of each layer; in recall most without that of layer {worst}"
+    return Markup(layer_bars("selection", panels, kept, label))
+
+
+def _recall_tasks(results: StageRecord) -> list[tuple[str, dict[str, list[Recall]]]]:
+    """By task, the records of each model that know where in a text the answers stood."""
+    found: dict[str, dict[str, list[Recall]]] = {}
+    for model, measures in results.measures.items():
+        for record in measures.recall:
+            if record.depths and len(record.depths) == len(record.right) and record.length:
+                found.setdefault(record.task, {}).setdefault(model, []).append(record)
+    return list(found.items())
+
+
+def _recall_map(task: tuple[str, dict[str, list[Recall]]]) -> dict | None:
+    """Fractions of answers given, by depth in the text (rows) and its length (columns), of each model."""
+    name, models = task
+    lengths = sorted({cast(int, record.length) for records in models.values() for record in records})
+    if set(models) != {"teacher", "student"}:
+        return None
+    rows = []
+    for low in range(0, 100, 100 // DEPTHS):
+        cells = []
+        for model in ("teacher", "student"):
+            by_length = {record.length: record for record in models[model]}
+            for length in lengths:
+                one = by_length.get(length, Recall())
+                here = [
+                    right
+                    for depth, right in zip(one.depths, one.right, strict=True)
+                    if low <= 100 * depth < low + 100 // DEPTHS
+                ]
+                cells.append(round(100 * sum(here) / len(here)) if here else None)
+        rows.append({"depth": f"{low} to {low + 100 // DEPTHS} %", "cells": cells})
+    return {"task": name, "lengths": lengths, "rows": rows}
 
 
 def _student_in_words(layers: list[dict]) -> str | None:

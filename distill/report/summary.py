@@ -6,7 +6,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ...teachers import TeacherInfo, teacher_info
-from ..export.card import CardFacts, plan_in_letters, plan_in_words, quality_row, schedule_rows
+from ..export.card import CardFacts, measure_rows, plan_in_letters, plan_in_words, quality_row, schedule_rows
 from ..export.formats import find_format
 from ..run.files import read_json
 from ..run.records import Cost, Quality, ScheduleRecord, StageRecord, read_record, shown
@@ -23,7 +23,7 @@ def card_facts(root: Path) -> CardFacts:
     # Read when the run began, or now where an earlier version did not.
     known = done["transfer"].teacher
     info = TeacherInfo(**known) if known else teacher_info(recipe["teacher"]["source"])
-    return CardFacts(info, recipe, tokens, quality_rows(root))
+    return CardFacts(info, recipe, tokens, quality_rows(root), lineage(root).get("evaluate", StageRecord()).measures)
 
 
 def quality_rows(root: Path) -> list[dict]:
@@ -52,9 +52,14 @@ def summary(root: Path) -> list:
             shown(row["same_top"], "{:.1%}"),
         )
     parts: list = []
+    beside = Table("", "teacher", "student", title="teacher beside student")
+    for line in measure_rows(evaluated.measures):
+        beside.add_row(*line)
     if "transfer" in done:
         mixers = done["transfer"].mixers
         parts = [f"layer plan: {plan_in_letters(mixers)}  ({plan_in_words(mixers)})", table]
+    if beside.rows:
+        parts.append(beside)
     if evaluated.schedules:
         parts.append(schedule_table(evaluated.schedules))
     for entry in evaluated.answers:

@@ -84,6 +84,24 @@ class Recall:
 
 
 @dataclass(frozen=True)
+class TextQuality:
+    """Quality on one source of held-out text, or at another length of sequences."""
+
+    source: str = ""  # empty: all of them
+    length: int | None = None
+    quality: Quality | None = None
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What *evaluate* measures of a model besides its quality on the run's held-out sequences."""
+
+    texts: list[TextQuality] = field(default_factory=list)
+    recall: list[Recall] = field(default_factory=list)
+    costs: list[Cost] = field(default_factory=list)  # by length
+
+
+@dataclass(frozen=True)
 class Answer:
     prompt: str = ""
     teacher: str = ""
@@ -118,6 +136,7 @@ class StageRecord:
         default_factory=dict, metadata={"keys": ["trained_schedules", "schedules"]}
     )
     schedules: list[ScheduleRecord] = field(default_factory=list)
+    measures: dict[str, Measures] = field(default_factory=dict)  # of "teacher" and "student"
     answers: list[Answer] = field(default_factory=list)
 
 

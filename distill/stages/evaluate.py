@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from .stage import Stage
 
 if TYPE_CHECKING:
+    from ..measure.measures import Measuring
     from ..run.folder import StageFolder
     from .session import Session
 
@@ -37,6 +38,8 @@ def run(session: "Session", folder: "StageFolder") -> dict:
     if has_trans_points(model):
         schedules = measure_schedules(session, model, quality)
         results["schedules"] = [dataclasses.asdict(record) for record in schedules]
+    measuring = measures_of(session)
+    results["measures"] = {"teacher": measuring(session.teacher), "student": measuring(model)}
     results["answers"] = [
         {
             "prompt": prompt,
@@ -52,9 +55,34 @@ def run(session: "Session", folder: "StageFolder") -> dict:
             for place in (path, session.folder(student_before(session.recipe, "evaluate")) / "student"):
                 config = read_json(place / "config.json") | {"measured_trans_points": results["schedules"]}
                 write_json(place / "config.json", config)
-            model.config.measured_trans_points = results["schedules"]
-            write_card(path, model, kind, exported.verified, card_facts(session.root))
+        facts = dataclasses.replace(card_facts(session.root), measures=results["measures"])
+        write_card(path, session.student_before("evaluate"), kind, exported.verified, facts)
     return results
 
 
-EVALUATE = Stage("evaluate", run, reads=("evaluate", "data"))
+def measures_of(session: "Session") -> "Measuring":
+    """What is measured of teacher and student alike."""
+    from ..measure.measures import Measuring
+
+    recipe = session.recipe
+    tokens = recipe.evaluate.sequences * recipe.data.length
+    haystack = session.held_out_data.corpus.tokens
+    texts = session.held_out_texts()
+    return Measuring(
+        recipe.evaluate, session.tokenizer, texts, haystack, tokens, session.teacher, lambda line: session.say(line)
+    )
+
+
+def look_ahead(session: "Session") -> None:
+    """Raises DataError or RunError where there is too little held-out text for what is asked for."""
+    from ..measure.recall import TASKS
+
+    settings = session.recipe.evaluate
+    session.held_out_texts()
+    haystack = session.held_out_data.corpus.tokens
+    for task in settings.recall:
+        for length in settings.recall_lengths:
+            TASKS[task](session.tokenizer, haystack, length, 1, 0)
+
+
+EVALUATE = Stage("evaluate", run, reads=("evaluate", "data"), look_ahead=look_ahead)

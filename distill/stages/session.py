@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -145,15 +146,31 @@ class Session:
             self.teacher.to(self.accelerator.device)
 
     @cached_property
-    def _held_out_data(self) -> PackedDataset:
+    def held_out_data(self) -> PackedDataset:
         return self._packed("heldout", self.recipe.data.heldout, self.recipe.data.max_heldout_tokens)
 
     @property
     def held_out(self) -> HeldOut:
         if self._held_out is None:
             sequences = self.recipe.evaluate.sequences
-            self._held_out = HeldOut(self._held_out_data, sequences, self.tokenizer, self.teacher)
+            self._held_out = HeldOut(self.held_out_data, sequences, self.tokenizer, self.teacher)
         return self._held_out
+
+    def held_out_texts(self) -> dict[tuple[str, int], PackedDataset]:
+        """By source, where there are several, and by further lengths (then of all sources, ""): what `evaluate`
+        measures on besides.
+
+        Raises DataError where there is less text than one sequence of such a length.
+        """
+        data, texts = self.recipe.data, {}
+        if len(data.heldout) > 1:
+            for source in data.heldout:
+                name = os.path.basename(source.rstrip("/")) or source
+                name = source if (name, data.length) in texts else name
+                texts[name, data.length] = self._packed(f"heldout ({name})", [source], data.max_heldout_tokens)
+        for length in self.recipe.evaluate.lengths:
+            texts["", length] = PackedDataset(self.held_out_data.corpus, length)
+        return texts
 
     def _packed(self, name: str, sources: list[str], max_tokens: int | None) -> PackedDataset:
         data = self.recipe.data
