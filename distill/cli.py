@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import re
 import sys
 import warnings
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from .stages.pipeline import names, pipeline_of
 
 if TYPE_CHECKING:
     from ..students import HybridForCausalLM
+    from .data.corpus import Corpus
     from .data.packed import PackedDataset
 
 
@@ -200,23 +202,30 @@ def evaluate(options) -> None:
     import torch
 
     from ..teachers import load_teacher
-    from .config import Recipe, load_recipe
+    from .config import load_recipe
     from .data.corpus import tokenize_corpus
     from .data.packed import PackedDataset
     from .data.rows import check_tokens
     from .errors import RunError
+    from .export.card import measure_rows
     from .measure.held_out import HeldOut
+    from .measure.measures import Measuring, check_recall, held_out_texts
     from .models import embedding_rows, load_model, load_tokenizer, on_device
+    from .run.files import write_json
+    from .run.records import Measures, shown
 
     path, device = _model_folder(options.model), _device()
-    recipe = Recipe()
-    if options.text is not None:
-        recipe.data.heldout = options.text
-    elif (Path(options.model) / "recipe.yaml").is_file():  # as the run measured it
-        recipe = load_recipe(Path(options.model) / "recipe.yaml")
-    else:
-        raise RunError("there is no text to measure on: name some with --text")
+    run = Path(options.model) / "recipe.yaml"
+    # `--text` takes all the words that follow it.
+    text, overrides = options.text or [], list(options.overrides)
+    overrides += [word for word in text if re.match(r"(evaluate|data)\.\w+=", word)]
+    recipe = load_recipe(run if run.is_file() else None, overrides)  # of a run: as it measured
+    recipe.data.heldout = [word for word in text if word not in overrides] or recipe.data.heldout
+    recipe.data.length = options.length or recipe.data.length
+    recipe.evaluate.sequences = options.sequences or recipe.evaluate.sequences
     data = recipe.data
+    if not data.heldout:
+        raise RunError("there is no text to measure on: name some with --text")
     teacher = None
     if options.teacher:
         teacher, tokenizer = load_teacher(options.teacher, device=device, trust_remote_code=options.trust_remote_code)
@@ -224,35 +233,49 @@ def evaluate(options) -> None:
     tokenizer = tokenizer if teacher else own
     with _saying_warnings():
         model = on_device(load_model(path, "float32", options.trust_remote_code, options.trans_points), device)
-    corpus, *others = (
-        tokenize_corpus(
-            data.heldout,
-            one,
+
+    def tokens(tokenizer, sources: list[str]) -> "Corpus":
+        return tokenize_corpus(
+            sources,
+            tokenizer,
             text_field=data.text_field,
             messages_field=data.messages_field,
             bos=data.bos,
             max_tokens=data.max_heldout_tokens,
         )
-        for one in ([tokenizer, own] if teacher else [own])
-    )
-    if any(not torch.equal(corpus.tokens, other.tokens) for other in others):
+
+    corpus = tokens(tokenizer, data.heldout)
+    if teacher is not None and not torch.equal(corpus.tokens, tokens(own, data.heldout).tokens):
         raise RunError(
             f"'{options.model}' has another tokenizer than its teacher: on this text they give other tokens, and a KL "
             "between predictions of different tokens means nothing; leave out --teacher to measure it alone"
         )
-    for one in (teacher, model) if teacher else (model,):
+    models = {"teacher": teacher, options.model: model} if teacher is not None else {options.model: model}
+    for one in models.values():
         check_tokens(corpus.tokens, embedding_rows(one), tokenizer, ", ".join(corpus.sources))
-    dataset = PackedDataset(corpus, min(options.length or data.length, len(corpus.tokens)))
-    held_out = HeldOut(dataset, options.sequences or recipe.evaluate.sequences, tokenizer, teacher)
-    columns = ("model", "KL from teacher", "perplexity", "bits per byte", "same top token")
-    table = Table(*columns, title=escape(corpus.summary()))
-    rows = [("teacher", teacher)] if teacher else []
-    for name, one in (*rows, (escape(str(options.model)), model)):
-        quality = held_out.measure(one)
-        kl = "" if quality.kl is None else f"{quality.kl:.4f}"
-        same = "" if quality.same_top is None else f"{quality.same_top:.1%}"
-        table.add_row(name, kl, f"{quality.perplexity:.2f}", f"{quality.bits_per_byte:.4f}", same)
+    data.length = min(data.length, len(corpus.tokens))
+    whole = PackedDataset(corpus, data.length)
+    texts = held_out_texts(recipe, whole, lambda source: PackedDataset(tokens(tokenizer, [source]), data.length))
+    check_recall(recipe, whole, tokenizer)
+    longest = getattr(model.config, "max_position_embeddings", None)
+    measuring = Measuring(recipe, tokenizer, whole, texts, teacher, longest, print)
+    held_out = HeldOut(whole, recipe.evaluate.sequences, tokenizer, teacher)
+    quality = {name: held_out.measure(one) for name, one in models.items()}
+    measures = {name: measuring(one) for name, one in models.items()}
+    table = Table("model", "KL from teacher", "perplexity", "bits per byte", "same top token")
+    table.title = escape(corpus.summary())
+    for name, found in quality.items():
+        kl, same = shown(found.kl, "{:.4f}"), shown(found.same_top, "{:.1%}")
+        table.add_row(escape(name), kl, shown(found.perplexity, "{:.2f}"), shown(found.bits_per_byte, "{:.4f}"), same)
     console_of().print(table)
+    beside = Table("", *map(escape, models))
+    rows = measure_rows({"teacher": measures.get("teacher", Measures()), "student": measures[options.model]})
+    for row in rows:
+        beside.add_row(row[0], *row[-len(models) :])
+    if rows:
+        console_of().print(beside)
+    if options.json:
+        write_json(Path(options.json), {"quality": quality, "measures": measures})
 
 
 def generate(options) -> None:
@@ -425,6 +448,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--length", type=_count, help="tokens a sequence (default: that of the run, or 1024)")
     sub.add_argument("--sequences", type=_count, help="at most so many sequences (default: those of the run, or 16)")
+    sub.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="evaluate.recall_lengths=[512,2048]")
+    sub.add_argument("--json", metavar="FILE", help="where to write all figures")
     trans_points(sub)
     sub.add_argument("--trust-remote-code", action="store_true", help="let code that travels with the model run")
 

@@ -123,14 +123,14 @@ def _extended(sections: tuple[tuple[str, type], ...]) -> type[Recipe]:
     return made
 
 
-def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
-    """The recipe in a YAML file, with `key=value` overrides, checked.
+def load_recipe(path: str | Path | None, overrides: typing.Sequence[str] = ()) -> Recipe:
+    """The recipe in a YAML file (None: one that says nothing), with `key=value` overrides, checked.
 
     Raises:
         ConfigError: no such file, a key that does not exist (the nearest valid one is named), a value of the wrong
             type, or one that is impossible.
     """
-    values = _read(Path(path), ())
+    values = {} if path is None else _read(Path(path), ())
     nested: Any  # values, and as they are written
     texts: Any
     for override in overrides:

@@ -125,13 +125,14 @@ def measure_rows(measures: dict[str, Measures]) -> list[tuple[str, ...]]:
     teacher, student = (measures.get(name, Measures()) for name in ("teacher", "student"))
     rows: list[tuple[str, ...]] = []
     texts = {(one.source, one.length): one.quality or Quality() for one in teacher.texts}
+    forms = {"KL from teacher": ("kl", "{:.4f}"), "perplexity": ("perplexity", "{:.2f}")}
+    forms["bits per byte"] = ("bits_per_byte", "{:.4f}")
     for one in student.texts:
         where = f"{one.source + ', ' if one.source else ''}{shown(one.length, '{:,}')} tokens"
-        before, after = texts.get((one.source, one.length), Quality()), one.quality or Quality()
-        rows.append((f"KL from teacher ({where})", shown(before.kl, "{:.4f}"), shown(after.kl, "{:.4f}")))
-        for name, form in (("perplexity", "{:.2f}"), ("bits per byte", "{:.4f}")):
-            key = name.replace(" ", "_")
-            rows.append((f"{name} ({where})", *(shown(getattr(one, key), form) for one in (before, after))))
+        both = texts.get((one.source, one.length), Quality()), one.quality or Quality()
+        for name, (key, form) in forms.items():
+            if getattr(both[1], key) is not None:
+                rows.append((f"{name} ({where})", *(shown(getattr(quality, key), form) for quality in both)))
     tasks = {(one.task, one.length): one for one in teacher.recall}
     for found in student.recall:
         own = tasks.get((found.task, found.length), Recall())

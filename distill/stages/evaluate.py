@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any
 from .stage import Stage
 
 if TYPE_CHECKING:
-    from ..measure.measures import Measuring
     from ..run.folder import StageFolder
     from .session import Session
 
@@ -17,6 +16,7 @@ def run(session: "Session", folder: "StageFolder") -> dict:
     from ..export.card import write_card
     from ..export.formats import find_format
     from ..measure.answers import answer
+    from ..measure.measures import Measuring
     from ..models import has_trans_points, load_model
     from ..report.summary import card_facts
     from ..run.files import read_json, write_json
@@ -38,7 +38,10 @@ def run(session: "Session", folder: "StageFolder") -> dict:
     if has_trans_points(model):
         schedules = measure_schedules(session, model, quality)
         results["schedules"] = [dataclasses.asdict(record) for record in schedules]
-    measuring = measures_of(session)
+    texts, longest = session.held_out_texts(), getattr(session.teacher.config, "max_position_embeddings", None)
+    measuring = Measuring(
+        session.recipe, session.tokenizer, session.held_out_data, texts, session.teacher, longest, session.say
+    )
     results["measures"] = {"teacher": measuring(session.teacher), "student": measuring(model)}
     results["answers"] = [
         {
@@ -60,29 +63,12 @@ def run(session: "Session", folder: "StageFolder") -> dict:
     return results
 
 
-def measures_of(session: "Session") -> "Measuring":
-    """What is measured of teacher and student alike."""
-    from ..measure.measures import Measuring
-
-    recipe = session.recipe
-    tokens = recipe.evaluate.sequences * recipe.data.length
-    haystack = session.held_out_data.corpus.tokens
-    texts = session.held_out_texts()
-    return Measuring(
-        recipe.evaluate, session.tokenizer, texts, haystack, tokens, session.teacher, lambda line: session.say(line)
-    )
-
-
 def look_ahead(session: "Session") -> None:
     """Raises DataError or RunError where there is too little held-out text for what is asked for."""
-    from ..measure.recall import TASKS
+    from ..measure.measures import check_recall
 
-    settings = session.recipe.evaluate
     session.held_out_texts()
-    haystack = session.held_out_data.corpus.tokens
-    for task in settings.recall:
-        for length in settings.recall_lengths:
-            TASKS[task](session.tokenizer, haystack, length, 1, 0)
+    check_recall(session.recipe, session.held_out_data, session.tokenizer)
 
 
 EVALUATE = Stage("evaluate", run, reads=("evaluate", "data"), look_ahead=look_ahead)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import gc
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -25,6 +24,7 @@ from ..data.sources import source_identity
 from ..data.streaming import StreamedDataset
 from ..data.teacher_cache import CachedTargets
 from ..measure.held_out import HeldOut
+from ..measure.measures import Texts, held_out_texts
 from ..models import embedding_rows, load_model, on_device
 from ..run.folder import StageFolder
 from ..run.identity import identity
@@ -156,21 +156,13 @@ class Session:
             self._held_out = HeldOut(self.held_out_data, sequences, self.tokenizer, self.teacher)
         return self._held_out
 
-    def held_out_texts(self) -> dict[tuple[str, int], PackedDataset]:
-        """By source, where there are several, and by further lengths (then of all sources, ""): what `evaluate`
-        measures on besides.
+    def held_out_texts(self) -> Texts:
+        """By source and by further lengths: see `measure.measures.held_out_texts`."""
 
-        Raises DataError where there is less text than one sequence of such a length.
-        """
-        data, texts = self.recipe.data, {}
-        if len(data.heldout) > 1:
-            for source in data.heldout:
-                name = os.path.basename(source.rstrip("/")) or source
-                name = source if (name, data.length) in texts else name
-                texts[name, data.length] = self._packed(f"heldout ({name})", [source], data.max_heldout_tokens)
-        for length in self.recipe.evaluate.lengths:
-            texts["", length] = PackedDataset(self.held_out_data.corpus, length)
-        return texts
+        def of_source(source: str) -> PackedDataset:
+            return self._packed(f"heldout ({source})", [source], self.recipe.data.max_heldout_tokens)
+
+        return held_out_texts(self.recipe, self.held_out_data, of_source)
 
     def _packed(self, name: str, sources: list[str], max_tokens: int | None) -> PackedDataset:
         data = self.recipe.data

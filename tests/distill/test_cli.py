@@ -291,17 +291,47 @@ def test_export(options, format, tiny_copy, say, unverified, tmp_path):
     assert code == 0 and read_json(tmp_path / "other" / "config.json")["dtype"] == "bfloat16"
 
 
-def test_eval_measures_as_the_run_did(tiny_run, say):
-    quality = read_json(tiny_run / "evaluate" / "done.json")["quality"]
-    code, out, _ = say("eval", tiny_run, "--teacher", "random-llama")
-    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if line.startswith("│")]
-    assert code == 0 and [row[0] for row in rows] == ["teacher", str(tiny_run)]
-    assert rows[0][1] == "0.0000" and rows[0][4] == "100.0%"
+def test_eval_measures_as_the_run_did(tiny_run, say, tmp_path):
+    record = read_json(tiny_run / "evaluate" / "done.json")
+    quality, recall = record["quality"], {name: found["recall"] for name, found in record["measures"].items()}
+
+    def rows(out):
+        lines = [line.split("│")[1:-1] for line in out.splitlines() if line.startswith("│")]
+        lines = [[cell.strip() for cell in line] for line in lines]
+        return [line for line in lines if len(line) == 5], [line for line in lines if len(line) < 5]
+
+    code, out, _ = say("eval", tiny_run, "--teacher", "random-llama", "--json", tmp_path / "all.json")
+    own, beside = rows(out)
+    assert code == 0 and [row[0] for row in own] == ["teacher", str(tiny_run)]
+    assert own[0][1] == "0.0000" and own[0][4] == "100.0%"
     expected = ["{kl:.4f}", "{perplexity:.2f}", "{bits_per_byte:.4f}", "{same_top:.1%}"]
-    assert rows[1][1:] == [form.format(**quality) for form in expected]
-    code, out, _ = say("eval", tiny_run)  # a run's latest student, and no teacher
-    (row,) = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if line.startswith("│")]
+    assert own[1][1:] == [form.format(**quality) for form in expected]
+    found = [(*row[1:], row[0]) for row in beside if row[0].endswith("(192 tokens)")]
+    pairs = zip(recall["teacher"], recall["student"], strict=True)
+    assert found == [(f"{a['accuracy']:.1%}", f"{b['accuracy']:.1%}", f"{a['task']} (192 tokens)") for a, b in pairs]
+    written = read_json(tmp_path / "all.json")
+    assert written["quality"][str(tiny_run)]["kl"] == pytest.approx(quality["kl"])
+    assert written["measures"]["teacher"]["recall"] == recall["teacher"]
+    code, out, _ = say("eval", tiny_run, "evaluate.recall=[]", "evaluate.lengths=[128]")  # the latest student alone
+    (row,), beside = rows(out)
     assert code == 0 and row[1:] == ["", f"{quality['perplexity']:.2f}", f"{quality['bits_per_byte']:.4f}", ""]
+    assert [len(line) for line in beside if "128" in line[0]] == [2, 2]
+
+
+def test_eval_takes_settings_after_its_text(tiny_run, say, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("some words to measure on " * 40)
+    code, out, _ = say("eval", tiny_run, "--text", text, "evaluate.recall=[passkey]", "evaluate.recall_lengths=[200]")
+    assert code == 0 and "passkey (200 tokens)" in out and "multikey" not in out
+    code, out, _ = say("eval", tiny_run, "--text", text, "evaluate.recall_lengths=[200,2000]")
+    assert code == 0 and "recall at 2000 tokens is left out: the model takes 512" in out
+    code, out, _ = say("eval", tiny_run, "--text", text, "evaluate.recall_lengths=[200,500]", "--length", 16)
+    assert code == 0 and "(500 tokens)" in out
+    text.write_text("some words to measure on " * 12)
+    code, out, _ = say("eval", tiny_run, "--text", text, "evaluate.recall_lengths=[200,500]", "--length", 16)
+    assert code == 0 and "recall at 500 tokens is left out: the held-out text has 301" in out
+    assert "(200 tokens)" in out and "(500 tokens)" not in out
+    assert complaint(say("eval", tiny_run, "evaluate.recal=[]")).startswith("unknown key 'evaluate.recal'")
 
 
 def test_eval_refuses_text_with_a_token_that_the_model_lacks(tiny_copy, say, tmp_path):

@@ -1,0 +1,77 @@
+"""What evaluate measures besides: the same of teacher and student, said in record, card and page."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from run_files import done
+from transpoint.distill.data.corpus import tokenize_corpus
+from transpoint.distill.data.packed import PackedDataset
+from transpoint.distill.data.sources import DataError
+from transpoint.distill.errors import RunError
+from transpoint.distill.measure.held_out import HeldOut
+from transpoint.distill.models import load_model, load_tokenizer
+from transpoint.distill.report.summary import summary
+from transpoint.teachers.random import random_teacher
+
+
+@pytest.fixture
+def sources(tmp_path):
+    """Two held-out texts of different kinds."""
+    for name, words in (("first", "one text of words. "), ("second", "0 1 2 3 4 5; ")):
+        (tmp_path / f"{name}.txt").write_text(words * 60)
+    return [str(tmp_path / f"{name}.txt") for name in ("first", "second")]
+
+
+def test_by_source_and_by_length(tiny_copy, run_tiny, sources):
+    more = [f"data.heldout=[{','.join(sources)}]", "evaluate.lengths=[128]", "evaluate.recall=[]"]
+    run_tiny(tiny_copy, *more)
+    record = done(tiny_copy, "evaluate")
+    measures = record["measures"]
+    keys = [("first.txt", 64), ("second.txt", 64), ("", 128)]
+    assert [(one["source"], one["length"]) for one in measures["student"]["texts"]] == keys
+    assert all(one["quality"]["kl"] == pytest.approx(0, abs=1e-5) for one in measures["teacher"]["texts"])
+    student, (teacher, _) = load_model(tiny_copy / "export" / "native"), random_teacher("random-llama")
+    tokenizer = load_tokenizer(tiny_copy / "export" / "native")
+    for one, (paths, length) in zip(
+        measures["student"]["texts"], [(sources[:1], 64), (sources[1:], 64), (sources, 128)], strict=True
+    ):
+        corpus = tokenize_corpus(paths, tokenizer, max_tokens=2000)
+        wanted = HeldOut(PackedDataset(corpus, length), 8 * 64 // length, tokenizer, teacher).measure(student)
+        assert one["quality"]["kl"] == pytest.approx(wanted.kl, rel=1e-4)
+        assert one["quality"]["tokens"] == wanted.tokens
+    card = (tiny_copy / "export" / "native" / "README.md").read_text()
+    kl = measures["student"]["texts"][1]["quality"]["kl"]
+    assert f"| KL from teacher (second.txt, 64 tokens) | 0.0000 | {kl:.4f} |" in card
+    shown = io.StringIO()
+    for part in summary(tiny_copy):
+        Console(file=shown, width=120).print(part)
+    assert f"│ KL from teacher (second.txt, 64 tokens) │ 0.0000  │ {kl:.4f}  │" in shown.getvalue()
+
+
+def test_less_text_than_a_sequence_is_refused_before_anything_runs(tmp_path, run_tiny):
+    with pytest.raises(DataError, match="the text has 2,000 tokens, less than one sequence of 4,096"):
+        run_tiny(tmp_path / "run", "evaluate.lengths=[4096]")
+    assert not (tmp_path / "run" / "transfer" / "done.json").exists()
+
+
+def test_texts_too_short_to_ask_in_are_refused_before_anything_runs(tmp_path, run_tiny):
+    with pytest.raises(RunError, match="no text of 20 tokens with a number in it can be made: give a larger length"):
+        run_tiny(tmp_path / "run", "evaluate.recall_lengths=[20]")
+    assert not (tmp_path / "run" / "transfer" / "done.json").exists()
+
+
+def test_recall_of_both_models_and_a_map_of_it(tiny_run):
+    measures = done(tiny_run, "evaluate")["measures"]
+    for model in ("teacher", "student"):
+        assert [one["task"] for one in measures[model]["recall"]] == ["passkey", "multikey", "pairs"]
+        for one in measures[model]["recall"][:2]:
+            assert one["depths"] == [0.25, 0.75] and len(one["right"]) == one["answers"] == 2
+
+
+def test_texts_longer_than_the_teacher_takes_are_left_out(tiny_copy, run_tiny):
+    said = run_tiny(tiny_copy, "evaluate.recall_lengths=[192,1500]", "evaluate.recall=[passkey]")
+    longest = random_teacher("random-llama")[0].config.max_position_embeddings
+    assert f"recall at 1500 tokens is left out: the model takes {longest:,}" in said
+    assert [one["length"] for one in done(tiny_copy, "evaluate")["measures"]["student"]["recall"]] == [192]
