@@ -1,28 +1,38 @@
-"""What a sequence costs a student at a schedule: attention, memory, time."""
+"""What a sequence costs a model: attention, memory, time."""
 
 import statistics
 import time
+from typing import cast
 
 import torch
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 
-from ...students import HybridForCausalLM
+from ...students.modeling.modeling_hybrid import cache_name
 from ..run.records import Cost
 from ..trans_points import TransPoints
 
 
 @torch.no_grad()
-def measure_cost(model: HybridForCausalLM, trans_points: TransPoints, length: int, tokens: int = 16) -> Cost:
-    """Runs a sequence of `length` tokens and decodes `tokens` more; times are the best of two and the median."""
+def measure_cost(
+    model: PreTrainedModel, length: int, tokens: int = 16, trans_points: TransPoints | None = None
+) -> Cost:
+    """Runs a sequence of `length` tokens and decodes `tokens` more; times are the best of two and the median.
+
+    Args:
+        model: a teacher or a student.
+        trans_points: those of a student, for the share of attention.
+    """
     ids = torch.randint(model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
     ids = ids.to(model.device)
     prefills, decodes = [], []
     for _ in range(2):  # the first pass may compile kernels
-        cache = model.new_cache()
+        cache = _new_cache(model)
         prefills.append(_seconds(model, ids, cache))
         held = cache_bytes(cache)
         decodes = [_seconds(model, ids[:, i % length, None], cache) for i in range(tokens)]
-    share = sum(min(point, length) for point in trans_points) / (len(trans_points) * length)
+    share = None
+    if trans_points is not None:
+        share = sum(min(point, length) for point in trans_points) / (len(trans_points) * length)
     times = min(prefills), statistics.median(decodes)
     return Cost(length, share, held, *times, str(model.dtype).removeprefix("torch."), _device_name(model.device))
 
@@ -39,9 +49,16 @@ def cache_bytes(cache: Cache) -> int:
     return sum(storages.values())
 
 
+def _new_cache(model: PreTrainedModel) -> Cache:
+    # By name: the class of an export that came with its code is not this package's.
+    own = getattr(model, "new_cache", None)
+    return cast(Cache, own()) if own is not None else DynamicCache(config=model.config)
+
+
 def _seconds(model: PreTrainedModel, ids: torch.Tensor, cache: Cache) -> float:
+    memory = {cache_name(type(model.get_decoder())): cache}
     begun = time.perf_counter()
-    model(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=1)
+    model(input_ids=ids, **memory, use_cache=True, logits_to_keep=1)
     if ids.is_cuda:
         torch.cuda.synchronize(ids.device)
     return time.perf_counter() - begun

@@ -28,10 +28,10 @@ class Quality:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one sequence of `length` tokens costs at a schedule."""
+    """What one sequence of `length` tokens costs a model, at a schedule where it has TransPoints."""
 
     length: int | None = None
-    attention: float | None = None  # fraction of layer-tokens whose output attention computes
+    attention: float | None = None  # fraction of layer-tokens whose output attention computes; None: not said
     cache_bytes: int | None = None  # held after the last of them
     prefill_seconds: float | None = None  # of all of them at once
     decode_seconds: float | None = None  # of one more token

@@ -42,7 +42,7 @@ def measure_schedules(session: Session, model: HybridForCausalLM, own: Quality) 
     for name, points in resolve(model, specs).items():
         with at_trans_points(model, points):
             quality = session.measure(model, f"evaluate at {name}", own.late) if records else own
-            cost = measure_cost(model, points, length)
+            cost = measure_cost(model, length, trans_points=points)
         as_written = written(points)
         records.append(
             ScheduleRecord(name, as_written, as_written in trained.values(), session.held_out.longest, quality, cost)

@@ -130,7 +130,7 @@ def test_cost_follows_the_schedule(student):
     length, costs = 64, {}
     for name in ("teacher", "own", "mamba"):
         with at_trans_points(student, None if name == "own" else name):
-            costs[name] = measure_cost(student, student.trans_points, length, tokens=4)
+            costs[name] = measure_cost(student, length, tokens=4, trans_points=student.trans_points)
     assert [costs[name].attention for name in costs] == [1.0, (0 + 64 + 16 + 32) / (4 * 64), 0.25]
     token = 2 * 2 * 16 * 4  # keys and values, key/value heads, head_dim, float32
     state = 4 * 16 * 16 * 4
