@@ -209,7 +209,7 @@ def evaluate(options) -> None:
     from .errors import RunError
     from .export.card import measure_rows
     from .measure.held_out import HeldOut
-    from .measure.measures import Measuring, check_recall, held_out_texts
+    from .measure.measures import Measuring, check_measures, held_out_texts
     from .models import embedding_rows, load_model, load_tokenizer, on_device
     from .run.files import write_json
     from .run.records import Measures, shown
@@ -256,7 +256,7 @@ def evaluate(options) -> None:
     data.length = min(data.length, len(corpus.tokens))
     whole = PackedDataset(corpus, data.length)
     texts = held_out_texts(recipe, whole, lambda source: PackedDataset(tokens(tokenizer, [source]), data.length))
-    check_recall(recipe, whole, tokenizer)
+    check_measures(recipe, whole, tokenizer)
     longest = getattr(model.config, "max_position_embeddings", None)
     measuring = Measuring(recipe, tokenizer, whole, texts, teacher, longest, print)
     held_out = HeldOut(whole, recipe.evaluate.sequences, tokenizer, teacher)

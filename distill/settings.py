@@ -322,6 +322,18 @@ class EvaluateConfig:
         default_factory=lambda: [1024], metadata={"help": "tokens of such texts", "minimum": 16}
     )
     recall_items: int = setting(16, "texts of each kind and length", minimum=1)
+    questions: str | None = setting(
+        None,
+        "source of rows {question, answers} for answers that are scored by exact match; the first three are examples",
+        path="read",
+    )
+    cost_lengths: list[int] = field(
+        default_factory=lambda: [1024],
+        metadata={
+            "help": "tokens of context at which time and memory are measured, beside the teacher's",
+            "minimum": 1,
+        },
+    )
     schedules: list[Any] | None = setting(
         None,
         "schedules that a transmamba student is measured at, each as student.trans_points takes it, besides those it "

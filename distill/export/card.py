@@ -138,6 +138,15 @@ def measure_rows(measures: dict[str, Measures]) -> list[tuple[str, ...]]:
         own = tasks.get((found.task, found.length), Recall())
         name = f"{found.task} ({shown(found.length, '{:,}')} tokens)"
         rows.append((name, shown(own.accuracy, "{:.1%}"), shown(found.accuracy, "{:.1%}")))
+    if student.questions:
+        asked = f"questions answered exactly (of {len(student.questions)})"
+        rows.append((asked, *(str(sum(given.right for given in who.questions)) for who in (teacher, student))))
+    costs = {one.length: one for one in teacher.costs}
+    for cost in student.costs:
+        pair, where = (costs.get(cost.length, Cost()), cost), f"{shown(cost.length, '{:,}')} tokens"
+        rows.append((f"cache ({where})", *(shown(of.cache_bytes, "{:.2f} MiB", 2**-20) for of in pair)))
+        rows.append((f"prefill ({where})", *(shown(of.prefill_seconds, "{:.0f} ms", 1e3) for of in pair)))
+        rows.append((f"next token after {where}", *(shown(of.decode_seconds, "{:.1f} ms", 1e3) for of in pair)))
     return rows
 
 

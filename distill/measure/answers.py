@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..data.rows import check_tokens
 from ..data.sources import DataError, Skip, place, read, resolve
 from ..models import embedding_rows, generated, generating
+from ..run.records import Given
 from ..tokenizers import beginning, decoded
 
 EXAMPLES = 3  # questions that stand before each other one, with their answers
@@ -21,15 +22,6 @@ EXAMPLES = 3  # questions that stand before each other one, with their answers
 class Question:
     question: str
     answers: list[str]  # each of which is right
-
-
-@dataclass(frozen=True)
-class Given:
-    """What a model answered."""
-
-    question: str
-    answer: str
-    right: bool
 
 
 def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> dict[str, Tensor]:

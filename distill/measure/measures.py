@@ -8,6 +8,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..config import Recipe
 from ..data.packed import PackedDataset
 from ..run.records import Measures, TextQuality
+from .answers import exact_match, read_questions
+from .cost import measure_cost
 from .held_out import HeldOut
 from .recall import TASKS, measure_recall
 
@@ -33,8 +35,13 @@ def held_out_texts(recipe: Recipe, whole: PackedDataset, of_source: Callable[[st
     return texts
 
 
-def check_recall(recipe: Recipe, whole: PackedDataset, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises RunError for a length too short to hold a question. Those longer than all the text are left out later."""
+def check_measures(recipe: Recipe, whole: PackedDataset, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises RunError for a length too short for recall, and DataError for questions that are none.
+
+    Lengths that are longer than all the text are left out later.
+    """
+    if recipe.evaluate.questions:
+        read_questions(recipe.evaluate.questions)
     for task in recipe.evaluate.recall:
         for length in recipe.evaluate.recall_lengths:
             if length <= len(whole.corpus.tokens):
@@ -63,6 +70,8 @@ class Measuring:
         say: Callable[[str], None],
     ):
         self.settings, self.tokenizer, self.haystack = recipe.evaluate, tokenizer, whole.corpus.tokens
+        self.costs_at = [length for length in recipe.evaluate.cost_lengths if length < (longest or length + 1)]
+        self.questions = read_questions(self.settings.questions) if self.settings.questions else []
         asked, most = recipe.evaluate.recall_lengths, min(longest or len(self.haystack), len(self.haystack))
         self.recall_lengths = [length for length in asked if length <= most]
         if recipe.evaluate.recall and (left_out := sorted(set(asked) - set(self.recall_lengths))):
@@ -80,4 +89,6 @@ class Measuring:
             recall=measure_recall(
                 model, self.tokenizer, self.haystack, settings.recall, recall_lengths, settings.recall_items
             ),
+            questions=exact_match(model, self.tokenizer, self.questions),
+            costs=[measure_cost(model, length) for length in self.costs_at],
         )

@@ -93,11 +93,21 @@ class TextQuality:
 
 
 @dataclass(frozen=True)
+class Given:
+    """What a model answered to a question, see `measure.answers.exact_match`."""
+
+    question: str = ""
+    answer: str = ""
+    right: bool = False
+
+
+@dataclass(frozen=True)
 class Measures:
     """What *evaluate* measures of a model besides its quality on the run's held-out sequences."""
 
     texts: list[TextQuality] = field(default_factory=list)
     recall: list[Recall] = field(default_factory=list)
+    questions: list[Given] = field(default_factory=list)
     costs: list[Cost] = field(default_factory=list)  # by length
 
 

@@ -65,10 +65,10 @@ def run(session: "Session", folder: "StageFolder") -> dict:
 
 def look_ahead(session: "Session") -> None:
     """Raises DataError or RunError where there is too little held-out text for what is asked for."""
-    from ..measure.measures import check_recall
+    from ..measure.measures import check_measures
 
     session.held_out_texts()
-    check_recall(session.recipe, session.held_out_data, session.tokenizer)
+    check_measures(session.recipe, session.held_out_data, session.tokenizer)
 
 
 EVALUATE = Stage("evaluate", run, reads=("evaluate", "data"), look_ahead=look_ahead)

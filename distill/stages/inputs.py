@@ -44,6 +44,8 @@ def stage_inputs(recipe: Recipe) -> dict[str, dict]:
                 del own["data"][name]
         if "distill" in own and recipe.distill.teacher_cache:
             own["distill"]["teacher_cache"] = _cache_identity(recipe.distill.teacher_cache)
+        if "evaluate" in own and recipe.evaluate.questions:
+            own["evaluate"]["questions"] = source_identity(recipe.evaluate.questions)
         if "teacher" in own:
             own["teacher"]["files"] = file_identity(recipe.teacher.source)
             del own["teacher"]["training_dtype"]  # which counts where something is trained

@@ -117,7 +117,7 @@ def test_card_and_summary_show_the_schedules(whole):
         assert f"evaluate at {name}: held-out KL {record['quality']['kl']:.4f}" in output or record is records[0]
     assert "# A TransMamba hybrid of random-llama" in text and "`TTTT`" in text and "`0 8 16 32`" in text
     assert "- transmamba" in text and "mamba2" not in text and str(folder) not in text
-    plan, _, schedules = summary(folder)[:3]
+    plan, _, _, schedules = summary(folder)[:4]
     assert plan == "layer plan: TTTT  (4 of 4 layers are TransMamba)"
     assert list(schedules.columns[0].cells) == [record["schedule"] for record in records]
 

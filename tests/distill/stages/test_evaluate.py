@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from run_files import done
+from run_files import ROOT, done
 from transpoint.distill.data.corpus import tokenize_corpus
 from transpoint.distill.data.packed import PackedDataset
 from transpoint.distill.data.sources import DataError
@@ -47,7 +47,8 @@ def test_by_source_and_by_length(tiny_copy, run_tiny, sources):
     shown = io.StringIO()
     for part in summary(tiny_copy):
         Console(file=shown, width=120).print(part)
-    assert f"│ KL from teacher (second.txt, 64 tokens) │ 0.0000  │ {kl:.4f}  │" in shown.getvalue()
+    (row,) = [line for line in shown.getvalue().splitlines() if "KL from teacher (second.txt, 64 tokens)" in line]
+    assert [cell.strip() for cell in row.split("│")[2:4]] == ["0.0000", f"{kl:.4f}"]
 
 
 def test_less_text_than_a_sequence_is_refused_before_anything_runs(tmp_path, run_tiny):
@@ -75,3 +76,37 @@ def test_texts_longer_than_the_teacher_takes_are_left_out(tiny_copy, run_tiny):
     longest = random_teacher("random-llama")[0].config.max_position_embeddings
     assert f"recall at 1500 tokens is left out: the model takes {longest:,}" in said
     assert [one["length"] for one in done(tiny_copy, "evaluate")["measures"]["student"]["recall"]] == [192]
+
+
+def test_questions_are_asked_and_costs_measured_of_both(tiny_copy, run_tiny):
+    source = ROOT / "configs" / "sample" / "questions.jsonl"
+    run_tiny(tiny_copy, f"evaluate.questions={source}", "evaluate.cost_lengths=[32,64]", "evaluate.recall=[]")
+    measures = done(tiny_copy, "evaluate")["measures"]
+    rows = len(source.read_text().splitlines()) - 3
+    for model in ("teacher", "student"):
+        assert len(measures[model]["questions"]) == rows
+        assert [one["length"] for one in measures[model]["costs"]] == [32, 64]
+    teacher, student = ([one["cache_bytes"] for one in measures[model]["costs"]] for model in ("teacher", "student"))
+    assert teacher[1] == 2 * teacher[0] and student[1] - student[0] == (teacher[1] - teacher[0]) / 2  # half the layers
+    card = (tiny_copy / "export" / "native" / "README.md").read_text()
+    assert f"| questions answered exactly (of {rows}) | 0 | 0 |" in card
+    assert f"| cache (64 tokens) | {teacher[1] / 2**20:.2f} MiB | {student[1] / 2**20:.2f} MiB |" in card
+
+
+def test_questions_that_are_none_are_refused_before_anything_runs(tmp_path, run_tiny):
+    (tmp_path / "asked.jsonl").write_text('{"question": "Why?", "answer": "Because."}\n')
+    with pytest.raises(DataError, match="asked.jsonl line 1: no answers: expected a list of texts as 'answers'"):
+        run_tiny(tmp_path / "run", f"evaluate.questions={tmp_path / 'asked.jsonl'}")
+    assert not (tmp_path / "run" / "transfer" / "done.json").exists()
+
+
+def test_other_questions_are_asked_again(tiny_copy, run_tiny, tmp_path):
+    asked = tmp_path / "asked.jsonl"
+    rows = [f'{{"question": "What is {n} plus 1?", "answers": ["{n + 1}"]}}' for n in range(5)]
+    asked.write_text("\n".join(rows[:4]))
+    more = (f"evaluate.questions={asked}", "evaluate.recall=[]")
+    run_tiny(tiny_copy, *more)
+    assert "evaluate: done before, reused" in run_tiny(tiny_copy, *more)
+    asked.write_text("\n".join(rows))
+    assert "evaluate: changed: evaluate.questions" in run_tiny(tiny_copy, *more)
+    assert len(done(tiny_copy, "evaluate")["measures"]["student"]["questions"]) == 2
