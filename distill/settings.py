@@ -327,6 +327,12 @@ class EvaluateConfig:
         "source of rows {question, answers} for answers that are scored by exact match; the first three are examples",
         path="read",
     )
+    tasks: list[str] = field(
+        default_factory=list,
+        metadata={"help": "tasks, groups or tags of lm-evaluation-harness: pip install 'transpoint[eval]'"},
+    )
+    tasks_folder: str | None = setting(None, "folder with task files of your own", path="read")
+    tasks_limit: int | None = setting(None, "documents of each task; null: all", minimum=1)
     cost_lengths: list[int] = field(
         default_factory=lambda: [1024],
         metadata={

@@ -13,7 +13,7 @@ from jinja2 import Environment, StrictUndefined
 from ...students.modeling.configuration_mixers import MIXERS, have_trans_points
 from ...teachers.names import TeacherInfo
 from ..config import for_others
-from ..run.records import Cost, Measures, Quality, Recall, ScheduleRecord, read_record, shown
+from ..run.records import Cost, Measures, Quality, Recall, ScheduleRecord, TaskScore, read_record, shown
 from .formats import Format
 
 if TYPE_CHECKING:
@@ -138,6 +138,10 @@ def measure_rows(measures: dict[str, Measures]) -> list[tuple[str, ...]]:
         own = tasks.get((found.task, found.length), Recall())
         name = f"{found.task} ({shown(found.length, '{:,}')} tokens)"
         rows.append((name, shown(own.accuracy, "{:.1%}"), shown(found.accuracy, "{:.1%}")))
+    scores = {(one.task, one.metric): one for one in teacher.tasks}
+    for score in student.tasks:
+        pair_of = scores.get((score.task, score.metric), TaskScore()), score
+        rows.append((f"{score.task}, {score.metric}", *(_with_error(one) for one in pair_of)))
     if student.questions:
         asked = f"questions answered exactly (of {len(student.questions)})"
         rows.append((asked, *(str(sum(given.right for given in who.questions)) for who in (teacher, student))))
@@ -148,6 +152,11 @@ def measure_rows(measures: dict[str, Measures]) -> list[tuple[str, ...]]:
         rows.append((f"prefill ({where})", *(shown(of.prefill_seconds, "{:.0f} ms", 1e3) for of in pair)))
         rows.append((f"next token after {where}", *(shown(of.decode_seconds, "{:.1f} ms", 1e3) for of in pair)))
     return rows
+
+
+def _with_error(score: TaskScore) -> str:
+    error = shown(score.stderr, " ± {:.3f}")
+    return shown(score.value, "{:.3f}") + error
 
 
 def quality_row(model: str, quality: Quality) -> dict:

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import Recipe
 from ..data.packed import PackedDataset
-from ..run.records import Measures, TextQuality
+from ..run.records import Measures, TaskScore, TextQuality
 from .answers import exact_match, read_questions
 from .cost import measure_cost
 from .held_out import HeldOut
@@ -89,6 +89,15 @@ class Measuring:
             recall=measure_recall(
                 model, self.tokenizer, self.haystack, settings.recall, recall_lengths, settings.recall_items
             ),
+            tasks=self._tasks(model),
             questions=exact_match(model, self.tokenizer, self.questions),
             costs=[measure_cost(model, length) for length in self.costs_at],
         )
+
+    def _tasks(self, model: PreTrainedModel) -> list[TaskScore]:
+        settings = self.settings
+        if not settings.tasks:
+            return []
+        from .tasks import measure_tasks  # of an extra
+
+        return measure_tasks(model, self.tokenizer, settings.tasks, settings.tasks_folder, settings.tasks_limit)

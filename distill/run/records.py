@@ -84,6 +84,18 @@ class Recall:
 
 
 @dataclass(frozen=True)
+class TaskScore:
+    """A figure of a task of lm-evaluation-harness (see `measure.tasks`)."""
+
+    task: str = ""
+    metric: str = ""  # with the filter of answers, where it is not the plain one: exact_match,strict-match
+    value: float | None = None
+    stderr: float | None = None  # None where the harness has none
+    higher_is_better: bool | None = None
+    samples: int | None = None  # documents
+
+
+@dataclass(frozen=True)
 class TextQuality:
     """Quality on one source of held-out text, or at another length of sequences."""
 
@@ -107,6 +119,7 @@ class Measures:
 
     texts: list[TextQuality] = field(default_factory=list)
     recall: list[Recall] = field(default_factory=list)
+    tasks: list[TaskScore] = field(default_factory=list)
     questions: list[Given] = field(default_factory=list)
     costs: list[Cost] = field(default_factory=list)  # by length
 

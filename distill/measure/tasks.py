@@ -1,0 +1,165 @@
+"""Tasks of EleutherAI's lm-evaluation-harness (package `lm_eval`, extra `eval`), on a model as it is in memory.
+
+The figures are the harness's own, with its seeds, and nothing is sent anywhere: a task whose data lies on this machine
+needs no network. What `lm_eval` brings is imported only here, since most runs do without.
+"""
+
+import copy
+import difflib
+import glob
+import logging
+import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..errors import RunError
+from ..run.files import one_line
+from ..run.records import TaskScore, number
+
+BOOTSTRAP = 1000  # samples of a standard error that has no formula, such as perplexity's; the harness draws 100,000
+
+
+def measure_tasks(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: list[str],
+    folder: str | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
+) -> list[TaskScore]:
+    """The model's scores at tasks of the harness, each with its own prompt and few-shot examples.
+
+    The generators of Python, numpy and torch are seeded, as the harness does it.
+
+    Args:
+        tasks: names of tasks, or of groups or tags of them.
+        folder: of task files (YAML), which are there besides the harness's own and come before them. Their data files
+            are looked for from the current directory, from this folder, and from the one above it.
+        limit: how many documents of each task, the first ones; all where it is None.
+
+    Raises:
+        RunError: `lm_eval` is missing, a task is not known, or it fails.
+    """
+    try:
+        import lm_eval
+        from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+        from lm_eval.models.huggingface import HFLM
+    except ImportError as error:
+        raise RunError(f"{error.name or 'lm_eval'} is missing: pip install 'transpoint[eval]'") from error
+    manager, training, scores = _task_manager(tasks, folder), model.training, []
+    with _quiet():
+        # A copy, since it is given a padding token where it has none. Logits in bfloat16 would give the same
+        # log-probability to answers that differ.
+        lm = HFLM(
+            pretrained=model,
+            tokenizer=copy.deepcopy(tokenizer),
+            backend="causal",
+            batch_size=batch_size,
+            softmax_dtype="float32",
+        )
+    try:
+        for task in tasks:  # one by one, to know which of them fails
+            try:
+                # What `simple_evaluate` does, without asking git, the hub and the system about where it runs.
+                with _quiet():
+                    random.seed(DEFAULT_RANDOM_SEED)
+                    np.random.seed(DEFAULT_OTHER_SEED)
+                    torch.manual_seed(DEFAULT_OTHER_SEED)
+                    loaded = manager.load([task])
+                    for part in loaded["tasks"].values():
+                        part.set_fewshot_seed(DEFAULT_OTHER_SEED)
+                    found = lm_eval.evaluate(lm, loaded, limit=limit, bootstrap_iters=BOOTSTRAP, log_samples=False)
+            except Exception as error:
+                raise RunError(f"task '{task}' fails: {one_line(error)}") from error
+            scores += _scores(found)
+    finally:
+        model.train(training)
+    return scores
+
+
+def _task_manager(tasks: list[str], folder: str | None) -> Any:
+    """The harness's index of tasks, where each of these is."""
+    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks._factory import TaskFactory
+
+    if folder is not None and not os.path.isdir(folder):
+        raise RunError(f"there is no folder of tasks '{folder}'")
+    with _quiet():
+        manager = TaskManager(include_path=folder, include_defaults=False)
+        # Reading the harness's own takes seconds. Groups may name them.
+        if not set(tasks) <= set(manager.all_subtasks):
+            manager = TaskManager(include_path=folder)
+    for task in tasks:
+        if task not in manager.all_tasks:
+            near = difflib.get_close_matches(task, manager.all_tasks, n=3)
+            raise RunError(
+                f"task '{task}' is not known to lm_eval"
+                + (f", nor in '{folder}'" if folder is not None else "")
+                + (f"; did you mean {' or '.join(map(repr, near))}?" if near else "")
+            )
+    if folder is not None:
+        place = Path(folder).absolute()
+
+        class Factory(TaskFactory):
+            """Finds data files where `datasets`, which looks in the current directory alone, would not."""
+
+            def _load_full_config(self, *args, **kwargs) -> dict[str, Any]:
+                config = super()._load_full_config(*args, **kwargs)
+                data = config.get("dataset_kwargs") or {}
+                if "data_files" in data and "/" not in str(config.get("dataset_path")):  # else files of a repository
+                    config["dataset_kwargs"] = data | {"data_files": _found(data["data_files"], place)}
+                return config
+
+        manager._factory = Factory()
+    return manager
+
+
+def _found(files: Any, folder: Path) -> Any:
+    """Data files, as `datasets` takes them, with their paths where they are; those that are nowhere as they were."""
+    if isinstance(files, dict):
+        return {split: _found(part, folder) for split, part in files.items()}
+    if isinstance(files, list):
+        return [_found(part, folder) for part in files]
+    places = (str(base / files) for base in (Path.cwd(), folder, folder.parent))
+    return next((place for place in places if glob.glob(place, recursive=True)), files)
+
+
+def _scores(found: dict[str, Any]) -> list[TaskScore]:
+    """The harness has a figure under `metric,filter`, and its standard error under `metric_stderr,filter`."""
+    scores = []
+    for task, values in found["results"].items():
+        for key, value in values.items():
+            metric, comma, filtered = key.partition(",")
+            if comma and not metric.endswith("_stderr"):
+                scores.append(
+                    TaskScore(
+                        task=task,
+                        metric=metric if filtered == "none" else key,
+                        value=number(value),
+                        stderr=number(values.get(f"{metric}_stderr,{filtered}")),
+                        higher_is_better=found["higher_is_better"].get(task, {}).get(metric),
+                        samples=values.get("sample_len"),
+                    )
+                )
+    return scores
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the harness's log, and without its bars and lines, for which it has no setting."""
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # else it forks a process a core for standard errors
+    log = logging.getLogger("lm_eval")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        with open(os.devnull, "w") as nothing, redirect_stdout(nothing), redirect_stderr(nothing):
+            yield
+    finally:
+        log.setLevel(level)
