@@ -12,6 +12,7 @@ from .answers import exact_match, read_questions
 from .cost import measure_cost
 from .held_out import HeldOut
 from .recall import TASKS, measure_recall
+from .tasks import measure_tasks
 
 Texts = dict[tuple[str, int], PackedDataset]  # by source ("": all of them) and length
 
@@ -98,6 +99,4 @@ class Measuring:
         settings = self.settings
         if not settings.tasks:
             return []
-        from .tasks import measure_tasks  # of an extra
-
         return measure_tasks(model, self.tokenizer, settings.tasks, settings.tasks_folder, settings.tasks_limit)

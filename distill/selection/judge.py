@@ -24,6 +24,7 @@ class _Pass:
     """A batch (B,L), and what is measured on it: predictions at some of its positions, or answers."""
 
     ids: Tensor
+    stand_ins: dict[int, StandIn]
     answers: list[list[tuple[int, int]]] | None = None
 
 
@@ -45,6 +46,8 @@ class Judge:
     """Scores of a teacher with stand-ins in some of its layers.
 
     Args:
+        on_text: for each layer what stands in for its attention where the KL is taken,
+        on_items: and where recall is; of the same layers.
         texts: tokens (n, L); each is taken as one text, whatever documents are in it.
         items: texts with answers in them, of `measure.recall`.
         batch_tokens: of items, in one pass.
@@ -54,23 +57,25 @@ class Judge:
     def __init__(
         self,
         teacher: PreTrainedModel,
-        stand_ins: dict[int, StandIn],
+        on_text: dict[int, StandIn],
+        on_items: dict[int, StandIn],
         texts: Tensor,
         items: Sequence[Item],
         batch_tokens: int = 16384,
         bf16: bool = False,
     ):
-        self.teacher, self.stand_ins = teacher.eval(), stand_ins
+        self.teacher, self.candidates = teacher.eval(), list(on_text)
         self.autocast = partial(torch.autocast, teacher.device.type, torch.bfloat16, enabled=bf16)
         self.head = output_head(teacher)
         self.layers = list(decoder_layers(teacher))
         self.attention = {view.layer: view.module for view in attention_view(teacher, check=False)}
         device = teacher.device
-        self.passes = [_Pass(ids.to(device)) for ids in texts.split(max(1, batch_tokens // texts.shape[1]))]
+        batches = texts.split(max(1, batch_tokens // texts.shape[1]))
+        self.passes = [_Pass(ids.to(device), on_text) for ids in batches]
         size = max(1, batch_tokens // max((len(item.tokens) for item in items), default=1))
         for first in range(0, len(items), size):
             batch = items[first : first + size]
-            self.passes.append(_Pass(stacked(batch).to(device), [item.answers for item in batch]))
+            self.passes.append(_Pass(stacked(batch).to(device), on_items, [item.answers for item in batch]))
         with self.autocast(), torch.no_grad():
             self.wanted = [self._decode(one) for one in self.passes]  # hidden states; logits come from them again
         own = _Sums()
@@ -96,14 +101,14 @@ class Judge:
             for replaced in dict.fromkeys(base for base, _ in wanted):
                 asked = [i for i, (base, _) in enumerate(wanted) if base == replaced]
                 inputs: list[Any] = []
-                with self.autocast(), self._replacing(replaced), self._keeping(inputs):
+                with self.autocast(), self._replacing(replaced, one), self._keeping(inputs):
                     whole = self._decode(one)
                 for i in asked:
                     layer = wanted[i][1]
                     hidden = whole
                     if layer is not None:
                         own = replaced ^ {layer}
-                        with self.autocast(), self._replacing(own), self._starting(layer, inputs):
+                        with self.autocast(), self._replacing(own, one), self._starting(layer, inputs):
                             hidden = self._decode(one)
                     sums[i].add(self._measure(one, hidden, true))
         return [self._score(found) for found in sums]
@@ -141,7 +146,7 @@ class Judge:
         return _Sums(logprob=own, answer_tokens=len(places), right=right, answers=len(spans))
 
     @contextmanager
-    def _replacing(self, replaced: Iterable[int]) -> Iterator[None]:
+    def _replacing(self, replaced: Iterable[int], one: _Pass) -> Iterator[None]:
         """Meanwhile attention in these layers is what stands in for it."""
 
         def standing_in(stand_in: StandIn, hidden_states=None, position_embeddings=None, *args, **kwargs):
@@ -149,7 +154,7 @@ class Judge:
 
         modules = [self.attention[layer] for layer in replaced]
         for layer, module in zip(replaced, modules, strict=True):
-            module.forward = partial(standing_in, self.stand_ins[layer])
+            module.forward = partial(standing_in, one.stand_ins[layer])
         try:
             yield
         finally:

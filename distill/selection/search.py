@@ -16,16 +16,16 @@ def by_rank(losses: dict[int, float]) -> dict[str, list[int]]:
 
 def one_by_one(judge: Judge, loss: Loss) -> Selection:
     """Each layer replaced alone: as many passes as there are layers. That layers do for one another is not seen."""
-    alone = judge.toggled((), judge.stand_ins)
+    alone = judge.toggled((), judge.candidates)
     return Selection(judge.score(()), _by_name(alone), by_rank({layer: loss(score) for layer, score in alone.items()}))
 
 
 def jointly(judge: Judge, loss: Loss, beam: int, adding: bool) -> Selection:
     """Beam search, a layer at a time: from all replaced, the best ones get their attention back (`adding`); or from
     none, those whose replacement costs least are replaced. n^2 / 2 passes for each set in the beam."""
-    layers = frozenset(judge.stand_ins)
+    layers = frozenset(judge.candidates)
     first = layers if adding else frozenset()
-    sets, alone = {first: judge.score(first)}, judge.toggled((), judge.stand_ins)
+    sets, alone = {first: judge.score(first)}, judge.toggled((), judge.candidates)
     kept, scores = {}, {}
     for step in range(len(layers) + 1):
         best = sorted(sets, key=lambda replaced: (loss(sets[replaced]), sorted(replaced)))[:beam]

@@ -23,14 +23,15 @@ if TYPE_CHECKING:
 
 @dataclass
 class SelectConfig:
-    stand_in: str = setting(
-        "window",
-        "what takes the place of attention in layers that give it up, to see what that costs: window (the teacher's "
-        "own attention of the last tokens alone) or mixer (the student's, calibrated)",
-        choices=("window", "mixer"),
+    kl_with: str = setting(
+        "mixer",
+        "what takes the place of attention where KL is measured: mixer (the student's, calibrated) or window (the "
+        "teacher's own attention of the last tokens alone)",
+        choices=("mixer", "window"),
     )
-    window: int = setting(64, "tokens that a stand-in of that name sees", minimum=1)
-    sinks: int = setting(0, "first tokens of a document that it sees besides", minimum=0)
+    recall_with: str = setting("window", "the same where recall is measured", choices=("mixer", "window"))
+    window: int = setting(64, "tokens that a window holds", minimum=1)
+    sinks: int = setting(0, "first tokens of a text that it sees besides", minimum=0)
     search: str = setting(
         "single",
         "single (each layer on its own), add (from none, the best layers get attention one by one), or remove (from "
@@ -61,7 +62,9 @@ def run(session: "Session", folder: "StageFolder") -> dict:
         return (score.kl or 0.0) + settings.recall_weight * (score.recall or 0.0)
 
     def search() -> "Selection":
-        judge = Judge(session.teacher, _stand_ins(session, settings), texts, items, session.precision == "bf16")
+        kinds = {kind: _stand_ins(session, kind) for kind in {settings.kl_with, settings.recall_with}}
+        on_text, on_items = kinds[settings.kl_with], kinds[settings.recall_with]
+        judge = Judge(session.teacher, on_text, on_items, texts, items, bf16=session.precision == "bf16")
         if settings.search == "single":
             return one_by_one(judge, loss)
         return jointly(judge, loss, settings.beam, settings.search == "add")
@@ -126,15 +129,15 @@ def _texts(session: "Session", settings: SelectConfig) -> "Tensor":
     return tokens[: len(tokens) // length * length].view(-1, length)
 
 
-def _stand_ins(session: "Session", settings: SelectConfig) -> "dict[int, StandIn]":
+def _stand_ins(session: "Session", kind: str) -> "dict[int, StandIn]":
     from ...students import build_student
     from ..data.packed import collate
     from ..selection.stand_ins import mixers, windows
     from ..train.calibration import calibrate
 
-    if settings.stand_in == "window":
-        return windows(session.teacher, settings.window, settings.sinks)
     recipe = session.recipe
+    if kind == "window":
+        return windows(session.teacher, SELECT.of(recipe).window, SELECT.of(recipe).sinks)
     # With TransPoints, the state-space form: it is what has no attention.
     every = dataclasses.replace(recipe.student, keep_attention=[], trans_points="mamba")
     student = build_student(session.teacher, every)
@@ -145,7 +148,8 @@ def _stand_ins(session: "Session", settings: SelectConfig) -> "dict[int, StandIn
 
 
 def unread(recipe: "Recipe") -> tuple[str, ...]:
-    if SELECT.of(recipe).stand_in == "window":
+    settings = SELECT.of(recipe)
+    if settings.kl_with == settings.recall_with == "window":
         return ("student", "calibrate")
     return ("student.keep_attention", "student.trans_points")
 

@@ -16,20 +16,24 @@ TEXTS = torch.randint(3, 250, (3, 40), generator=torch.Generator().manual_seed(0
 ITEMS = [Item(TEXTS[0, :30], [(20, 23), (28, 30)]), Item(TEXTS[1, :25], [(20, 25)])]
 
 
+def judge_of(teacher, stand_ins, *args, **options):
+    return Judge(teacher, stand_ins, stand_ins, *args, **options)
+
+
 @pytest.fixture(scope="module")
 def teacher():
     return random_teacher("random-llama")[0].requires_grad_(False)
 
 
 def test_with_nothing_replaced_nothing_is_lost(teacher):
-    score = Judge(teacher, windows(teacher, 4), TEXTS, ITEMS).score(())
+    score = judge_of(teacher, windows(teacher, 4), TEXTS, ITEMS).score(())
     assert score.kl == pytest.approx(0, abs=1e-6) and score.recall == 0
     right = [ok for one in answered(teacher, ITEMS) for ok, _ in one]
     assert score.accuracy == sum(right) / len(right)
 
 
 def test_windows_that_see_everything_lose_nothing(teacher):
-    score = Judge(teacher, windows(teacher, 64), TEXTS, ITEMS).score(range(4))
+    score = judge_of(teacher, windows(teacher, 64), TEXTS, ITEMS).score(range(4))
     assert score.kl == pytest.approx(0, abs=1e-6) and score.recall == pytest.approx(0, abs=1e-5)
 
 
@@ -37,7 +41,7 @@ def test_windows_that_see_everything_lose_nothing(teacher):
 def test_a_layer_toggled_is_the_set_itself(family):
     """Layers below the one that is toggled are not computed again: what comes of it is the same."""
     teacher = tiny_teacher(family).requires_grad_(False)
-    judge = Judge(teacher, windows(teacher, 3), TEXTS, ITEMS, batch_tokens=64)
+    judge = judge_of(teacher, windows(teacher, 3), TEXTS, ITEMS, batch_tokens=64)
     layers = range(len(judge.layers))
     for replaced in ((), (1,), tuple(layers)):
         for layer, found in judge.toggled(replaced, layers).items():
@@ -50,7 +54,7 @@ def test_a_layer_toggled_is_the_set_itself(family):
 
 def test_mixers_in_all_layers_are_the_student(teacher):
     student = build_student(teacher, StudentConfig(keep_attention=[]))
-    found = Judge(teacher, mixers(student), TEXTS, ITEMS).score(range(4))
+    found = judge_of(teacher, mixers(student), TEXTS, ITEMS).score(range(4))
     p, q = (model(TEXTS, use_cache=False).logits.log_softmax(-1) for model in (teacher, student))
     at = torch.arange(0, 40, max(1, 40 // POSITIONS))
     kl = (p.exp() * (p - q)).sum(-1)[:, at].mean().item()
@@ -59,16 +63,25 @@ def test_mixers_in_all_layers_are_the_student(teacher):
     assert found.recall == pytest.approx((sum(own) - sum(students)) / 10, rel=1e-4)
 
 
+def test_each_measure_has_its_own_stand_ins(teacher):
+    student = build_student(teacher, StudentConfig(keep_attention=[]))
+    near, mixed = windows(teacher, 3), mixers(student)
+    found = Judge(teacher, mixed, near, TEXTS, ITEMS).toggled((1,), [0, 1, 3])
+    for layer, score in found.items():
+        assert score.kl == judge_of(teacher, mixed, TEXTS, ITEMS).score({1} ^ {layer}).kl
+        assert score.recall == judge_of(teacher, near, TEXTS, ITEMS).score({1} ^ {layer}).recall
+
+
 def test_the_teacher_is_as_before_whatever_happens(teacher):
     before = teacher(TEXTS, use_cache=False).logits
-    judge = Judge(teacher, windows(teacher, 3), TEXTS, ITEMS)
+    judge = judge_of(teacher, windows(teacher, 3), TEXTS, ITEMS)
     judge.toggled((0, 2), range(4))
     assert torch.equal(teacher(TEXTS, use_cache=False).logits, before)
 
     def fails(hidden, rotary):
         raise MemoryError
 
-    judge.stand_ins[2] = fails
+    judge.passes[0].stand_ins[2] = fails
     with pytest.raises(MemoryError):
         judge.toggled((1,), [2])
     assert torch.equal(teacher(TEXTS, use_cache=False).logits, before)

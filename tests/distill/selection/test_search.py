@@ -15,7 +15,7 @@ class Known:
     """A judge whose scores are known: what each layer costs, and what is lost besides where all of a group are gone."""
 
     def __init__(self, costs, groups):
-        self.stand_ins, self.costs, self.groups = dict.fromkeys(LAYERS), costs, groups
+        self.candidates, self.costs, self.groups = list(LAYERS), costs, groups
 
     def score(self, replaced):
         together = sum(cost for group, cost in self.groups if group <= set(replaced))

@@ -14,6 +14,7 @@ from transpoint.students import StudentConfig, StudentError
 from transpoint.students.config import count_to_select, layer_plan
 
 SELECT = ("student.keep_attention=select:2", "select.length=128", "select.items=2", "select.sequences=2")
+WINDOW = "select.kl_with=window"
 LAYERS = {"0", "1", "2", "3"}
 
 
@@ -48,12 +49,12 @@ def test_the_scores_serve_any_number_of_layers(selected, run_tiny, tmp_path):
     "override, same",
     [
         ("student.keep_attention=select:1", True),
-        ("student.rope=true", True),
-        ("calibrate.sequences=2", True),
+        ("student.rope=true", False),
+        ("calibrate.sequences=2", False),
         ("data.heldout=[/nowhere]", None),
         ("evaluate.sequences=3", True),
         ("select.window=8", False),
-        ("select.stand_in=mixer", False),
+        ("select.recall_with=mixer", False),
         ("data.length=32", False),
         ("run.seed=3", True),
     ],
@@ -68,19 +69,18 @@ def test_what_it_depends_on(override, same):
     assert (stage_inputs(load_recipe(TINY, [*SELECT, override]))["select"] == needs) is same
 
 
-def test_with_mixers_in_their_place_the_mixers_count():
-    own = (*SELECT, "select.stand_in=mixer")
-    needs = stage_inputs(load_recipe(TINY, own))["select"]
-    for override, same in (("student.keep_attention=select:1", True), ("student.rope=true", False)):
-        assert (stage_inputs(load_recipe(TINY, [*own, override]))["select"] == needs) is same
+def test_with_windows_alone_the_mixers_do_not_count():
+    needs = stage_inputs(load_recipe(TINY, [*SELECT, WINDOW]))["select"]
+    for override in ("student.keep_attention=select:1", "student.rope=true", "calibrate.sequences=2"):
+        assert stage_inputs(load_recipe(TINY, [*SELECT, WINDOW, override]))["select"] == needs
 
 
 @pytest.mark.parametrize(
     "more",
     [
-        ["select.stand_in=mixer", "select.search=add", "select.beam=2"],
-        ["select.search=remove", "select.sinks=2"],
-        ["student.mixer=transmamba", "select.stand_in=mixer"],
+        ["select.recall_with=mixer", "select.search=add", "select.beam=2"],
+        [WINDOW, "select.search=remove", "select.sinks=2"],
+        ["student.mixer=transmamba"],
         ["data.streaming=true", "data.max_train_tokens=null"],
     ],
     ids=str,
@@ -138,4 +138,4 @@ def test_a_record_that_has_lost_its_layers_is_asked_for_again(selected, run_tiny
     record = tmp_path / "run" / "select" / "done.json"
     write_json(record, read_json(record) | {"selection": {"kept": 3}})
     with pytest.raises(RunError, match="no layers have been chosen .* --from select"):
-        run_tiny(tmp_path / "run", *SELECT, "student.rope=true", until_stage="transfer")
+        run_tiny(tmp_path / "run", *SELECT, "student.keep_attention=select:3", until_stage="transfer")
