@@ -207,7 +207,7 @@ def evaluate(options) -> None:
     from .data.packed import PackedDataset
     from .data.rows import check_tokens
     from .errors import RunError
-    from .export.card import measure_rows
+    from .measure.figures import rows_beside
     from .measure.held_out import HeldOut
     from .measure.measures import Measuring, check_measures, held_out_texts
     from .models import embedding_rows, load_model, load_tokenizer, on_device
@@ -269,7 +269,7 @@ def evaluate(options) -> None:
         table.add_row(escape(name), kl, shown(found.perplexity, "{:.2f}"), shown(found.bits_per_byte, "{:.4f}"), same)
     console_of().print(table)
     beside = Table("", *map(escape, models))
-    rows = measure_rows({"teacher": measures.get("teacher", Measures()), "student": measures[options.model]})
+    rows = rows_beside({"teacher": measures.get("teacher", Measures()), "student": measures[options.model]})
     for row in rows:
         beside.add_row(row[0], *row[-len(models) :])
     if rows:
@@ -362,7 +362,7 @@ def keys(options) -> None:
 
     table = Table("key", "default", "what it is")
     for row in describe_keys():
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     console_of().print(table)
 
 

@@ -13,7 +13,8 @@ from jinja2 import Environment, StrictUndefined
 from ...students.modeling.configuration_mixers import MIXERS, have_trans_points
 from ...teachers.names import TeacherInfo
 from ..config import for_others
-from ..run.records import Cost, Measures, Quality, Recall, ScheduleRecord, TaskScore, read_record, shown
+from ..measure.figures import rows_beside
+from ..run.records import Cost, Measures, Quality, ScheduleRecord, read_record, shown
 from .formats import Format
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def write_card(
         schedule_rows=schedule_rows,
         tokens=facts.tokens,
         quality=facts.quality,
-        measures=measure_rows(facts.measures),
+        measures=rows_beside(facts.measures),
         note=format.note,
         figures=figures,
         recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).strip() if recipe is not None else None,
@@ -118,45 +119,6 @@ def schedule_rows(records: list[ScheduleRecord]) -> list[tuple[str, ...]]:
             )
         )
     return rows
-
-
-def measure_rows(measures: dict[str, Measures]) -> list[tuple[str, ...]]:
-    """What `evaluate` measured besides, as rows of text: what, the teacher's, the student's."""
-    teacher, student = (measures.get(name, Measures()) for name in ("teacher", "student"))
-    rows: list[tuple[str, ...]] = []
-    texts = {(one.source, one.length): one.quality or Quality() for one in teacher.texts}
-    forms = {"KL from teacher": ("kl", "{:.4f}"), "perplexity": ("perplexity", "{:.2f}")}
-    forms["bits per byte"] = ("bits_per_byte", "{:.4f}")
-    for one in student.texts:
-        where = f"{one.source + ', ' if one.source else ''}{shown(one.length, '{:,}')} tokens"
-        both = texts.get((one.source, one.length), Quality()), one.quality or Quality()
-        for name, (key, form) in forms.items():
-            if getattr(both[1], key) is not None:
-                rows.append((f"{name} ({where})", *(shown(getattr(quality, key), form) for quality in both)))
-    tasks = {(one.task, one.length): one for one in teacher.recall}
-    for found in student.recall:
-        own = tasks.get((found.task, found.length), Recall())
-        name = f"{found.task} ({shown(found.length, '{:,}')} tokens)"
-        rows.append((name, shown(own.accuracy, "{:.1%}"), shown(found.accuracy, "{:.1%}")))
-    scores = {(one.task, one.metric): one for one in teacher.tasks}
-    for score in student.tasks:
-        pair_of = scores.get((score.task, score.metric), TaskScore()), score
-        rows.append((f"{score.task}, {score.metric}", *(_with_error(one) for one in pair_of)))
-    if student.questions:
-        asked = f"questions answered exactly (of {len(student.questions)})"
-        rows.append((asked, *(str(sum(given.right for given in who.questions)) for who in (teacher, student))))
-    costs = {one.length: one for one in teacher.costs}
-    for cost in student.costs:
-        pair, where = (costs.get(cost.length, Cost()), cost), f"{shown(cost.length, '{:,}')} tokens"
-        rows.append((f"cache ({where})", *(shown(of.cache_bytes, "{:.2f} MiB", 2**-20) for of in pair)))
-        rows.append((f"prefill ({where})", *(shown(of.prefill_seconds, "{:.0f} ms", 1e3) for of in pair)))
-        rows.append((f"next token after {where}", *(shown(of.decode_seconds, "{:.1f} ms", 1e3) for of in pair)))
-    return rows
-
-
-def _with_error(score: TaskScore) -> str:
-    error = shown(score.stderr, " ± {:.3f}")
-    return shown(score.value, "{:.3f}") + error
 
 
 def quality_row(model: str, quality: Quality) -> dict:

@@ -21,7 +21,8 @@ from markupsafe import Markup
 
 from ...students.modeling.configuration_mixers import have_trans_points
 from ..errors import RunError
-from ..export.card import kinds_in, measure_rows, quality_row
+from ..export.card import kinds_in, quality_row
+from ..measure.figures import rows_beside
 from ..run.files import read_json
 from ..run.folder import StageFolder
 from ..run.records import Cost, Quality, Recall, StageRecord, number, read_record
@@ -148,7 +149,7 @@ def _contents(root: Path) -> dict:
         "best": next((row for row in reversed(quality) if row["model"] != "teacher"), None),
         "trained_tokens": sum(stage.tokens or 0 for stage in stages.values()) or None,
         "selection": _selection(stages["select"].record, layers),
-        "measures": measure_rows(results.measures),
+        "measures": rows_beside(results.measures),
         "recall": [part for part in map(_recall_map, _recall_tasks(results)) if part],
         "schedules": _schedules(results),
         "training": [part for stage in stages.values() if (part := _training(stage))],

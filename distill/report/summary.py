@@ -6,8 +6,9 @@ from rich.table import Table
 from rich.text import Text
 
 from ...teachers import TeacherInfo, teacher_info
-from ..export.card import CardFacts, measure_rows, plan_in_letters, plan_in_words, quality_row, schedule_rows
+from ..export.card import CardFacts, plan_in_letters, plan_in_words, quality_row, schedule_rows
 from ..export.formats import find_format
+from ..measure.figures import rows_beside
 from ..run.files import read_json
 from ..run.records import Cost, Quality, ScheduleRecord, StageRecord, read_record, shown
 from ..stages.inputs import lineage
@@ -53,7 +54,7 @@ def summary(root: Path) -> list:
         )
     parts: list = []
     beside = Table("", "teacher", "student", title="teacher beside student")
-    for line in measure_rows(evaluated.measures):
+    for line in rows_beside(evaluated.measures):
         beside.add_row(*line)
     if "transfer" in done:
         mixers = done["transfer"].mixers
