@@ -289,6 +289,29 @@ def generate(options) -> None:
     print(answer(model, tokenizer, options.prompt, options.max_new_tokens))
 
 
+def compare(options) -> None:
+    from .compare import compare as run_all, load_recipes
+    from .report.comparison import as_markdown, draw, rows_of
+
+    overrides = [word for word in options.recipes if "=" in word] + options.overrides
+    paths = [word for word in options.recipes if "=" not in word]
+    if not paths:
+        raise DistillError("there is no recipe to compare: name some YAML files")
+    out, console = Path(options.out), console_of()
+    recipes = load_recipes(paths, overrides, options.base, options.tokens)
+    found = run_all(recipes, out, options.seeds, console)
+    if found.runs:
+        head, *rows = rows_of(found)
+        table = Table(*map(escape, head), title=f"at {found.tokens:,} training tokens")
+        for row in rows:
+            table.add_row(*map(escape, row))
+        console.print(table)
+        (out / "comparison.md").write_text(as_markdown(found), encoding="utf-8")
+        print(f"{out}/comparison.json and .md, and {draw(found, out / 'comparison.svg')}")
+    if found.failed:
+        raise DistillError("; ".join(f"{name} failed: {reason}" for name, reason in found.failed.items()))
+
+
 def figure(options) -> None:
     import math
 
@@ -373,6 +396,7 @@ COMMANDS = {
     "export": export,
     "eval": evaluate,
     "generate": generate,
+    "compare": compare,
     "figure": figure,
     "report": report,
     "cache-teacher": cache_teacher,
@@ -383,7 +407,7 @@ COMMANDS = {
 
 
 LIGHT = ("status", "report", "keys")  # which answer at once, without torch
-TRAINING = ("run", "cache-teacher", "synthesize")  # which take long enough to look at what else is at work
+TRAINING = ("run", "compare", "cache-teacher", "synthesize")  # which take long enough to look at what else is at work
 
 
 def _version() -> str:
@@ -459,6 +483,14 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--max-new-tokens", type=_count, default=128, help="default: 128")
     trans_points(sub)
     sub.add_argument("--trust-remote-code", action="store_true", help="let code that travels with the model run")
+
+    sub = command("compare", "run several recipes at equal tokens; a table and a plot of quality against tokens")
+    sub.add_argument("recipes", nargs="+", metavar="RECIPE", help="YAML recipes, and key=value changes to all of them")
+    sub.add_argument("--base", metavar="FILE", help="a recipe that all stand on: teacher, text, lengths")
+    sub.add_argument("--tokens", type=_count, help="training tokens of each; its stages keep their proportions")
+    sub.add_argument("--seeds", type=_count, default=1, help="runs of each, with seeds 0, 1, ... (default: 1)")
+    sub.add_argument("--out", metavar="FOLDER", default="runs/comparison", help="default: runs/comparison")
+    sub.set_defaults(overrides=[])
 
     sub = command("figure", "draw which token is computed by what in which layer, as SVG, PNG or PDF")
     sub.add_argument("model", metavar="MODEL", help="a recipe, an exported folder, or a run folder")

@@ -18,7 +18,7 @@ import re
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, reduce
 from pathlib import Path
 from typing import Any
 
@@ -123,14 +123,18 @@ def _extended(sections: tuple[tuple[str, type], ...]) -> type[Recipe]:
     return made
 
 
-def load_recipe(path: str | Path | None, overrides: typing.Sequence[str] = ()) -> Recipe:
-    """The recipe in a YAML file (None: one that says nothing), with `key=value` overrides, checked.
+def load_recipe(
+    path: str | Path | None, overrides: typing.Sequence[str] = (), base: str | Path | None = None
+) -> Recipe:
+    """The recipe in a YAML file (None: one that says nothing) on top of that in `base`, with `key=value` overrides,
+    checked.
 
     Raises:
         ConfigError: no such file, a key that does not exist (the nearest valid one is named), a value of the wrong
             type, or one that is impossible.
     """
-    values = {} if path is None else _read(Path(path), ())
+    files = [Path(file) for file in (base, path) if file is not None]
+    values: dict = reduce(_merge, (_read(file, ()) for file in files), {})
     nested: Any  # values, and as they are written
     texts: Any
     for override in overrides:
