@@ -67,19 +67,8 @@ def test_what_cannot_be_compared(recipes, tmp_path):
 @pytest.mark.slow
 def test_a_comparison_shares_what_is_the_same_and_goes_on(recipes, tmp_path, capsys, unverified):
     out = tmp_path / "out"
-    command = [
-        "compare",
-        *recipes[:2],
-        *QUICK,
-        "--base",
-        str(TINY),
-        "--tokens",
-        "10240",
-        "--seeds",
-        "2",
-        "--out",
-        str(out),
-    ]
+    command = ["compare", *recipes[:2], *QUICK, "--base", str(TINY), "--tokens", "10240", "--seeds", "2"]
+    command += ["--out", str(out)]
     assert main(command) == 0
     said = capsys.readouterr().out
     assert f"align: taken over from {out / 'frozen-seed0'}" in said
