@@ -286,3 +286,32 @@ def test_what_is_missing(tiny_copy, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(RunError, match=r"a report needs matplotlib: pip install 'transpoint\[figure\]'"):
         write_report(tiny_copy)
+
+
+def test_recall_by_depth_and_length(tiny_copy):
+    path = tiny_copy / "evaluate" / "results.json"
+    results = json.loads(path.read_text())
+    depths, right = [0.1, 0.2, 0.6, 0.9], {"teacher": [True] * 4, "student": [True, False, False, False]}
+    for model, own in right.items():
+        one = {"task": "passkey", "length": 128, "answers": 4, "accuracy": 0.5, "depths": depths, "right": own}
+        results["measures"][model]["recall"] = [one, one | {"length": 4096}, one | {"task": "pairs", "depths": []}]
+    path.write_text(json.dumps(results))
+    shown = page(tiny_copy)
+    assert "depth teacher, 128 teacher, 4,096 student, 128 student, 4,096" in shown.text
+    assert "0 to 25 % 100 % 100 % 50 % 50 % 25 to 50 % – – – – 50 to 75 % 100 % 100 % 0 % 0 %" in shown.text
+    assert shown.text.count("answers given, by where") == 1 and "pairs (128 tokens) 50.0% 50.0%" in shown.text
+    results["measures"]["teacher"]["recall"][0]["right"] = [True]  # damaged
+    path.write_text(json.dumps(results))
+    assert "passkey (128 tokens)" in page(tiny_copy).text
+
+
+def test_what_select_found_is_drawn(tmp_path, run_tiny):
+    more = ("student.keep_attention=select:2", "select.length=128", "select.items=2", "select.sequences=2")
+    run_tiny(tmp_path / "run", *more, until_stage="transfer")
+    shown = page(tmp_path / "run")
+    (label,) = figures(shown)
+    assert label.startswith("what the teacher loses without the attention of each layer; in recall most without that")
+    record = json.loads((tmp_path / "run" / "select" / "done.json").read_text())
+    del record["selection"]["alone"]["1"]
+    write_json(tmp_path / "run" / "select" / "done.json", record)
+    assert figures(page(tmp_path / "run")) == []
