@@ -58,6 +58,7 @@ class LayerScore:
     kl: float | None = None  # KL(teacher || it) on text, nats per token
     recall: float | None = None  # what a token of an answer lost in log-probability, nats
     accuracy: float | None = None  # fraction of answers given
+    error: float | None = None  # of the mixers in their place, relative and squared, a sum over layers
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """How well a teacher still does where stand-ins take the place of some layers' attention."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -50,6 +50,7 @@ class Judge:
         on_items: and where recall is; of the same layers.
         texts: tokens (n, L); each is taken as one text, whatever documents are in it.
         items: texts with answers in them, of `measure.recall`.
+        errors: of the mixer of each layer, as `calibrate` finds it.
         batch_tokens: of items, in one pass.
         bf16: whether matrix products are rounded to bfloat16.
     """
@@ -61,10 +62,11 @@ class Judge:
         on_items: dict[int, StandIn],
         texts: Tensor,
         items: Sequence[Item],
+        errors: Mapping[int, float] | None = None,
         batch_tokens: int = 16384,
         bf16: bool = False,
     ):
-        self.teacher, self.candidates = teacher.eval(), list(on_text)
+        self.teacher, self.candidates, self.errors = teacher.eval(), list(on_text), errors or {}
         self.autocast = partial(torch.autocast, teacher.device.type, torch.bfloat16, enabled=bf16)
         self.head = output_head(teacher)
         self.layers = list(decoder_layers(teacher))
@@ -111,12 +113,14 @@ class Judge:
                         with self.autocast(), self._replacing(own, one), self._starting(layer, inputs):
                             hidden = self._decode(one)
                     sums[i].add(self._measure(one, hidden, true))
-        return [self._score(found) for found in sums]
+        sets = [base if layer is None else base ^ {layer} for base, layer in wanted]
+        return [self._score(found, replaced) for found, replaced in zip(sums, sets, strict=True)]
 
-    def _score(self, found: _Sums) -> LayerScore:
+    def _score(self, found: _Sums, replaced: frozenset[int]) -> LayerScore:
         answers = max(1, found.answers)
         lost = (self.own.logprob - found.logprob) / max(1, found.answer_tokens)
-        return LayerScore(found.kl / max(1, found.tokens), lost, found.right / answers)
+        error = sum(self.errors.get(layer, 0.0) for layer in replaced) if self.errors else None
+        return LayerScore(found.kl / max(1, found.tokens), lost, found.right / answers, error)
 
     def _decode(self, one: _Pass) -> Tensor:
         return self.teacher.get_decoder()(input_ids=one.ids, use_cache=False).last_hidden_state

@@ -13,11 +13,11 @@ from .stage import Stage
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ...students import HybridForCausalLM
     from ...students.config import StudentConfig
     from ..config import Recipe
     from ..run.folder import StageFolder
     from ..run.records import LayerScore, Selection
-    from ..selection.stand_ins import StandIn
     from .session import Session
 
 
@@ -39,8 +39,10 @@ class SelectConfig:
         choices=("single", "add", "remove"),
     )
     beam: int = setting(1, "sets of layers that add and remove follow at a time", minimum=1)
-    recall_weight: float = setting(
-        1.0, "of what a token of an answer loses in log-probability, beside the KL of a token of text", minimum=0
+    kl_weight: float = setting(1.0, "of the KL of a token of text in what a layer is worth", minimum=0)
+    recall_weight: float = setting(1.0, "of what a token of an answer loses in log-probability", minimum=0)
+    error_weight: float = setting(
+        0.0, "of how far the mixer, calibrated, is from attention: relative squared error of what heads read", minimum=0
     )
     length: int = setting(1024, "tokens of the texts that are judged on", minimum=16)
     sequences: int = setting(8, "texts for the KL", minimum=1)
@@ -53,18 +55,24 @@ def run(session: "Session", folder: "StageFolder") -> dict:
     from ..measure.recall import KEYS, keys_in_text
     from ..selection.judge import Judge
     from ..selection.search import jointly, one_by_one
+    from ..selection.stand_ins import mixers, windows
 
     settings: SelectConfig = SELECT.of(session.recipe)
     texts = _texts(session, settings)
     items = keys_in_text(session.tokenizer, texts.flatten(), settings.length, settings.items, KEYS)
 
     def loss(score: "LayerScore") -> float:
-        return (score.kl or 0.0) + settings.recall_weight * (score.recall or 0.0)
+        parts = ((settings.kl_weight, score.kl), (settings.recall_weight, score.recall))
+        return sum(weight * (part or 0.0) for weight, part in (*parts, (settings.error_weight, score.error)))
 
     def search() -> "Selection":
-        kinds = {kind: _stand_ins(session, kind) for kind in {settings.kl_with, settings.recall_with}}
-        on_text, on_items = kinds[settings.kl_with], kinds[settings.recall_with]
-        judge = Judge(session.teacher, on_text, on_items, texts, items, bf16=session.precision == "bf16")
+        stand_ins = {"window": windows(session.teacher, settings.window, settings.sinks)}
+        errors: dict[int, float] = {}
+        if needs_mixers(settings):
+            student, errors = _calibrated(session)
+            stand_ins["mixer"] = mixers(student)
+        on_text, on_items = stand_ins[settings.kl_with], stand_ins[settings.recall_with]
+        judge = Judge(session.teacher, on_text, on_items, texts, items, errors, bf16=session.precision == "bf16")
         if settings.search == "single":
             return one_by_one(judge, loss)
         return jointly(judge, loss, settings.beam, settings.search == "add")
@@ -129,29 +137,32 @@ def _texts(session: "Session", settings: SelectConfig) -> "Tensor":
     return tokens[: len(tokens) // length * length].view(-1, length)
 
 
-def _stand_ins(session: "Session", kind: str) -> "dict[int, StandIn]":
+def _calibrated(session: "Session") -> "tuple[HybridForCausalLM, dict[int, float]]":
+    """A student whose layers are all mixers, calibrated, and how far each is from attention."""
     from ...students import build_student
     from ..data.packed import collate
-    from ..selection.stand_ins import mixers, windows
     from ..train.calibration import calibrate
 
     recipe = session.recipe
-    if kind == "window":
-        return windows(session.teacher, SELECT.of(recipe).window, SELECT.of(recipe).sinks)
     # With TransPoints, the state-space form: it is what has no attention.
     every = dataclasses.replace(recipe.student, keep_attention=[], trans_points="mamba")
     student = build_student(session.teacher, every)
     batches = [collate([item]) for item in session.train_data.spread(recipe.calibrate.sequences)]
     batches = [{key: value.to(session.accelerator.device) for key, value in batch.items()} for batch in batches]
-    calibrate(session.teacher, student, batches, recipe.calibrate.decay)
-    return mixers(student.requires_grad_(False))
+    found = calibrate(session.teacher, student, batches, recipe.calibrate.decay)
+    errors = {int(name.removeprefix("layer_")): layer["error"] for name, layer in found.items()}
+    return student.requires_grad_(False), errors
+
+
+def needs_mixers(settings: SelectConfig) -> bool:
+    """Whether scores depend on the student's mixers."""
+    return "mixer" in (settings.kl_with, settings.recall_with) or settings.error_weight > 0
 
 
 def unread(recipe: "Recipe") -> tuple[str, ...]:
-    settings = SELECT.of(recipe)
-    if settings.kl_with == settings.recall_with == "window":
-        return ("student", "calibrate")
-    return ("student.keep_attention", "student.trans_points")
+    if needs_mixers(SELECT.of(recipe)):
+        return ("student.keep_attention", "student.trans_points")
+    return ("student", "calibrate")
 
 
 SELECT: Stage = Stage(

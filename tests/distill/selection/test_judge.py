@@ -72,6 +72,16 @@ def test_each_measure_has_its_own_stand_ins(teacher):
         assert score.recall == judge_of(teacher, near, TEXTS, ITEMS).score({1} ^ {layer}).recall
 
 
+def test_errors_of_mixers_add_up(teacher):
+    near = windows(teacher, 3)
+    judge = Judge(teacher, near, near, TEXTS, ITEMS, {0: 0.5, 2: 0.25})
+    assert judge.score((0, 1, 2)).error == 0.75 and judge.score(()).error == 0
+    assert {layer: score.error for layer, score in judge.toggled((0,), range(4)).items()} == {
+        0: 0, 1: 0.5, 2: 0.75, 3: 0.5
+    }  # fmt: skip
+    assert judge_of(teacher, near, TEXTS, ITEMS).score((0,)).error is None
+
+
 def test_the_teacher_is_as_before_whatever_happens(teacher):
     before = teacher(TEXTS, use_cache=False).logits
     judge = judge_of(teacher, windows(teacher, 3), TEXTS, ITEMS)

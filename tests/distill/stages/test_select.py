@@ -80,6 +80,7 @@ def test_with_windows_alone_the_mixers_do_not_count():
     [
         ["select.recall_with=mixer", "select.search=add", "select.beam=2"],
         [WINDOW, "select.search=remove", "select.sinks=2"],
+        [WINDOW, "select.kl_weight=0", "select.recall_weight=0", "select.error_weight=1"],
         ["student.mixer=transmamba"],
         ["data.streaming=true", "data.max_train_tokens=null"],
     ],
@@ -92,6 +93,9 @@ def test_other_ways(more, run_tiny, tmp_path):
     joint = any("search" in option for option in more)
     assert (selection["scores"].keys() == LAYERS | {"4"}) is joint
     assert [len(selection["kept"][str(k)]) for k in range(5)] == [0, 1, 2, 3, 4]
+    if any("error_weight" in option for option in more):
+        errors = {int(layer): score["error"] for layer, score in selection["alone"].items()}
+        assert selection["kept"]["2"] == sorted(sorted(errors, key=errors.get)[-2:]) and all(errors.values())
 
 
 def test_a_plan_before_and_after(selected, capsys):
