@@ -1,6 +1,6 @@
 """How well a teacher still does where stand-ins take the place of some layers' attention."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -51,6 +51,7 @@ class Judge:
         texts: tokens (n, L); each is taken as one text, whatever documents are in it.
         items: texts with answers in them, of `measure.recall`.
         errors: of the mixer of each layer, as `calibrate` finds it.
+        on_measured: called whenever a set has been measured on a batch.
         batch_tokens: of items, in one pass.
         bf16: whether matrix products are rounded to bfloat16.
     """
@@ -63,10 +64,12 @@ class Judge:
         texts: Tensor,
         items: Sequence[Item],
         errors: Mapping[int, float] | None = None,
+        on_measured: Callable[[], None] = lambda: None,
         batch_tokens: int = 16384,
         bf16: bool = False,
     ):
         self.teacher, self.candidates, self.errors = teacher.eval(), list(on_text), errors or {}
+        self.on_measured = on_measured
         self.autocast = partial(torch.autocast, teacher.device.type, torch.bfloat16, enabled=bf16)
         self.head = output_head(teacher)
         self.layers = list(decoder_layers(teacher))
@@ -113,6 +116,7 @@ class Judge:
                         with self.autocast(), self._replacing(own, one), self._starting(layer, inputs):
                             hidden = self._decode(one)
                     sums[i].add(self._measure(one, hidden, true))
+                    self.on_measured()
         sets = [base if layer is None else base ^ {layer} for base, layer in wanted]
         return [self._score(found, replaced) for found, replaced in zip(sums, sets, strict=True)]
 

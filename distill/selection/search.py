@@ -8,6 +8,11 @@ from .judge import Judge
 Loss = Callable[[LayerScore], float]
 
 
+def most_sets(layers: int, beam: int | None) -> int:
+    """How many sets of layers are measured at most: one by one (beam None), or jointly."""
+    return layers + 1 if beam is None else layers + 2 + beam * layers * (layers + 1) // 2
+
+
 def by_rank(losses: dict[int, float]) -> dict[str, list[int]]:
     """For each number of layers, those whose replacement costs most, each on its own."""
     ranked = sorted(losses, key=lambda layer: -losses[layer])

@@ -1,6 +1,7 @@
 """*select*: which layers keep attention. Off unless student.keep_attention asks for it ("select:0.5")."""
 
 import dataclasses
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -53,8 +54,9 @@ def run(session: "Session", folder: "StageFolder") -> dict:
     """Scores layers by what it costs the teacher to do without their attention; finds, for any number of them, those
     that should keep it."""
     from ..measure.recall import KEYS, keys_in_text
+    from ..run.progress import Progress
     from ..selection.judge import Judge
-    from ..selection.search import jointly, one_by_one
+    from ..selection.search import jointly, most_sets, one_by_one
     from ..selection.stand_ins import mixers, windows
 
     settings: SelectConfig = SELECT.of(session.recipe)
@@ -72,10 +74,23 @@ def run(session: "Session", folder: "StageFolder") -> dict:
             student, errors = _calibrated(session)
             stand_ins["mixer"] = mixers(student)
         on_text, on_items = stand_ins[settings.kl_with], stand_ins[settings.recall_with]
-        judge = Judge(session.teacher, on_text, on_items, texts, items, errors, bf16=session.precision == "bf16")
-        if settings.search == "single":
-            return one_by_one(judge, loss)
-        return jointly(judge, loss, settings.beam, settings.search == "add")
+        alone, measured = settings.search == "single", itertools.count(1)
+        judge = Judge(
+            session.teacher,
+            on_text,
+            on_items,
+            texts,
+            items,
+            errors,
+            on_measured=lambda: progress.show(next(measured)),
+            bf16=session.precision == "bf16",
+        )
+        total = most_sets(len(on_text), None if alone else settings.beam) * len(judge.passes)
+        tokens = sum(one.ids.numel() for one in judge.passes) // len(judge.passes)
+        with Progress(session.console, "select", total, 0, tokens) as progress:
+            if alone:
+                return one_by_one(judge, loss)
+            return jointly(judge, loss, settings.beam, settings.search == "add")
 
     with session.teacher_for_training():
         found = search()

@@ -72,6 +72,14 @@ def test_each_measure_has_its_own_stand_ins(teacher):
         assert score.recall == judge_of(teacher, near, TEXTS, ITEMS).score({1} ^ {layer}).recall
 
 
+def test_it_says_whenever_a_set_is_measured(teacher):
+    told = []
+    near = windows(teacher, 3)
+    judge = Judge(teacher, near, near, TEXTS, ITEMS, on_measured=lambda: told.append(1))
+    judge.toggled((), range(4))
+    assert len(told) == 4 * len(judge.passes) == 8
+
+
 def test_errors_of_mixers_add_up(teacher):
     near = windows(teacher, 3)
     judge = Judge(teacher, near, near, TEXTS, ITEMS, {0: 0.5, 2: 0.25})

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from transpoint.distill.run.records import LayerScore
-from transpoint.distill.selection.search import jointly, one_by_one
+from transpoint.distill.selection.search import jointly, most_sets, one_by_one
 
 LAYERS = range(6)
 
@@ -15,9 +15,10 @@ class Known:
     """A judge whose scores are known: what each layer costs, and what is lost besides where all of a group are gone."""
 
     def __init__(self, costs, groups):
-        self.candidates, self.costs, self.groups = list(LAYERS), costs, groups
+        self.candidates, self.costs, self.groups, self.asked = list(LAYERS), costs, groups, 0
 
     def score(self, replaced):
+        self.asked += 1
         together = sum(cost for group, cost in self.groups if group <= set(replaced))
         return LayerScore(sum(self.costs[layer] for layer in replaced), together, 0.0)
 
@@ -68,3 +69,12 @@ def test_a_beam_that_holds_every_set_finds_the_best(adding, seed):
         replaced = frozenset(LAYERS) - set(found.kept[str(count)])
         assert found.scores[str(count)] == judge.score(replaced)
         assert loss(judge.score(replaced)) == pytest.approx(best(judge, count))
+
+
+def test_so_many_sets_are_measured(judge):
+    one_by_one(judge, loss)
+    assert judge.asked == most_sets(6, None)
+    for beam in (1, 3):
+        judge.asked = 0
+        jointly(judge, loss, beam, adding=True)
+        assert 0.5 * most_sets(6, beam) < judge.asked <= most_sets(6, beam) + 6
