@@ -157,14 +157,16 @@ def asks_to_select(keep: Any) -> bool:
 def count_to_select(keep: Any, num_layers: int) -> int | None:
     """How many of `num_layers` are to be chosen; None where they are not left to the stage `select`.
 
-    Raises StudentError where more are asked for than there are.
+    Raises StudentError where as many are asked for as there are, or more.
     """
     if not asks_to_select(keep):
         return None
     number = keep.partition(":")[2]
     count = int(number) if number.isdigit() else round(float(number) * num_layers)
-    if count > num_layers:
-        raise StudentError(f"student.keep_attention is '{keep}': the teacher has only {num_layers} layers")
+    if count >= num_layers:
+        raise StudentError(
+            f"student.keep_attention is '{keep}': of the teacher's {num_layers} layers at least one is to be converted"
+        )
     return count
 
 

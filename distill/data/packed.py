@@ -26,7 +26,7 @@ class PackedDataset(torch.utils.data.Dataset):
         if len(corpus.tokens) < length:
             raise DataError(
                 f"the text has {len(corpus.tokens):,} tokens, less than one sequence of {length:,}: "
-                "set a shorter data.length or give more text"
+                "set a shorter length or give more text"
             )
         self.corpus = corpus
         self.tokens_per_item = length

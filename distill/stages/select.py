@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -59,7 +60,13 @@ def run(session: "Session", folder: "StageFolder") -> dict:
     from ..selection.search import jointly, most_sets, one_by_one
     from ..selection.stand_ins import mixers, windows
 
-    settings: SelectConfig = SELECT.of(session.recipe)
+    config, settings = session.teacher.config, SELECT.of(session.recipe)
+    layers = config.num_hidden_layers
+    count = count_to_select(session.recipe.student.keep_attention, layers)
+    longest = getattr(config, "max_position_embeddings", None) or settings.length
+    if longest < settings.length:
+        session.say(f"select: texts of {longest:,} tokens, as the teacher takes no longer ones")
+        settings = dataclasses.replace(settings, length=longest)
     texts = _texts(session, settings)
     items = keys_in_text(session.tokenizer, texts.flatten(), settings.length, settings.items, KEYS)
 
@@ -94,8 +101,11 @@ def run(session: "Session", folder: "StageFolder") -> dict:
 
     with session.teacher_for_training():
         found = search()
-    layers = len(found.alone)
-    count = count_to_select(session.recipe.student.keep_attention, layers)
+    if broken := [layer for layer, score in found.alone.items() if not math.isfinite(loss(score))]:
+        raise RunError(
+            f"without the attention of layer {broken[0]} the teacher's predictions are not finite: its weights may be "
+            "damaged; try teacher.training_dtype=float32, or choose layers by hand"
+        )
     worst, score = max(found.alone.items(), key=lambda entry: loss(entry[1]))
     session.say(
         f"select: attention is kept in {', '.join(map(str, found.kept[str(count)]))} of {layers} layers; the teacher "

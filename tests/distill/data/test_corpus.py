@@ -568,7 +568,7 @@ def test_packing_errors():
     with pytest.raises(DataError) as caught:
         PackedDataset(corpus, 1024)
     assert str(caught.value) == (
-        "the text has 1,000 tokens, less than one sequence of 1,024: set a shorter data.length or give more text"
+        "the text has 1,000 tokens, less than one sequence of 1,024: set a shorter length or give more text"
     )
     with pytest.raises(DataError, match="data.length is 0: give a positive number of tokens"):
         PackedDataset(corpus, 0)

@@ -505,7 +505,7 @@ def test_a_tokenizer_that_is_not_the_teachers(tmp_path):
 
 def test_too_little_text(tmp_path):
     told = refused(DataError, f"run.dir={tmp_path / 'run'}", "data.max_heldout_tokens=50")
-    assert told == ("the text has 50 tokens, less than one sequence of 64: set a shorter data.length or give more text")
+    assert told == ("the text has 50 tokens, less than one sequence of 64: set a shorter length or give more text")
 
 
 # The summary

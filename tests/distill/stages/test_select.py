@@ -1,8 +1,10 @@
 """select: what it asks the other stages for, and what becomes of what it finds."""
 
+import math
 import shutil
 
 import pytest
+import torch
 
 from run_files import TINY, done
 from transpoint.distill.cli import main
@@ -12,6 +14,7 @@ from transpoint.distill.run.files import read_json, write_json
 from transpoint.distill.stages import stage_inputs
 from transpoint.students import StudentConfig, StudentError
 from transpoint.students.config import count_to_select, layer_plan
+from transpoint.teachers.random import random_teacher
 
 SELECT = ("student.keep_attention=select:2", "select.length=128", "select.items=2", "select.sequences=2")
 WINDOW = "select.kl_with=window"
@@ -114,9 +117,26 @@ def test_a_plan_before_and_after(selected, capsys):
     assert layers == [1, 3] and "which 2 layers keep attention is for select to find" in out
 
 
-def test_more_layers_than_there_are(run_tiny, tmp_path):
-    with pytest.raises(StudentError, match="select:9': the teacher has only 4 layers"):
-        run_tiny(tmp_path, *SELECT, "student.keep_attention=select:9", until_stage="select")
+@pytest.mark.parametrize("count", ["4", "9", "1.0"])
+def test_as_many_layers_as_there_are(count, run_tiny, tmp_path):
+    with pytest.raises(StudentError, match=f"select:{count}': of the teacher's 4 layers at least one is to be"):
+        run_tiny(tmp_path, *SELECT, f"student.keep_attention=select:{count}", until_stage="select")
+
+
+def test_texts_are_no_longer_than_the_teacher_takes(run_tiny, tmp_path):
+    said = run_tiny(tmp_path, *SELECT, "select.length=1024", until_stage="select")
+    assert "select: texts of 512 tokens, as the teacher takes no longer ones" in said
+
+
+def test_a_teacher_whose_predictions_are_not_finite(run_tiny, tmp_path):
+    teacher, tokenizer = random_teacher("random-llama")
+    with torch.no_grad():
+        teacher.model.layers[2].post_attention_layernorm.weight[0] = math.nan
+    teacher.save_pretrained(tmp_path / "teacher")
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    more = (*SELECT, f"teacher.source={tmp_path / 'teacher'}", "select.kl_with=window")
+    with pytest.raises(RunError, match="without the attention of layer 0 the teacher's predictions are not finite"):
+        run_tiny(tmp_path / "run", *more, until_stage="select")
 
 
 @pytest.mark.parametrize("spec", ["select:two", "select:1.5", "select:-1", "select:nan"])
