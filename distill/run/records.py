@@ -69,6 +69,7 @@ class Selection:
     alone: dict[str, LayerScore] = field(default_factory=dict)  # by layer: with that one alone replaced
     kept: dict[str, list] = field(default_factory=dict)  # by how many: the layers that should keep attention
     scores: dict[str, LayerScore] = field(default_factory=dict)  # by how many: with the others replaced
+    gates: dict[str, float] = field(default_factory=dict)  # by layer, where they were trained: 1 stays open throughout
 
 
 @dataclass(frozen=True)

@@ -129,36 +129,52 @@ class Judge:
     def _decode(self, one: _Pass) -> Tensor:
         return self.teacher.get_decoder()(input_ids=one.ids, use_cache=False).last_hidden_state
 
+    def losses(self, gates: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        """On pass `number`, with each layer's output gates[i] of attention's and the rest of the stand-in's: the KL of
+        a token of text (0 in a pass of items) and what a token of an answer lost (0 in one of text). Differentiable."""
+        one, true = self.passes[number], self.wanted[number]
+        with self.autocast(), self._gated(gates, one):
+            hidden = self._decode(one)
+            if one.answers is None:
+                return self._kl(hidden, true)[0], gates.new_zeros(())
+            now, before = (self._answers(one, given)[0].mean() for given in (hidden, true))
+            return gates.new_zeros(()), before.detach() - now
+
     def _measure(self, one: _Pass, hidden: Tensor, true: Tensor) -> _Sums:
         with self.autocast():
             if one.answers is None:
-                # Spread over all depths: what is compared is the same for all sets, so few are enough.
-                at = torch.arange(0, hidden.shape[1], max(1, hidden.shape[1] // POSITIONS), device=hidden.device)
-                found, weight = self.head.operands(hidden[:, at])
-                wanted, _ = self.head.operands(true[:, at])
-                kl = linear_kl(found, weight, wanted, weight, softcap=self.head.softcap)
-                tokens = len(one.ids) * len(at)
+                kl, tokens = self._kl(hidden, true)
                 return _Sums(kl=kl.item() * tokens, tokens=tokens)
-            rows, places = zip(
-                *((row, place) for row, spans in enumerate(one.answers) for a, b in spans for place in range(a, b)),
-                strict=True,
-            )
-            row, place = torch.tensor(rows), torch.tensor(places)
-            ids = one.ids[row, place]
-            logprobs = self.head.logits(hidden[row, place - 1]).float().log_softmax(-1)
-        own = logprobs.gather(1, ids[:, None]).sum().item()
-        best = (logprobs.argmax(-1) == ids).tolist()
+            own, right = self._answers(one, hidden)
         spans = [b - a for spans in one.answers for a, b in spans]
-        ends = torch.tensor(spans).cumsum(0).tolist()
-        right = sum(all(best[end - span : end]) for end, span in zip(ends, spans, strict=True))
-        return _Sums(logprob=own, answer_tokens=len(places), right=right, answers=len(spans))
+        given = [all(part) for part in right.split(spans)]
+        return _Sums(logprob=own.sum().item(), answer_tokens=len(own), right=sum(given), answers=len(spans))
+
+    def _kl(self, hidden: Tensor, true: Tensor) -> tuple[Tensor, int]:
+        """The mean KL over some tokens, and how many these are."""
+        # Spread over all depths: what is compared is the same for all sets, so few are enough.
+        at = torch.arange(0, hidden.shape[1], max(1, hidden.shape[1] // POSITIONS), device=hidden.device)
+        found, weight = self.head.operands(hidden[:, at])
+        wanted, _ = self.head.operands(true[:, at])
+        return linear_kl(found, weight, wanted, weight, softcap=self.head.softcap), len(hidden) * len(at)
+
+    def _answers(self, one: _Pass, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Of each token of each answer: its log-probability, and whether it is the most likely one."""
+        answers = enumerate(one.answers or [])
+        rows, places = zip(
+            *((row, place) for row, spans in answers for a, b in spans for place in range(a, b)), strict=True
+        )
+        row, place = torch.tensor(rows), torch.tensor(places)
+        ids = one.ids[row, place]
+        logprobs = self.head.logits(hidden[row, place - 1]).float().log_softmax(-1)
+        return logprobs.gather(1, ids[:, None])[:, 0], (logprobs.argmax(-1) == ids).cpu()
 
     @contextmanager
     def _replacing(self, replaced: Iterable[int], one: _Pass) -> Iterator[None]:
         """Meanwhile attention in these layers is what stands in for it."""
 
-        def standing_in(stand_in: StandIn, hidden_states=None, position_embeddings=None, *args, **kwargs):
-            return stand_in(hidden_states, position_embeddings), None
+        def standing_in(stand_in: StandIn, *args, **kwargs):
+            return stand_in(*_inputs(args, kwargs)), None
 
         modules = [self.attention[layer] for layer in replaced]
         for layer, module in zip(replaced, modules, strict=True):
@@ -168,6 +184,23 @@ class Judge:
         finally:
             for module in modules:
                 del module.forward  # the class's own is left
+
+    @contextmanager
+    def _gated(self, gates: Tensor, one: _Pass) -> Iterator[None]:
+        """Meanwhile each layer's output is a mixture of attention's and of what stands in for it."""
+
+        def mixing(module, stand_in: StandIn, gate: Tensor, *args, **kwargs):
+            own, *rest = type(module).forward(module, *args, **kwargs)
+            return gate * own + (1 - gate) * stand_in(*_inputs(args, kwargs)), *rest
+
+        modules = [self.attention[layer] for layer in self.candidates]
+        for layer, module, gate in zip(self.candidates, modules, gates, strict=True):
+            module.forward = partial(mixing, module, one.stand_ins[layer], gate)
+        try:
+            yield
+        finally:
+            for module in modules:
+                del module.forward
 
     @contextmanager
     def _keeping(self, inputs: list) -> Iterator[None]:
@@ -196,3 +229,8 @@ class Judge:
         finally:
             for layer in before:
                 del layer.forward
+
+
+def _inputs(args: tuple, kwargs: dict) -> tuple[Tensor, Any]:
+    """Of a call of attention: hidden states and position embeddings, which families hand on in their own ways."""
+    return kwargs["hidden_states"] if "hidden_states" in kwargs else args[0], kwargs.get("position_embeddings")

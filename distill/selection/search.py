@@ -1,10 +1,13 @@
 """Which layers should keep attention, for any number of them."""
 
+import dataclasses
 from collections.abc import Callable
+from typing import TypeVar
 
 from ..run.records import LayerScore, Selection
 from .judge import Judge
 
+T = TypeVar("T")
 Loss = Callable[[LayerScore], float]
 
 
@@ -23,6 +26,11 @@ def one_by_one(judge: Judge, loss: Loss) -> Selection:
     """Each layer replaced alone: as many passes as there are layers. That layers do for one another is not seen."""
     alone = judge.toggled((), judge.candidates)
     return Selection(judge.score(()), _by_name(alone), by_rank({layer: loss(score) for layer, score in alone.items()}))
+
+
+def by_gates(judge: Judge, loss: Loss, gates: dict[int, float]) -> Selection:
+    """Those first whose gate closes last; `alone` beside it, as in `one_by_one`."""
+    return dataclasses.replace(one_by_one(judge, loss), kept=by_rank(gates), gates=_by_name(gates))
 
 
 def jointly(judge: Judge, loss: Loss, beam: int, adding: bool) -> Selection:
@@ -47,5 +55,5 @@ def jointly(judge: Judge, loss: Loss, beam: int, adding: bool) -> Selection:
     return Selection(judge.score(()), _by_name(alone), kept, scores)
 
 
-def _by_name(scores: dict[int, LayerScore]) -> dict[str, LayerScore]:
-    return {str(layer): score for layer, score in scores.items()}
+def _by_name(values: dict[int, T]) -> dict[str, T]:
+    return {str(layer): value for layer, value in values.items()}

@@ -36,10 +36,13 @@ class SelectConfig:
     sinks: int = setting(0, "first tokens of a text that it sees besides", minimum=0)
     search: str = setting(
         "single",
-        "single (each layer on its own), add (from none, the best layers get attention one by one), or remove (from "
-        "all, those that it costs least give it up)",
-        choices=("single", "add", "remove"),
+        "single (each layer on its own), add (from none, the best layers get attention one by one), remove (from all, "
+        "those that it costs least give it up), or gates (trained jointly under a growing pressure to close)",
+        choices=("single", "add", "remove", "gates"),
     )
+    gate_steps: int = setting(100, "in which gates are trained", minimum=1)
+    gate_lr: float = setting(0.1, "learning rate of the gates' logits", above=0)
+    gate_pressure: float = setting(10.0, "on the mean of all gates in the last step, in nats", above=0)
     beam: int = setting(1, "sets of layers that add and remove follow at a time", minimum=1)
     kl_weight: float = setting(1.0, "of the KL of a token of text in what a layer is worth", minimum=0)
     recall_weight: float = setting(1.0, "of what a token of an answer loses in log-probability", minimum=0)
@@ -56,8 +59,9 @@ def run(session: "Session", folder: "StageFolder") -> dict:
     that should keep it."""
     from ..measure.recall import KEYS, keys_in_text
     from ..run.progress import Progress
+    from ..selection.gates import trained_gates
     from ..selection.judge import Judge
-    from ..selection.search import jointly, most_sets, one_by_one
+    from ..selection.search import by_gates, jointly, most_sets, one_by_one
     from ..selection.stand_ins import mixers, windows
 
     config, settings = session.teacher.config, SELECT.of(session.recipe)
@@ -81,7 +85,7 @@ def run(session: "Session", folder: "StageFolder") -> dict:
             student, errors = _calibrated(session)
             stand_ins["mixer"] = mixers(student)
         on_text, on_items = stand_ins[settings.kl_with], stand_ins[settings.recall_with]
-        alone, measured = settings.search == "single", itertools.count(1)
+        joint, measured = settings.search in ("add", "remove"), itertools.count(1)
         judge = Judge(
             session.teacher,
             on_text,
@@ -92,12 +96,17 @@ def run(session: "Session", folder: "StageFolder") -> dict:
             on_measured=lambda: progress.show(next(measured)),
             bf16=session.precision == "bf16",
         )
-        total = most_sets(len(on_text), None if alone else settings.beam) * len(judge.passes)
+        steps = settings.gate_steps if settings.search == "gates" else 0
+        total = (steps + most_sets(len(on_text), settings.beam if joint else None)) * len(judge.passes)
         tokens = sum(one.ids.numel() for one in judge.passes) // len(judge.passes)
         with Progress(session.console, "select", total, 0, tokens) as progress:
-            if alone:
+            if joint:
+                return jointly(judge, loss, settings.beam, settings.search == "add")
+            if not steps:
                 return one_by_one(judge, loss)
-            return jointly(judge, loss, settings.beam, settings.search == "add")
+            rates = settings.gate_lr, settings.gate_pressure
+            gates = trained_gates(judge, steps, *rates, settings.kl_weight, settings.recall_weight)
+            return by_gates(judge, loss, gates)
 
     with session.teacher_for_training():
         found = search()

@@ -83,6 +83,7 @@ def test_with_windows_alone_the_mixers_do_not_count():
     [
         ["select.recall_with=mixer", "select.search=add", "select.beam=2"],
         [WINDOW, "select.search=remove", "select.sinks=2"],
+        ["select.search=gates", "select.gate_steps=3"],
         [WINDOW, "select.kl_weight=0", "select.recall_weight=0", "select.error_weight=1"],
         ["student.mixer=transmamba"],
         ["data.streaming=true", "data.max_train_tokens=null"],
@@ -93,7 +94,7 @@ def test_other_ways(more, run_tiny, tmp_path):
     run_tiny(tmp_path, *SELECT, *more, until_stage="select")
     selection = done(tmp_path, "select")["selection"]
     assert selection["alone"].keys() == LAYERS
-    joint = any("search" in option for option in more)
+    joint = any(option in ("select.search=add", "select.search=remove") for option in more)
     assert (selection["scores"].keys() == LAYERS | {"4"}) is joint
     assert [len(selection["kept"][str(k)]) for k in range(5)] == [0, 1, 2, 3, 4]
     if any("error_weight" in option for option in more):
