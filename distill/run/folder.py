@@ -81,7 +81,9 @@ class StageFolder:
 
         Raises RunError where the folder is not a stage's, or cannot be written.
         """
-        if self.path.exists() and not (self / "stage.json").is_file() and any(self.path.iterdir()):
+        # A start that was killed while it wrote stage.json leaves a part of it.
+        held = [entry for entry in self.path.glob("*") if not entry.name.startswith(".stage.json.")]
+        if held and not (self / "stage.json").is_file():
             raise RunError(f"'{self.path}' holds something else than a stage: set run.dir to another place")
         if anew or self.started is None or identity(self.started) != identity(depends_on) or self.done is not None:
             shutil.rmtree(self.path, ignore_errors=True)
