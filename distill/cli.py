@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         options.overrides += rest
-    for name in ("config", "run", "model", "out"):  # `--out=~/x` reaches us as it is
+    for name in ("config", "run", "model", "out", "json", "base"):  # `--out=~/x` reaches us as it is
         if isinstance(path := getattr(options, name, None), str):
             setattr(options, name, os.path.expanduser(path))
     spin_briefly(os.environ)
@@ -202,7 +202,7 @@ def evaluate(options) -> None:
     import torch
 
     from ..teachers import load_teacher
-    from .config import load_recipe
+    from .config import Recipe, load_recipe
     from .data.corpus import tokenize_corpus
     from .data.packed import PackedDataset
     from .data.rows import check_tokens
@@ -212,13 +212,18 @@ def evaluate(options) -> None:
     from .measure.measures import Measuring, check_measures, held_out_texts
     from .models import embedding_rows, load_model, load_tokenizer, on_device
     from .run.files import write_json
-    from .run.records import Measures, shown
+    from .run.records import shown
 
     path, device = _model_folder(options.model), _device()
     run = Path(options.model) / "recipe.yaml"
     # `--text` takes all the words that follow it.
     text, overrides = options.text or [], list(options.overrides)
-    overrides += [word for word in text if re.match(r"(evaluate|data)\.\w+=", word)]
+    sections = "|".join(Recipe.__dataclass_fields__)
+    overrides += [word for word in text if re.match(rf"({sections})\.\w+=", word)]
+    if others := [word for word in overrides if not word.startswith(("evaluate.", "data."))]:
+        raise RunError(f"eval reads settings of evaluate and data alone: leave out {' '.join(others)}")
+    if options.json and not Path(options.json).absolute().parent.is_dir():
+        raise RunError(f"there is no folder for '{options.json}': make it, or name another place")
     recipe = load_recipe(run if run.is_file() else None, overrides)  # of a run: as it measured
     recipe.data.heldout = [word for word in text if word not in overrides] or recipe.data.heldout
     recipe.data.length = options.length or recipe.data.length
@@ -250,26 +255,28 @@ def evaluate(options) -> None:
             f"'{options.model}' has another tokenizer than its teacher: on this text they give other tokens, and a KL "
             "between predictions of different tokens means nothing; leave out --teacher to measure it alone"
         )
-    models = {"teacher": teacher, options.model: model} if teacher is not None else {options.model: model}
+    models = {"teacher": teacher, "student": model} if teacher is not None else {"student": model}
     for one in models.values():
         check_tokens(corpus.tokens, embedding_rows(one), tokenizer, ", ".join(corpus.sources))
     data.length = min(data.length, len(corpus.tokens))
     whole = PackedDataset(corpus, data.length)
-    texts = held_out_texts(recipe, whole, lambda source: PackedDataset(tokens(tokenizer, [source]), data.length))
+    texts = held_out_texts(recipe, whole, lambda source: tokens(tokenizer, [source]), print)
     check_measures(recipe, whole, tokenizer)
-    longest = getattr(model.config, "max_position_embeddings", None)
-    measuring = Measuring(recipe, tokenizer, whole, texts, teacher, longest, print)
+    measuring = Measuring(recipe, tokenizer, whole, texts, teacher, model, print)
     held_out = HeldOut(whole, recipe.evaluate.sequences, tokenizer, teacher)
     quality = {name: held_out.measure(one) for name, one in models.items()}
     measures = {name: measuring(one) for name, one in models.items()}
     table = Table("model", "KL from teacher", "perplexity", "bits per byte", "same top token")
     table.title = escape(corpus.summary())
+    called = {"teacher": "teacher", "student": options.model}
     for name, found in quality.items():
         kl, same = shown(found.kl, "{:.4f}"), shown(found.same_top, "{:.1%}")
-        table.add_row(escape(name), kl, shown(found.perplexity, "{:.2f}"), shown(found.bits_per_byte, "{:.4f}"), same)
+        table.add_row(
+            escape(called[name]), kl, shown(found.perplexity, "{:.2f}"), shown(found.bits_per_byte, "{:.4f}"), same
+        )
     console_of().print(table)
-    beside = Table("", *map(escape, models))
-    rows = rows_beside({"teacher": measures.get("teacher", Measures()), "student": measures[options.model]})
+    beside = Table("", *(escape(called[name]) for name in models))
+    rows = rows_beside(measures)
     for row in rows:
         beside.add_row(row[0], *row[-len(models) :])
     if rows:
@@ -291,21 +298,21 @@ def generate(options) -> None:
 
 def compare(options) -> None:
     from .compare import compare as run_all, load_recipes
-    from .report.comparison import as_markdown, draw, rows_of
+    from .report.comparison import as_markdown, check_drawing, draw, rows_of
 
     overrides = [word for word in options.recipes if "=" in word] + options.overrides
     paths = [word for word in options.recipes if "=" not in word]
     if not paths:
         raise DistillError("there is no recipe to compare: name some YAML files")
-    out, console = Path(options.out), console_of()
-    recipes = load_recipes(paths, overrides, options.base, options.tokens)
-    found = run_all(recipes, out, options.seeds, console)
-    if found.runs:
+    check_drawing()
+    out = Path(options.out)
+    found, writes = run_all(load_recipes(paths, overrides, options.base, options.tokens), out, options.seeds)
+    if found.runs and writes:
         head, *rows = rows_of(found)
         table = Table(*map(escape, head), title=f"at {found.tokens:,} training tokens")
         for row in rows:
             table.add_row(*map(escape, row))
-        console.print(table)
+        console_of().print(table)
         (out / "comparison.md").write_text(as_markdown(found), encoding="utf-8")
         print(f"{out}/comparison.json and .md, and {draw(found, out / 'comparison.svg')}")
     if found.failed:
@@ -488,7 +495,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("recipes", nargs="+", metavar="RECIPE", help="YAML recipes, and key=value changes to all of them")
     sub.add_argument("--base", metavar="FILE", help="a recipe that all stand on: teacher, text, lengths")
     sub.add_argument("--tokens", type=_count, help="training tokens of each; its stages keep their proportions")
-    sub.add_argument("--seeds", type=_count, default=1, help="runs of each, with seeds 0, 1, ... (default: 1)")
+    sub.add_argument(
+        "--seeds", type=_count, default=1, help="runs of each, with as many seeds from run.seed on (default: 1)"
+    )
     sub.add_argument("--out", metavar="FOLDER", default="runs/comparison", help="default: runs/comparison")
     sub.set_defaults(overrides=[])
 

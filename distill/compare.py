@@ -8,6 +8,7 @@ import dataclasses
 import gc
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .config import Recipe, load_recipe
 from .errors import DistillError, RunError
@@ -16,6 +17,23 @@ from .run.folder import StageFolder
 from .run.records import Measures, Quality, StageRecord, read_record
 from .stages.inputs import lineage
 from .stages.pipeline import pipeline_of
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+# What figures of two runs have to share if they are to be compared.
+ALIKE = (
+    "teacher.source",
+    "teacher.dtype",
+    "data.heldout",
+    "data.max_heldout_tokens",
+    "data.length",
+    "data.text_field",
+    "data.messages_field",
+    "data.bos",
+    "evaluate",
+    "run.seed",
+)
 
 
 @dataclass(frozen=True)
@@ -65,7 +83,7 @@ def load_recipes(
         recipes[name] = load_recipe(path, overrides, base)
     first, *others = recipes
     for name in others:
-        for key in ("teacher.source", "data.heldout", "data.max_heldout_tokens", "evaluate"):
+        for key in ALIKE:
             own, wanted = (_at(recipes[one], key) for one in (name, first))
             if own != wanted:
                 raise RunError(
@@ -78,7 +96,8 @@ def load_recipes(
     # As near as whole steps come.
     if max(totals.values()) > 1.02 * min(totals.values()):
         said = ", ".join(f"{name} {total:,}" for name, total in totals.items())
-        raise RunError(f"the recipes train on different numbers of tokens ({said}): say on how many with --tokens")
+        remedy = "say on how many with --tokens" if tokens is None else "whole steps come no nearer: give more tokens"
+        raise RunError(f"the recipes train on different numbers of tokens ({said}): {remedy}")
     return recipes
 
 
@@ -105,36 +124,45 @@ def at_tokens(recipe: Recipe, tokens: int) -> Recipe:
     return recipe
 
 
-def compare(recipes: dict[str, Recipe], out: Path, seeds: int = 1, console=None) -> Comparison:
-    """Runs each recipe with seeds 0, 1, ...; writes `comparison.json` in `out` after each run.
+def compare(
+    recipes: dict[str, Recipe], out: Path, seeds: int = 1, console: "Console | None" = None
+) -> tuple[Comparison, bool]:
+    """Runs each recipe with so many seeds, from its own on; writes `comparison.json` in `out` after each run.
 
-    A run that fails leaves the others be: `failed` says why.
+    A run that fails leaves the others be: `failed` says why. One that is stopped stops all.
+
+    Returns:
+        The comparison, and whether this is the process that writes.
     """
-    from .stages.runner import run_recipe
+    from accelerate import PartialState
 
-    tokens = max(map(training_tokens, recipes.values()))
-    found = Comparison(tokens)
+    from ..students.modeling.errors import StudentError
+    from ..teachers.errors import TeacherError
+    from .stages.runner import run_recipe
+    from .train.trainer import Stopped
+
+    found = Comparison(max(map(training_tokens, recipes.values())))
     folders: list[Path] = []
-    for seed in range(seeds):
+    for number in range(seeds):
         for name, recipe in recipes.items():
-            folder = out / (name if seeds == 1 else f"{name}-seed{seed}")
-            run = dataclasses.replace(
-                recipe.run, dir=str(folder), seed=seed, reuse=[*recipe.run.reuse, *map(str, folders)]
-            )
-            data = dataclasses.replace(recipe.data, cache=recipe.data.cache or str(out / "data"))
-            one = dataclasses.replace(recipe, run=run, data=data)
+            seed = recipe.run.seed + number
+            folder = out / f"{name}-seed{seed}"
+            reuse = [*recipe.run.reuse, *map(str, folders)]
+            run = dataclasses.replace(recipe.run, dir=str(folder), seed=seed, reuse=reuse)
+            data = dataclasses.replace(recipe.data, cache=recipe.data.cache or str(out / ".data"))
             try:
-                main = run_recipe(one, console=console).accelerator.is_main_process
-            except DistillError as error:
-                found.failed[folder.name] = " ".join(str(error).split())
-                continue
-            finally:
-                _release()
-            folders.append(folder)
-            found = _with(found, name, seed, folder)
-            if main:
+                run_recipe(dataclasses.replace(recipe, run=run, data=data), console=console)
+            except Stopped:
+                raise
+            except (DistillError, StudentError, TeacherError, MemoryError, RuntimeError) as error:
+                found.failed[folder.name] = " ".join(str(error).split()) or type(error).__name__
+            else:
+                folders.append(folder)
+                found = _with(found, name, seed, folder)
+            _release()
+            if PartialState().is_main_process and out.is_dir():
                 write_json(out / "comparison.json", found)
-    return found
+    return found, PartialState().is_main_process
 
 
 def _with(found: Comparison, name: str, seed: int, folder: Path) -> Comparison:

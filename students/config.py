@@ -21,8 +21,8 @@ class StudentConfig:
         default=None,
         metadata={
             "help": "layers that keep attention: a list of indices (negative ones from the end), 'every:N' (the last "
-            "layer of every N), a fraction of the layers, evenly spaced, or 'select:K' (so many, or such a fraction, "
-            "that the stage select finds); null: every:2 for mamba2, none for transmamba"
+            "layer of every N), a fraction of the layers, evenly spaced, or 'select:K' (K layers, or such a fraction, "
+            "chosen by select); null: every:2 for mamba2, none for transmamba"
         },
     )
     trans_points: Any = field(

@@ -11,10 +11,12 @@ from ...students.modeling.modeling_hybrid import cache_name
 from ..run.records import Cost
 from ..trans_points import TransPoints
 
+DECODED = 16  # tokens, one by one after the context
+
 
 @torch.no_grad()
 def measure_cost(
-    model: PreTrainedModel, length: int, tokens: int = 16, trans_points: TransPoints | None = None
+    model: PreTrainedModel, length: int, tokens: int = DECODED, trans_points: TransPoints | None = None
 ) -> Cost:
     """Runs a sequence of `length` tokens and decodes `tokens` more; times are the best of two and the median.
 
@@ -22,7 +24,9 @@ def measure_cost(
         model: a teacher or a student.
         trans_points: those of a student, for the share of attention.
     """
-    ids = torch.randint(model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(
+        model.config.get_text_config(decoder=True).vocab_size, (1, length), generator=torch.Generator().manual_seed(0)
+    )
     ids = ids.to(model.device)
     prefills, decodes = [], []
     for _ in range(2):  # the first pass may compile kernels

@@ -31,7 +31,7 @@ def figures(measures: Measures) -> dict[str, Figure]:
         found[f"{task.task}, {task.metric}"] = Figure(task.value, "{:.3f}" + error)
     if measures.questions:
         right = sum(given.right for given in measures.questions)
-        found[f"questions answered exactly (of {len(measures.questions)})"] = Figure(right, "{:.0f}")
+        found[f"questions answered exactly (of {len(measures.questions)})"] = Figure(right, "{:g}")
     for cost in measures.costs:
         where = _tokens(cost.length)
         found[f"cache ({where})"] = Figure(cost.cache_bytes, "{:.2f} MiB", 2**-20)

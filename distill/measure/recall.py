@@ -89,9 +89,14 @@ def keys_in_text(
     return items
 
 
-def pairs_in_list(tokenizer: PreTrainedTokenizerBase, length: int, count: int, seed: int = 0) -> list[Item]:
-    """Lists of words with a number each, and then the same again in another order: every number is an answer. As many
-    pairs as fit in `length` tokens. Raises RunError where not one does."""
+def pairs_in_list(
+    tokenizer: PreTrainedTokenizerBase, text: Tensor, length: int, count: int, seed: int = 0
+) -> list[Item]:
+    """Lists of words with a number each, and then the same again in another order: every number is an answer.
+
+    In `length` tokens, as many pairs as fit; where there are more tokens than words, `text` stands between the lists.
+    Raises RunError where not one pair fits, or the text is too short.
+    """
     chance = random.Random(f"{seed} {length} pairs")  # noqa: S311 - data, no secrets
     items = []
     for _ in range(count):
@@ -106,9 +111,14 @@ def pairs_in_list(tokenizer: PreTrainedTokenizerBase, length: int, count: int, s
             held += 1
         if not held:
             raise RunError(f"no list fits in {length} tokens: give a larger length")
-        tokens = begin + [token for word, number in lines[:held] for token in word + number] + between
-        answers = []
-        for word, number in chance.sample(lines[:held], held):
+        first = begin + [token for word, number in lines[:held] for token in word + number]
+        second = [(word, number) for word, number in chance.sample(lines[:held], held)]
+        left = length - len(first) - len(between) - sum(len(w) + len(n) for w, n in second) if held == len(lines) else 0
+        if left > len(text):
+            raise RunError(f"no list with text after it of {length} tokens can be made: the text has {len(text)}")
+        start = chance.randrange(len(text) - left + 1)
+        tokens, answers = first + text[start : start + left].tolist() + between, []
+        for word, number in second:
             tokens += word
             answers.append((len(tokens), len(tokens) + len(number)))
             tokens += number
@@ -119,7 +129,7 @@ def pairs_in_list(tokenizer: PreTrainedTokenizerBase, length: int, count: int, s
 TASKS: dict[str, Callable[[PreTrainedTokenizerBase, Tensor, int, int, int], list[Item]]] = {
     "passkey": lambda tokenizer, text, length, count, seed: keys_in_text(tokenizer, text, length, count, 1, seed),
     "multikey": lambda tokenizer, text, length, count, seed: keys_in_text(tokenizer, text, length, count, KEYS, seed),
-    "pairs": lambda tokenizer, text, length, count, seed: pairs_in_list(tokenizer, length, count, seed),
+    "pairs": pairs_in_list,
 }
 
 

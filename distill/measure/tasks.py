@@ -52,7 +52,7 @@ def measure_tasks(
         from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
         from lm_eval.models.huggingface import HFLM
     except ImportError as error:
-        raise RunError(f"{error.name or 'lm_eval'} is missing: pip install 'transpoint[eval]'") from error
+        raise _missing(error) from error
     manager, training, scores = _task_manager(tasks, folder), model.training, []
     with _quiet():
         # A copy, since it is given a padding token where it has none. Logits in bfloat16 would give the same
@@ -82,6 +82,19 @@ def measure_tasks(
     finally:
         model.train(training)
     return scores
+
+
+def check_tasks(tasks: list[str], folder: str | None = None) -> None:
+    """Raises RunError where `lm_eval` is missing, or a task is not known."""
+    try:
+        import lm_eval.tasks  # noqa: F401
+    except ImportError as error:
+        raise _missing(error) from error
+    _task_manager(tasks, folder)
+
+
+def _missing(error: ImportError) -> RunError:
+    return RunError(f"{error.name or 'lm_eval'} is missing: pip install 'transpoint[eval]'")
 
 
 def _task_manager(tasks: list[str], folder: str | None) -> Any:

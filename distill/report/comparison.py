@@ -44,24 +44,33 @@ def as_markdown(found: Comparison) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw(found: Comparison, out: Path) -> Path:
-    """Writes the plot: held-out KL after each stage against the tokens trained on. Raises RunError without
-    matplotlib, or where it cannot be written."""
+def check_drawing() -> None:
+    """Raises RunError where there is no matplotlib."""
     try:
-        import matplotlib
-        from matplotlib.figure import Figure as Drawing
+        import matplotlib.figure  # noqa: F401
     except ImportError as error:
         raise RunError("the plot needs matplotlib: pip install 'transpoint[figure]'") from error
+
+
+def draw(found: Comparison, out: Path) -> Path:
+    """Writes the plot: held-out KL after each stage against the tokens trained on. Raises RunError where it cannot be
+    written."""
+    import matplotlib
+    from matplotlib.figure import Figure as Drawing
+
     drawing = Drawing(figsize=(6.4, 4), layout="constrained")
     axes = drawing.subplots()
     names = list(dict.fromkeys(run.recipe for run in found.runs))
+    labelled: set[str] = set()
     for run in found.runs:
         colour = COLOURS[names.index(run.recipe) % len(COLOURS)]
         points = [(point.tokens, point.quality.kl) for point in run.points if point.quality and point.quality.kl]
         points = [(tokens, kl) for tokens, kl in points if tokens]  # before training there is nothing to compare
         if points:
             tokens, kl = zip(*points, strict=True)
-            axes.plot(tokens, kl, marker="o", color=colour, alpha=0.8, label=run.recipe if run.seed == 0 else None)
+            label = None if run.recipe in labelled else run.recipe
+            labelled.add(run.recipe)
+            axes.plot(tokens, kl, marker="o", color=colour, alpha=0.8, label=label)
     axes.set(xlabel="training tokens", ylabel="held-out KL from the teacher (nats per token)", yscale="log")
     axes.grid(True, alpha=0.3)
     if axes.has_data():

@@ -148,7 +148,7 @@ def _contents(root: Path) -> dict:
         "teacher_quality": next((row for row in quality if row["model"] == "teacher"), None),
         "best": next((row for row in reversed(quality) if row["model"] != "teacher"), None),
         "trained_tokens": sum(stage.tokens or 0 for stage in stages.values()) or None,
-        "selection": _selection(stages["select"].record, layers),
+        "selection": _selection(current.get("select", StageRecord()), layers),
         "measures": rows_beside(results.measures),
         "recall": [part for part in map(_recall_map, _recall_tasks(results)) if part],
         "schedules": _schedules(results),

@@ -83,10 +83,9 @@ class Judge:
             self.passes.append(_Pass(stacked(batch).to(device), on_items, [item.answers for item in batch]))
         with self.autocast(), torch.no_grad():
             self.wanted = [self._decode(one) for one in self.passes]  # hidden states; logits come from them again
-        own = _Sums()
-        for one, hidden in zip(self.passes, self.wanted, strict=True):
-            own.add(self._measure(one, hidden, hidden))
-        self.own = own
+            self.own = _Sums()
+            for one, hidden in zip(self.passes, self.wanted, strict=True):
+                self.own.add(self._measure(one, hidden, hidden))
 
     def score(self, replaced: Iterable[int]) -> LayerScore:
         """With these layers replaced."""

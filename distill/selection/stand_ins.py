@@ -27,7 +27,8 @@ def mixers(student: HybridForCausalLM) -> dict[int, StandIn]:
     """For each layer the student's mixer."""
 
     def of(mixer) -> StandIn:
-        return lambda hidden, rotary: mixer(hidden, rotary)[0]
+        # In float32, as they are trained, whatever the teacher is in.
+        return lambda hidden, rotary: mixer(hidden.float(), rotary)[0].to(hidden.dtype)
 
     return {layer: of(mixer) for layer, mixer in enumerate(student.mixer_layers()) if mixer is not None}
 

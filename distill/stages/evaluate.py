@@ -1,10 +1,11 @@
 """*evaluate*: the exported checkpoint itself is measured, at each schedule, and answers."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from .stage import Stage
 
 if TYPE_CHECKING:
+    from ...students import HybridForCausalLM
     from ..run.folder import StageFolder
     from .session import Session
 
@@ -38,9 +39,9 @@ def run(session: "Session", folder: "StageFolder") -> dict:
     if has_trans_points(model):
         schedules = measure_schedules(session, model, quality)
         results["schedules"] = [dataclasses.asdict(record) for record in schedules]
-    texts, longest = session.held_out_texts(), getattr(session.teacher.config, "max_position_embeddings", None)
+    texts, teacher = session.held_out_texts, session.teacher
     measuring = Measuring(
-        session.recipe, session.tokenizer, session.held_out_data, texts, session.teacher, longest, session.say
+        session.recipe, session.tokenizer, session.held_out_data, texts, teacher, teacher, session.say
     )
     results["measures"] = {"teacher": measuring(session.teacher), "student": measuring(model)}
     results["answers"] = [
@@ -59,15 +60,15 @@ def run(session: "Session", folder: "StageFolder") -> dict:
                 config = read_json(place / "config.json") | {"measured_trans_points": results["schedules"]}
                 write_json(place / "config.json", config)
         facts = dataclasses.replace(card_facts(session.root), measures=results["measures"])
-        write_card(path, session.student_before("evaluate"), kind, exported.verified, facts)
+        student = load_model(session.folder(student_before(session.recipe, "evaluate")) / "student")  # its config
+        write_card(path, cast("HybridForCausalLM", student), kind, exported.verified, facts)
     return results
 
 
 def look_ahead(session: "Session") -> None:
-    """Raises DataError or RunError where there is too little held-out text for what is asked for."""
+    """Raises DataError or RunError where what is to be measured cannot be."""
     from ..measure.measures import check_measures
 
-    session.held_out_texts()
     check_measures(session.recipe, session.held_out_data, session.tokenizer)
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from ..config import ConfigError, Recipe, load_recipe
 from ..data.sources import DataError, source_identity
+from ..run.files import sha256
 from ..run.folder import StageFolder
 from ..run.identity import file_identity, identity, without_resultless
 from ..run.records import StageRecord, read_record
@@ -46,12 +47,18 @@ def stage_inputs(recipe: Recipe) -> dict[str, dict]:
             own["distill"]["teacher_cache"] = _cache_identity(recipe.distill.teacher_cache)
         if "evaluate" in own and recipe.evaluate.questions:
             own["evaluate"]["questions"] = source_identity(recipe.evaluate.questions)
+        if "evaluate" in own and recipe.evaluate.tasks and recipe.evaluate.tasks_folder:
+            files = sorted(Path(recipe.evaluate.tasks_folder).glob("*.*"))
+            own["evaluate"]["tasks_folder"] = [[file.name, sha256(file)] for file in files if file.is_file()]
         if "teacher" in own:
             own["teacher"]["files"] = file_identity(recipe.teacher.source)
             del own["teacher"]["training_dtype"]  # which counts where something is trained
         if stage.trains:
             own["run"] = {"seed": recipe.run.seed, "precision": recipe.run.precision}
             own["teacher"] = {"training_dtype": recipe.teacher.training_dtype}
+        if stage.in_precision:
+            own["run"] = {"precision": recipe.run.precision}
+            own["teacher"]["training_dtype"] = recipe.teacher.training_dtype
         own = without_resultless(own)
         if before is not None:
             own["after"] = {before: identity(needs[before])}

@@ -15,11 +15,11 @@ from .stage import Stage
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ...students import HybridForCausalLM
     from ...students.config import StudentConfig
     from ..config import Recipe
     from ..run.folder import StageFolder
     from ..run.records import LayerScore, Selection
+    from ..selection.stand_ins import StandIn
     from .session import Session
 
 
@@ -44,10 +44,12 @@ class SelectConfig:
     gate_lr: float = setting(0.1, "learning rate of the gates' logits", above=0)
     gate_pressure: float = setting(10.0, "on the mean of all gates in the last step, in nats", above=0)
     beam: int = setting(1, "sets of layers that add and remove follow at a time", minimum=1)
-    kl_weight: float = setting(1.0, "of the KL of a token of text in what a layer is worth", minimum=0)
-    recall_weight: float = setting(1.0, "of what a token of an answer loses in log-probability", minimum=0)
+    kl_weight: float = setting(1.0, "weight of the KL (nats a token of text) in what a layer is worth", minimum=0)
+    recall_weight: float = setting(
+        1.0, "weight of recall: what a token of an answer loses in log-probability, nats", minimum=0
+    )
     error_weight: float = setting(
-        0.0, "of how far the mixer, calibrated, is from attention: relative squared error of what heads read", minimum=0
+        0.0, "weight of the calibrated mixer's error: relative and squared, of what heads read", minimum=0
     )
     length: int = setting(1024, "tokens of the texts that are judged on", minimum=16)
     sequences: int = setting(8, "texts for the KL", minimum=1)
@@ -62,7 +64,7 @@ def run(session: "Session", folder: "StageFolder") -> dict:
     from ..selection.gates import trained_gates
     from ..selection.judge import Judge
     from ..selection.search import by_gates, jointly, most_sets, one_by_one
-    from ..selection.stand_ins import mixers, windows
+    from ..selection.stand_ins import windows
 
     config, settings = session.teacher.config, SELECT.of(session.recipe)
     layers = config.num_hidden_layers
@@ -78,13 +80,14 @@ def run(session: "Session", folder: "StageFolder") -> dict:
         parts = ((settings.kl_weight, score.kl), (settings.recall_weight, score.recall))
         return sum(weight * (part or 0.0) for weight, part in (*parts, (settings.error_weight, score.error)))
 
+    # Before the teacher is in the form that training has of it: views are checked, and students made, of whole weights.
+    stand_ins = {"window": windows(session.teacher, settings.window, settings.sinks)}
+    errors: dict[int, float] = {}
+    if needs_mixers(settings):
+        stand_ins["mixer"], errors = _calibrated_mixers(session)
+    on_text, on_items = stand_ins[settings.kl_with], stand_ins[settings.recall_with]
+
     def search() -> "Selection":
-        stand_ins = {"window": windows(session.teacher, settings.window, settings.sinks)}
-        errors: dict[int, float] = {}
-        if needs_mixers(settings):
-            student, errors = _calibrated(session)
-            stand_ins["mixer"] = mixers(student)
-        on_text, on_items = stand_ins[settings.kl_with], stand_ins[settings.recall_with]
         joint, measured = settings.search in ("add", "remove"), itertools.count(1)
         judge = Judge(
             session.teacher,
@@ -116,10 +119,10 @@ def run(session: "Session", folder: "StageFolder") -> dict:
             "damaged; try teacher.training_dtype=float32, or choose layers by hand"
         )
     worst, score = max(found.alone.items(), key=lambda entry: loss(entry[1]))
+    kept = ", ".join(map(str, found.kept[str(count)])) or "none"
     session.say(
-        f"select: attention is kept in {', '.join(map(str, found.kept[str(count)]))} of {layers} layers; the teacher "
-        f"misses that of layer {worst} most: without it, KL {score.kl:.4f}, and {score.recall:.2f} nats for each token "
-        f"of an answer"
+        f"select: attention is kept in {kept} of {layers} layers; the teacher misses that of layer {worst} most: "
+        f"without it, KL {score.kl:.4f}, and {score.recall:.2f} nats for each token of an answer"
     )
     return {"selection": found}
 
@@ -144,13 +147,19 @@ def selected(recipe: "Recipe", folder: "StageFolder", layers: int) -> "StudentCo
 
 def as_far_as_known(recipe: "Recipe", layers: int) -> "tuple[StudentConfig, str | None]":
     """The same before the stage has run: as many layers, evenly spaced, and a line that says so."""
+    from ..data.sources import DataError
     from ..run.folder import StageFolder
     from .inputs import stage_inputs
 
     folder = StageFolder(Path(recipe.run.dir), SELECT.name)
     count = count_to_select(recipe.student.keep_attention, layers)
-    if count is None or folder.why_not_reusable(stage_inputs(recipe)[SELECT.name]) is None:
-        return selected(recipe, folder, layers), None
+    if count is None:
+        return recipe.student, None
+    try:
+        if folder.why_not_reusable(stage_inputs(recipe)[SELECT.name]) is None:
+            return selected(recipe, folder, layers), None
+    except DataError:  # no text has been named yet
+        pass
     even = dataclasses.replace(recipe.student, keep_attention=count / layers)
     return even, f"which {count} layers keep attention is for select to find: here they are evenly spaced"
 
@@ -171,26 +180,38 @@ def _texts(session: "Session", settings: SelectConfig) -> "Tensor":
     return tokens[: len(tokens) // length * length].view(-1, length)
 
 
-def _calibrated(session: "Session") -> "tuple[HybridForCausalLM, dict[int, float]]":
-    """A student whose layers are all mixers, calibrated, and how far each is from attention."""
+def _calibrated_mixers(session: "Session") -> "tuple[dict[int, StandIn], dict[int, float]]":
+    """The mixers of a student whose layers are all mixers, calibrated, and how far each is from attention."""
     from ...students import build_student
     from ..data.packed import collate
+    from ..selection.stand_ins import mixers
     from ..train.calibration import calibrate
 
     recipe = session.recipe
     # With TransPoints, the state-space form: it is what has no attention.
     every = dataclasses.replace(recipe.student, keep_attention=[], trans_points="mamba")
-    student = build_student(session.teacher, every)
+    student = build_student(session.teacher, every).float().requires_grad_(False)
     batches = [collate([item]) for item in session.train_data.spread(recipe.calibrate.sequences)]
     batches = [{key: value.to(session.accelerator.device) for key, value in batch.items()} for batch in batches]
     found = calibrate(session.teacher, student, batches, recipe.calibrate.decay)
-    errors = {int(name.removeprefix("layer_")): layer["error"] for name, layer in found.items()}
-    return student.requires_grad_(False), errors
+    return mixers(student), {int(name.removeprefix("layer_")): layer["error"] for name, layer in found.items()}
 
 
 def needs_mixers(settings: SelectConfig) -> bool:
     """Whether scores depend on the student's mixers."""
     return "mixer" in (settings.kl_with, settings.recall_with) or settings.error_weight > 0
+
+
+def check(recipe: "Recipe") -> None:
+    """Refuses scores that are all 0."""
+    settings = SELECT.of(recipe)
+    decay = recipe.student.kind.load().has_decay  # without it `calibrate` finds no errors
+    weights = settings.kl_weight + settings.recall_weight + (settings.error_weight if decay else 0)
+    if weights == 0:
+        raise RunError(
+            "select has nothing to go by: set select.kl_weight or select.recall_weight above 0"
+            + ("" if decay else f" (a {recipe.student.mixer} mixer has no error that calibrate measures)")
+        )
 
 
 def unread(recipe: "Recipe") -> tuple[str, ...]:
@@ -206,4 +227,6 @@ SELECT: Stage = Stage(
     settings=SelectConfig,
     wanted=lambda recipe: asks_to_select(recipe.student.keep_attention),
     unread=unread,
+    check=check,
+    in_precision=True,
 )

@@ -156,15 +156,21 @@ class Session:
             self._held_out = HeldOut(self.held_out_data, sequences, self.tokenizer, self.teacher)
         return self._held_out
 
+    @cached_property
     def held_out_texts(self) -> Texts:
         """By source and by further lengths: see `measure.measures.held_out_texts`."""
-
-        def of_source(source: str) -> PackedDataset:
-            return self._packed(f"heldout ({source})", [source], self.recipe.data.max_heldout_tokens)
-
-        return held_out_texts(self.recipe, self.held_out_data, of_source)
+        most = self.recipe.data.max_heldout_tokens
+        return held_out_texts(
+            self.recipe,
+            self.held_out_data,
+            lambda source: self._corpus(f"heldout ({source})", [source], most),
+            self.say,
+        )
 
     def _packed(self, name: str, sources: list[str], max_tokens: int | None) -> PackedDataset:
+        return PackedDataset(self._corpus(name, sources, max_tokens), self.recipe.data.length)
+
+    def _corpus(self, name: str, sources: list[str], max_tokens: int | None) -> Corpus:
         data = self.recipe.data
         with self.accelerator.main_process_first():
             corpus: Corpus = tokenize_corpus(
@@ -180,7 +186,7 @@ class Session:
         if self._rows_to_check is not None:
             check_tokens(corpus.tokens, self._rows_to_check, self.tokenizer, ", ".join(corpus.sources))
         self.say(f"{name} text: {corpus.summary()}")
-        return PackedDataset(corpus, data.length)
+        return corpus
 
     def student_before(self, stage: str) -> HybridForCausalLM:
         """The student that a stage starts from."""

@@ -21,6 +21,7 @@ class Stage:
         run: does it; takes the session and its folder, returns what done.json holds.
         reads: the sections of a recipe that its result depends on, besides what the stages before it read.
         unread: takes a recipe; sections of `reads`, and settings in them ("student.mixer"), that make no difference.
+        in_precision: whether it runs in the precision that training has, without training.
         code: of what it does. Raise it where the same settings and inputs would give another result.
         settings: its section of a recipe, a dataclass of `setting`s; None where it has none, or it is in `Recipe`.
         makes_student: whether it leaves a student in its folder, "student".
@@ -37,6 +38,7 @@ class Stage:
     run: Callable[["Session", "StageFolder"], dict]
     reads: tuple[str, ...]
     unread: Callable[["Recipe"], tuple[str, ...]] = lambda recipe: ()
+    in_precision: bool = False
     code: int = 1
     settings: type | None = None
     makes_student: bool = False

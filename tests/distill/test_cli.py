@@ -310,7 +310,7 @@ def test_eval_measures_as_the_run_did(tiny_run, say, tmp_path):
     pairs = zip(recall["teacher"], recall["student"], strict=True)
     assert found == [(f"{a['accuracy']:.1%}", f"{b['accuracy']:.1%}", f"{a['task']} (192 tokens)") for a, b in pairs]
     written = read_json(tmp_path / "all.json")
-    assert written["quality"][str(tiny_run)]["kl"] == pytest.approx(quality["kl"])
+    assert written["quality"]["student"]["kl"] == pytest.approx(quality["kl"])
     assert written["measures"]["teacher"]["recall"] == recall["teacher"]
     code, out, _ = say("eval", tiny_run, "evaluate.recall=[]", "evaluate.lengths=[128]")  # the latest student alone
     (row,), beside = rows(out)
@@ -332,6 +332,9 @@ def test_eval_takes_settings_after_its_text(tiny_run, say, tmp_path):
     assert code == 0 and "recall at 500 tokens is left out: the held-out text has 301" in out
     assert "(200 tokens)" in out and "(500 tokens)" not in out
     assert complaint(say("eval", tiny_run, "evaluate.recal=[]")).startswith("unknown key 'evaluate.recal'")
+    other = complaint(say("eval", tiny_run, "--text", text, "teacher.dtype=bfloat16"))
+    assert other == "eval reads settings of evaluate and data alone: leave out teacher.dtype=bfloat16"
+    assert complaint(say("eval", tiny_run, "--json", tmp_path / "nowhere" / "x.json")).startswith("there is no folder")
 
 
 def test_eval_refuses_text_with_a_token_that_the_model_lacks(tiny_copy, say, tmp_path):

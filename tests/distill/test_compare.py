@@ -7,12 +7,14 @@ import pytest
 
 from run_files import TINY, done
 from transpoint.distill.cli import main
-from transpoint.distill.compare import Compared, Comparison, Point, at_tokens, load_recipes, training_tokens
+from transpoint.distill.compare import Compared, Comparison, Point, at_tokens, compare, load_recipes, training_tokens
 from transpoint.distill.config import load_recipe
 from transpoint.distill.errors import RunError
 from transpoint.distill.report.comparison import rows_of
 from transpoint.distill.run.files import read_json
 from transpoint.distill.run.records import Measures, Quality, Recall
+from transpoint.distill.stages import runner
+from transpoint.distill.train.trainer import Stopped
 
 QUICK = ["evaluate.recall=[]", "evaluate.cost_lengths=[]", "evaluate.prompts=[]", "evaluate.sequences=2"]
 
@@ -95,14 +97,34 @@ def test_a_comparison_shares_what_is_the_same_and_goes_on(recipes, tmp_path, cap
 
 def test_a_recipe_that_fails_leaves_the_others_be(recipes, tmp_path, capsys, unverified):
     (tmp_path / "native.yaml").write_text("student: {rope: true}")  # which a native export cannot hold
+    (tmp_path / "layers.yaml").write_text("student: {keep_attention: [9]}")
     out = tmp_path / "out"
     steps = ["align.steps=1", "distill.steps=1"]
-    command = ["compare", str(tmp_path / "native.yaml"), recipes[0], *steps, *QUICK, "--base", str(TINY)]
+    bad = [str(tmp_path / f"{name}.yaml") for name in ("layers", "native")]
+    command = ["compare", recipes[0], *bad, *steps, *QUICK, "--base", str(TINY)]
     assert main([*command, "--out", str(out)]) == 1
     captured = capsys.readouterr()
-    assert captured.err.startswith("transpoint: error: native failed: export.format=native cannot hold")
-    assert [run["recipe"] for run in read_json(out / "comparison.json")["runs"]] == ["frozen"]
-    assert "native failed: export.format=native" in (out / "comparison.md").read_text()
+    assert "layers-seed0 failed: student.keep_attention holds layer 9" in captured.err
+    assert "native-seed0 failed: export.format=native cannot hold" in captured.err
+    found = read_json(out / "comparison.json")
+    assert [run["recipe"] for run in found["runs"]] == ["frozen"] and list(found["failed"]) == [
+        "layers-seed0",
+        "native-seed0",
+    ]
+    assert "native-seed0 failed: export.format=native" in (out / "comparison.md").read_text()
+
+
+def test_a_comparison_that_is_stopped_stops(recipes, tmp_path, monkeypatch):
+    begun = []
+
+    def stopped(recipe, console):
+        begun.append(recipe.run.dir)
+        raise Stopped("stopped by SIGTERM")
+
+    monkeypatch.setattr(runner, "run_recipe", stopped)
+    with pytest.raises(Stopped):
+        compare(load_recipes(recipes[:2], ["run.seed=7"], str(TINY)), tmp_path)
+    assert begun == [str(tmp_path / "frozen-seed7")]
 
 
 def test_means_over_seeds():

@@ -4,7 +4,17 @@ import pytest
 import torch
 
 from transpoint.distill.errors import RunError
-from transpoint.distill.measure.recall import KEYS, TASKS, Item, answered, keys_in_text, measure_recall, pairs_in_list
+from transpoint.distill.measure.recall import (
+    KEYS,
+    TASKS,
+    WORDS,
+    Item,
+    answered,
+    keys_in_text,
+    measure_recall,
+    pairs_in_list,
+)
+from transpoint.distill.settings import RECALL
 from transpoint.teachers.random import random_teacher
 
 TEXT = torch.randint(97, 122, (3000,), generator=torch.Generator().manual_seed(0))
@@ -43,7 +53,7 @@ def test_fewer_numbers_where_the_text_is_short(loaded):
 
 def test_pairs_come_again_in_another_order(loaded):
     tokenizer = loaded[1]
-    (item,) = pairs_in_list(tokenizer, 300, 1)
+    (item,) = pairs_in_list(tokenizer, TEXT, 300, 1)
     first, second = text_of(tokenizer, item.tokens).removeprefix("A list:").split("\n\nThe list again:")
     lines = [part.strip().split("\n") for part in (first, second)]
     assert sorted(lines[0]) == sorted(lines[1]) and lines[0] != lines[1] and len(lines[0]) > 5
@@ -51,6 +61,21 @@ def test_pairs_come_again_in_another_order(loaded):
         line.partition(": ")[2] for line in lines[1]
     ]
     assert len(item.tokens) <= 300
+
+
+def test_between_lists_of_all_words_stands_text(loaded):
+    tokenizer = loaded[1]
+    (item,) = pairs_in_list(tokenizer, TEXT, 4000, 1)
+    text = text_of(tokenizer, item.tokens)
+    assert len(item.tokens) == 4000 and len(item.answers) == len(WORDS)
+    first, second = text.split("\n\nThe list again:")
+    assert len(first) > len(second) + 1000 and len(set(second.split("\n"))) == len(WORDS) + 1
+    with pytest.raises(RunError, match="the text has 3000"):
+        pairs_in_list(tokenizer, TEXT, 9000, 1)
+
+
+def test_the_names_of_tasks_are_those_of_settings():
+    assert tuple(TASKS) == RECALL
 
 
 @pytest.mark.parametrize("task", TASKS)

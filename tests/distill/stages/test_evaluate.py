@@ -51,9 +51,23 @@ def test_by_source_and_by_length(tiny_copy, run_tiny, sources):
     assert [cell.strip() for cell in row.split("│")[2:4]] == ["0.0000", f"{kl:.4f}"]
 
 
-def test_less_text_than_a_sequence_is_refused_before_anything_runs(tmp_path, run_tiny):
-    with pytest.raises(DataError, match="the text has 2,000 tokens, less than one sequence of 4,096"):
-        run_tiny(tmp_path / "run", "evaluate.lengths=[4096]")
+def test_less_text_than_a_sequence_is_left_out_and_said(tiny_copy, run_tiny, tmp_path, sources):
+    (tmp_path / "small.txt").write_text("few words")
+    more = ["evaluate.recall=[]", "evaluate.cost_lengths=[32,500,500,64]", "evaluate.lengths=[4096,1024,128]"]
+    said = run_tiny(tiny_copy, *more, f"data.heldout=[{sources[0]},{tmp_path / 'small.txt'}]")
+    assert "evaluate: small.txt has 11 tokens, less than a sequence of 64: left out" in said
+    assert "evaluate: the held-out text has 1,151 tokens, less than a sequence of 4,096: left out" in said
+    assert "evaluate: quality at 1024 tokens is left out: the model takes 512" in said
+    assert "evaluate: cost at 500 tokens is left out: with tokens to follow, the model takes 496" in said
+    student = done(tiny_copy, "evaluate")["measures"]["student"]
+    assert [(one["source"], one["length"]) for one in student["texts"]] == [("first.txt", 64), ("", 128)]
+    assert [one["length"] for one in student["costs"]] == [32, 64]
+
+
+def test_unknown_tasks_are_refused_before_anything_runs(tmp_path, run_tiny):
+    (tmp_path / "tasks").mkdir()
+    with pytest.raises(RunError, match="task 'no_such_task' is not known to lm_eval"):
+        run_tiny(tmp_path / "run", "evaluate.tasks=[no_such_task]", f"evaluate.tasks_folder={tmp_path / 'tasks'}")
     assert not (tmp_path / "run" / "transfer" / "done.json").exists()
 
 

@@ -60,6 +60,8 @@ def test_the_scores_serve_any_number_of_layers(selected, run_tiny, tmp_path):
         ("select.recall_with=mixer", False),
         ("data.length=32", False),
         ("run.seed=3", True),
+        ("run.precision=bf16", False),
+        ("teacher.training_dtype=bfloat16", False),
     ],
 )
 def test_what_it_depends_on(override, same):
@@ -116,6 +118,24 @@ def test_a_plan_before_and_after(selected, capsys):
     assert layers == kept and "for select to find" not in out
     out, layers = plan("run.dir=/nowhere")
     assert layers == [1, 3] and "which 2 layers keep attention is for select to find" in out
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["teacher.training_dtype=bfloat16", "teacher.dtype=bfloat16"])
+def test_teachers_in_bfloat16(dtype, precision, run_tiny, tmp_path):
+    run_tiny(tmp_path, *SELECT, dtype, f"run.precision={precision}", until_stage="select")
+    scores = done(tmp_path, "select")["selection"]["alone"]
+    assert scores.keys() == LAYERS and all(math.isfinite(score["kl"]) for score in scores.values())
+
+
+def test_scores_that_are_all_nothing(run_tiny, tmp_path):
+    with pytest.raises(RunError, match="select has nothing to go by: set select.kl_weight or select.recall_weight"):
+        run_tiny(tmp_path, *SELECT, "select.kl_weight=0", "select.recall_weight=0", until_stage="select")
+
+
+def test_a_plan_without_text(capsys):
+    assert main(["plan", str(TINY), *SELECT, "data.train=[]"]) == 0
+    assert "which 2 layers keep attention is for select to find" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("count", ["4", "9", "1.0"])
