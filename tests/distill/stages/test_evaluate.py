@@ -55,7 +55,7 @@ def test_less_text_than_a_sequence_is_left_out_and_said(tiny_copy, run_tiny, tmp
     (tmp_path / "small.txt").write_text("few words")
     more = ["evaluate.recall=[]", "evaluate.cost_lengths=[32,500,500,64]", "evaluate.lengths=[4096,1024,128]"]
     said = run_tiny(tiny_copy, *more, f"data.heldout=[{sources[0]},{tmp_path / 'small.txt'}]")
-    assert "evaluate: small.txt has 11 tokens, less than a sequence of 64: left out" in said
+    assert "evaluate: small.txt has 10 tokens, less than a sequence of 64: left out" in said
     assert "evaluate: the held-out text has 1,151 tokens, less than a sequence of 4,096: left out" in said
     assert "evaluate: quality at 1024 tokens is left out: the model takes 512" in said
     assert "evaluate: cost at 500 tokens is left out: with tokens to follow, the model takes 496" in said
