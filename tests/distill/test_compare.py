@@ -95,6 +95,7 @@ def test_a_comparison_shares_what_is_the_same_and_goes_on(recipes, tmp_path, cap
     assert read_json(out / "comparison.json") == found
 
 
+@pytest.mark.slow
 def test_a_recipe_that_fails_leaves_the_others_be(recipes, tmp_path, capsys, unverified):
     (tmp_path / "native.yaml").write_text("student: {rope: true}")  # which a native export cannot hold
     (tmp_path / "layers.yaml").write_text("student: {keep_attention: [9]}")

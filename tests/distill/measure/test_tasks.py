@@ -195,6 +195,7 @@ def test_data_files_are_found_from_here_from_the_task_files_and_from_above(loade
     assert measure_tasks(teacher, tokenizer, ["choice"], "tasks")[0].samples == len(TEXTS)  # a relative folder
 
 
+@pytest.mark.slow
 def test_an_unknown_task(loaded, folder):
     with pytest.raises(RunError) as raised:
         measure_tasks(*loaded, ["word", "choise"], folder[0])

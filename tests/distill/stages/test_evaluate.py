@@ -64,10 +64,9 @@ def test_less_text_than_a_sequence_is_left_out_and_said(tiny_copy, run_tiny, tmp
     assert [one["length"] for one in student["costs"]] == [32, 64]
 
 
-def test_unknown_tasks_are_refused_before_anything_runs(tmp_path, run_tiny):
-    (tmp_path / "tasks").mkdir()
-    with pytest.raises(RunError, match="task 'no_such_task' is not known to lm_eval"):
-        run_tiny(tmp_path / "run", "evaluate.tasks=[no_such_task]", f"evaluate.tasks_folder={tmp_path / 'tasks'}")
+def test_tasks_that_are_not_there_are_refused_before_anything_runs(tmp_path, run_tiny):
+    with pytest.raises(RunError, match="there is no folder of tasks"):
+        run_tiny(tmp_path / "run", "evaluate.tasks=[mine]", f"evaluate.tasks_folder={tmp_path / 'tasks'}")
     assert not (tmp_path / "run" / "transfer" / "done.json").exists()
 
 

@@ -132,6 +132,7 @@ def padded(tmp_path):
     return folders
 
 
+@pytest.mark.slow
 def test_a_teacher_that_lacks_the_padding_token_is_trained_from(padded, run_tiny, tmp_path):
     few = [f"{stage}.steps=2" for stage in ("align", "distill")]
     output = run_tiny(tmp_path / "run", f"teacher.source={padded[0]}", *few, until_stage="distill")
