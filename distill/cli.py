@@ -207,12 +207,12 @@ def evaluate(options) -> None:
     from .data.packed import PackedDataset
     from .data.rows import check_tokens
     from .errors import RunError
-    from .measure.figures import rows_beside
+    from .export.card import quality_row
     from .measure.held_out import HeldOut
     from .measure.measures import Measuring, check_measures, held_out_texts
     from .models import embedding_rows, load_model, load_tokenizer, on_device
+    from .report.summary import beside_table, quality_table
     from .run.files import write_json
-    from .run.records import shown
 
     path, device = _model_folder(options.model), _device()
     run = Path(options.model) / "recipe.yaml"
@@ -266,20 +266,10 @@ def evaluate(options) -> None:
     held_out = HeldOut(whole, recipe.evaluate.sequences, tokenizer, teacher)
     quality = {name: held_out.measure(one) for name, one in models.items()}
     measures = {name: measuring(one) for name, one in models.items()}
-    table = Table("model", "KL from teacher", "perplexity", "bits per byte", "same top token")
-    table.title = escape(corpus.summary())
-    called = {"teacher": "teacher", "student": options.model}
-    for name, found in quality.items():
-        kl, same = shown(found.kl, "{:.4f}"), shown(found.same_top, "{:.1%}")
-        table.add_row(
-            escape(called[name]), kl, shown(found.perplexity, "{:.2f}"), shown(found.bits_per_byte, "{:.4f}"), same
-        )
-    console_of().print(table)
-    beside = Table("", *(escape(called[name]) for name in models))
-    rows = rows_beside(measures)
-    for row in rows:
-        beside.add_row(row[0], *row[-len(models) :])
-    if rows:
+    called = {name: "teacher" if name == "teacher" else options.model for name in models}
+    rows = [quality_row(called[name], found) for name, found in quality.items()]
+    console_of().print(quality_table(rows, corpus.summary()))
+    if (beside := beside_table(measures, called)).rows:
         console_of().print(beside)
     if options.json:
         write_json(Path(options.json), {"quality": quality, "measures": measures})

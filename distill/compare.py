@@ -7,6 +7,7 @@ share (tokens, the same selection, the same alignment) run once.
 import dataclasses
 import gc
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -84,8 +85,7 @@ def load_recipes(
     first, *others = recipes
     for name in others:
         for key in ALIKE:
-            own, wanted = (_at(recipes[one], key) for one in (name, first))
-            if own != wanted:
+            if attrgetter(key)(recipes[name]) != attrgetter(key)(recipes[first]):
                 raise RunError(
                     f"'{name}' and '{first}' differ in {key}: a comparison is on one teacher and one held-out text, "
                     f"all measured alike; set it for all with --base or {key}=..."
@@ -179,12 +179,6 @@ def _with(found: Comparison, name: str, seed: int, folder: Path) -> Comparison:
     teacher = read_record(Quality, read_json(folder / "teacher_quality.json"))
     measures = last.measures.get("teacher")
     return dataclasses.replace(found, teacher=teacher, teacher_measures=measures, runs=[*found.runs, own])
-
-
-def _at(recipe: Recipe, key: str):
-    for part in key.split("."):
-        recipe = getattr(recipe, part)
-    return recipe
 
 
 def _release() -> None:

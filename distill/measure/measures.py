@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..config import Recipe
 from ..data.corpus import Corpus
 from ..data.packed import PackedDataset
-from ..run.records import Measures, TaskScore, TextQuality
+from ..run.records import Measures, TextQuality
 from .answers import exact_match, read_questions
 from .cost import DECODED, measure_cost
 from .held_out import HeldOut
@@ -102,24 +102,13 @@ class Measuring:
         }
 
     def __call__(self, model: PreTrainedModel) -> Measures:
-        settings, recall_lengths = self.settings, self.recall_lengths
+        settings = self.settings
+        recall = list(dict.fromkeys(settings.recall)), self.recall_lengths, settings.recall_items
+        tasks = settings.tasks, settings.tasks_folder, settings.tasks_limit
         return Measures(
             texts=[TextQuality(*key, held_out.measure(model)) for key, held_out in self.texts.items()],
-            recall=measure_recall(
-                model,
-                self.tokenizer,
-                self.haystack,
-                list(dict.fromkeys(settings.recall)),
-                recall_lengths,
-                settings.recall_items,
-            ),
-            tasks=self._tasks(model),
+            recall=measure_recall(model, self.tokenizer, self.haystack, *recall),
+            tasks=measure_tasks(model, self.tokenizer, *tasks) if settings.tasks else [],
             questions=exact_match(model, self.tokenizer, self.questions),
             costs=[measure_cost(model, length) for length in self.cost_lengths],
         )
-
-    def _tasks(self, model: PreTrainedModel) -> list[TaskScore]:
-        settings = self.settings
-        if not settings.tasks:
-            return []
-        return measure_tasks(model, self.tokenizer, settings.tasks, settings.tasks_folder, settings.tasks_limit)

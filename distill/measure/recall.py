@@ -9,14 +9,14 @@ pairs: multi-query associative recall (arXiv 2312.04927), with words and numbers
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ...teachers import output_head
+from ...teachers import OutputHead, output_head
 from ..errors import RunError
 from ..run.records import Recall
 from ..tokenizers import beginning
@@ -138,25 +138,43 @@ def answered(model: PreTrainedModel, items: Sequence[Item]) -> list[list[tuple[b
     """For each item and answer: whether the model gives it, and its log-probability in nats."""
     head, training, found = output_head(model, check=False), model.training, []
     model.eval()
-    longest = max((len(item.tokens) for item in items), default=1)
-    size = max(1, BATCH_TOKENS // longest)
-    for first in range(0, len(items), size):
-        batch = items[first : first + size]
-        hidden = model.get_decoder()(input_ids=stacked(batch).to(model.device), use_cache=False).last_hidden_state
-        for row, item in enumerate(batch):
-            places = torch.tensor([place - 1 for a, b in item.answers for place in range(a, b)], device=hidden.device)
-            logprobs = head.logits(hidden[row, places]).log_softmax(-1)
-            true = torch.cat([item.tokens[a:b] for a, b in item.answers]).to(logprobs.device)
-            best = (logprobs.argmax(-1) == true).tolist()
-            own = logprobs.gather(1, true[:, None])[:, 0].tolist()
-            scores, done = [], 0
-            for a, b in item.answers:
-                part = slice(done, done + b - a)
-                scores.append((all(best[part]), sum(own[part])))
-                done += b - a
+    for batch in in_batches(items, BATCH_TOKENS):
+        ids, answers = stacked(batch).to(model.device), [item.answers for item in batch]
+        hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+        own, right = (part.tolist() for part in answer_tokens(head, hidden, ids, answers))
+        done = 0
+        for spans in answers:
+            scores = []
+            for a, b in spans:
+                part = slice(done, done := done + b - a)
+                scores.append((all(right[part]), sum(own[part])))
             found.append(scores)
     model.train(training)
     return found
+
+
+def answer_tokens(
+    head: OutputHead, hidden: Tensor, ids: Tensor, answers: list[list[tuple[int, int]]]
+) -> tuple[Tensor, Tensor]:
+    """Of each token of each answer, row by row: its log-probability, and whether it is the most likely one.
+
+    Args:
+        hidden: last hidden states (n, L, D) of tokens `ids` (n, L).
+        answers: of each row, its spans.
+    """
+    spans = ((row, a, b) for row, parts in enumerate(answers) for a, b in parts)
+    rows, places = zip(*((row, place) for row, a, b in spans for place in range(a, b)), strict=True)
+    row, place = torch.tensor(rows, device=ids.device), torch.tensor(places, device=ids.device)
+    true = ids[row, place]
+    logprobs = head.logits(hidden[row, place - 1]).float().log_softmax(-1)
+    return logprobs.gather(1, true[:, None])[:, 0], logprobs.argmax(-1) == true
+
+
+def in_batches(items: Sequence[Item], tokens: int) -> Iterator[Sequence[Item]]:
+    """Items by so many that a pass has at most `tokens`, or by one."""
+    size = max(1, tokens // max((len(item.tokens) for item in items), default=1))
+    for first in range(0, len(items), size):
+        yield items[first : first + size]
 
 
 def stacked(items: Sequence[Item]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -10,7 +11,7 @@ from ..export.card import CardFacts, plan_in_letters, plan_in_words, quality_row
 from ..export.formats import find_format
 from ..measure.figures import rows_beside
 from ..run.files import read_json
-from ..run.records import Cost, Quality, ScheduleRecord, StageRecord, read_record, shown
+from ..run.records import Cost, Measures, Quality, ScheduleRecord, StageRecord, read_record, shown
 from ..stages.inputs import lineage
 from ..stages.pipeline import names
 
@@ -39,23 +40,13 @@ def quality_rows(root: Path) -> list[dict]:
 def summary(root: Path) -> list:
     """What a finished run shows: layer plan, quality by stage, answers, and how to load the checkpoint."""
     done = lineage(root)
-    table = Table("model", "KL from teacher", "perplexity", "bits per byte", "same top token", title="held-out quality")
     rows = quality_rows(root)
     evaluated = done.get("evaluate", StageRecord())
     if evaluated.quality is not None:
         rows.append(quality_row("exported checkpoint", evaluated.quality))
-    for row in rows:
-        table.add_row(
-            row["model"],
-            shown(row["kl"], "{:.4f}"),
-            shown(row["perplexity"], "{:.2f}"),
-            shown(row["bits_per_byte"], "{:.4f}"),
-            shown(row["same_top"], "{:.1%}"),
-        )
+    table = quality_table(rows, "held-out quality")
     parts: list = []
-    beside = Table("", "teacher", "student", title="teacher beside student")
-    for line in rows_beside(evaluated.measures):
-        beside.add_row(*line)
+    beside = beside_table(evaluated.measures, {"teacher": "teacher", "student": "student"}, "teacher beside student")
     if "transfer" in done:
         mixers = done["transfer"].mixers
         parts = [f"layer plan: {plan_in_letters(mixers)}  ({plan_in_words(mixers)})", table]
@@ -69,6 +60,28 @@ def summary(root: Path) -> list:
         folder = (root / "export" / name).resolve()
         parts.append(f"checkpoint: {folder}\n\n{find_format(name).snippet(str(folder))}")
     return parts
+
+
+def quality_table(rows: list[dict], title: str) -> Table:
+    """Held-out quality, a row for each model: see `export.card.quality_row`."""
+    table = Table("model", "KL from teacher", "perplexity", "bits per byte", "same top token", title=escape(title))
+    for row in rows:
+        table.add_row(
+            escape(row["model"]),
+            shown(row["kl"], "{:.4f}"),
+            shown(row["perplexity"], "{:.2f}"),
+            shown(row["bits_per_byte"], "{:.4f}"),
+            shown(row["same_top"], "{:.1%}"),
+        )
+    return table
+
+
+def beside_table(measures: dict[str, Measures], names: dict[str, str], title: str | None = None) -> Table:
+    """What else was measured, a column for each model of `names`: of "student", and of "teacher" where there is one."""
+    table = Table("", *map(escape, names.values()), title=title)
+    for row in rows_beside(measures):
+        table.add_row(escape(row[0]), *row[-len(names) :])
+    return table
 
 
 def schedule_table(records: list[ScheduleRecord]) -> Table:

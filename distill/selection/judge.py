@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ...kernels.kl import linear_kl
 from ...teachers import attention_view, decoder_layers, output_head
-from ..measure.recall import Item, stacked
+from ..measure.recall import Item, answer_tokens, in_batches, stacked
 from ..run.records import LayerScore
 from .stand_ins import StandIn
 
@@ -77,9 +77,7 @@ class Judge:
         device = teacher.device
         batches = texts.split(max(1, batch_tokens // texts.shape[1]))
         self.passes = [_Pass(ids.to(device), on_text) for ids in batches]
-        size = max(1, batch_tokens // max((len(item.tokens) for item in items), default=1))
-        for first in range(0, len(items), size):
-            batch = items[first : first + size]
+        for batch in in_batches(items, batch_tokens):
             self.passes.append(_Pass(stacked(batch).to(device), on_items, [item.answers for item in batch]))
         with self.autocast(), torch.no_grad():
             self.wanted = [self._decode(one) for one in self.passes]  # hidden states; logits come from them again
@@ -87,37 +85,32 @@ class Judge:
             for one, hidden in zip(self.passes, self.wanted, strict=True):
                 self.own.add(self._measure(one, hidden, hidden))
 
+    @torch.no_grad()
     def score(self, replaced: Iterable[int]) -> LayerScore:
         """With these layers replaced."""
-        (found,) = self.scores([(frozenset(replaced), None)])
-        return found
-
-    def toggled(self, replaced: Iterable[int], layers: Iterable[int]) -> dict[int, LayerScore]:
-        """For each of `layers`: with `replaced` and that one replaced, or, if it is among them, without it."""
-        layers, replaced = list(layers), frozenset(replaced)
-        return dict(zip(layers, self.scores([(replaced, layer) for layer in layers]), strict=True))
+        replaced, total = frozenset(replaced), _Sums()
+        for one, true in zip(self.passes, self.wanted, strict=True):
+            with self.autocast(), self._replacing(replaced, one):
+                hidden = self._decode(one)
+            total.add(self._measure(one, hidden, true))
+            self.on_measured()
+        return self._score(total, replaced)
 
     @torch.no_grad()
-    def scores(self, wanted: list[tuple[frozenset[int], int | None]]) -> list[LayerScore]:
-        """Of sets of layers, each with one toggled. Sets that are the same share the layers below those toggled."""
-        sums = [_Sums() for _ in wanted]
+    def toggled(self, replaced: Iterable[int], layers: Iterable[int]) -> dict[int, LayerScore]:
+        """For each of `layers`: with `replaced` and that one replaced, or, if it is among them, without it. What lies
+        below it is not computed again."""
+        replaced, totals = frozenset(replaced), {layer: _Sums() for layer in layers}
         for one, true in zip(self.passes, self.wanted, strict=True):
-            for replaced in dict.fromkeys(base for base, _ in wanted):
-                asked = [i for i, (base, _) in enumerate(wanted) if base == replaced]
-                inputs: list[Any] = []
-                with self.autocast(), self._replacing(replaced, one), self._keeping(inputs):
-                    whole = self._decode(one)
-                for i in asked:
-                    layer = wanted[i][1]
-                    hidden = whole
-                    if layer is not None:
-                        own = replaced ^ {layer}
-                        with self.autocast(), self._replacing(own, one), self._starting(layer, inputs):
-                            hidden = self._decode(one)
-                    sums[i].add(self._measure(one, hidden, true))
-                    self.on_measured()
-        sets = [base if layer is None else base ^ {layer} for base, layer in wanted]
-        return [self._score(found, replaced) for found, replaced in zip(sums, sets, strict=True)]
+            inputs: list[Any] = []
+            with self.autocast(), self._replacing(replaced, one), self._keeping(inputs):
+                self._decode(one)
+            for layer, total in totals.items():
+                with self.autocast(), self._replacing(replaced ^ {layer}, one), self._starting(layer, inputs):
+                    hidden = self._decode(one)
+                total.add(self._measure(one, hidden, true))
+                self.on_measured()
+        return {layer: self._score(total, replaced ^ {layer}) for layer, total in totals.items()}
 
     def _score(self, found: _Sums, replaced: frozenset[int]) -> LayerScore:
         answers = max(1, found.answers)
@@ -136,7 +129,7 @@ class Judge:
             hidden = self._decode(one)
             if one.answers is None:
                 return self._kl(hidden, true)[0], gates.new_zeros(())
-            now, before = (self._answers(one, given)[0].mean() for given in (hidden, true))
+            now, before = (answer_tokens(self.head, given, one.ids, one.answers)[0].mean() for given in (hidden, true))
             return gates.new_zeros(()), before.detach() - now
 
     def _measure(self, one: _Pass, hidden: Tensor, true: Tensor) -> _Sums:
@@ -144,9 +137,9 @@ class Judge:
             if one.answers is None:
                 kl, tokens = self._kl(hidden, true)
                 return _Sums(kl=kl.item() * tokens, tokens=tokens)
-            own, right = self._answers(one, hidden)
+            own, right = answer_tokens(self.head, hidden, one.ids, one.answers)
         spans = [b - a for spans in one.answers for a, b in spans]
-        given = [all(part) for part in right.split(spans)]
+        given = [all(part) for part in right.cpu().split(spans)]
         return _Sums(logprob=own.sum().item(), answer_tokens=len(own), right=sum(given), answers=len(spans))
 
     def _kl(self, hidden: Tensor, true: Tensor) -> tuple[Tensor, int]:
@@ -156,17 +149,6 @@ class Judge:
         found, weight = self.head.operands(hidden[:, at])
         wanted, _ = self.head.operands(true[:, at])
         return linear_kl(found, weight, wanted, weight, softcap=self.head.softcap), len(hidden) * len(at)
-
-    def _answers(self, one: _Pass, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Of each token of each answer: its log-probability, and whether it is the most likely one."""
-        answers = enumerate(one.answers or [])
-        rows, places = zip(
-            *((row, place) for row, spans in answers for a, b in spans for place in range(a, b)), strict=True
-        )
-        row, place = torch.tensor(rows), torch.tensor(places)
-        ids = one.ids[row, place]
-        logprobs = self.head.logits(hidden[row, place - 1]).float().log_softmax(-1)
-        return logprobs.gather(1, ids[:, None])[:, 0], (logprobs.argmax(-1) == ids).cpu()
 
     @contextmanager
     def _replacing(self, replaced: Iterable[int], one: _Pass) -> Iterator[None]:

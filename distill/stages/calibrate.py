@@ -11,13 +11,11 @@ if TYPE_CHECKING:
 
 def run(session: "Session", folder: "StageFolder") -> dict:
     """Sets decay, step and scale from a few teacher batches."""
-    from ..data.packed import collate
     from ..train.calibration import calibrate
     from ..trans_points import at_trans_points
 
     student = session.student_before("calibrate")
-    batches = [collate([item]) for item in session.train_data.spread(session.recipe.calibrate.sequences)]
-    batches = [{key: value.to(session.accelerator.device) for key, value in batch.items()} for batch in batches]
+    batches = session.calibration_batches()
     with at_trans_points(student, "mamba"):  # the state-space form is what is missing its decay and scale
         found = calibrate(session.teacher, student, batches, session.recipe.calibrate.decay)
     session.save(student, folder)

@@ -183,7 +183,6 @@ def _texts(session: "Session", settings: SelectConfig) -> "Tensor":
 def _calibrated_mixers(session: "Session") -> "tuple[dict[int, StandIn], dict[int, float]]":
     """The mixers of a student whose layers are all mixers, calibrated, and how far each is from attention."""
     from ...students import build_student
-    from ..data.packed import collate
     from ..selection.stand_ins import mixers
     from ..train.calibration import calibrate
 
@@ -191,9 +190,7 @@ def _calibrated_mixers(session: "Session") -> "tuple[dict[int, StandIn], dict[in
     # With TransPoints, the state-space form: it is what has no attention.
     every = dataclasses.replace(recipe.student, keep_attention=[], trans_points="mamba")
     student = build_student(session.teacher, every).float().requires_grad_(False)
-    batches = [collate([item]) for item in session.train_data.spread(recipe.calibrate.sequences)]
-    batches = [{key: value.to(session.accelerator.device) for key, value in batch.items()} for batch in batches]
-    found = calibrate(session.teacher, student, batches, recipe.calibrate.decay)
+    found = calibrate(session.teacher, student, session.calibration_batches(), recipe.calibrate.decay)
     return mixers(student), {int(name.removeprefix("layer_")): layer["error"] for name, layer in found.items()}
 
 

@@ -18,7 +18,7 @@ from ...teachers import load_teacher, output_head, share_layers
 from ..config import Recipe
 from ..console import console_of
 from ..data.corpus import Corpus, tokenize_corpus
-from ..data.packed import PackedDataset
+from ..data.packed import PackedDataset, collate
 from ..data.rows import check_tokens
 from ..data.sources import source_identity
 from ..data.streaming import StreamedDataset
@@ -97,6 +97,11 @@ class Session:
         )
         self.say(f"train text: {dataset.summary()}")
         return dataset
+
+    def calibration_batches(self) -> list[dict[str, torch.Tensor]]:
+        """The training sequences that the teacher's attention is measured on, one at a time."""
+        batches = (collate([item]) for item in self.train_data.spread(self.recipe.calibrate.sequences))
+        return [{key: value.to(self.accelerator.device) for key, value in batch.items()} for batch in batches]
 
     def cached_targets(self) -> CachedTargets:
         """The training data with the teacher's cached predictions, checked against the recipe the first time."""
