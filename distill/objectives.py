@@ -77,7 +77,7 @@ class Alignment(nn.Module):
             for form in mixer.forms():
                 with mixer.at(form.trans_point):
                     where: dict[str, Any] = {"seq_idx": seq_idx, "documents": documents}
-                    if spans is not None and form.trans_point is not None:
+                    if spans is not None and mixer.spanned:
                         where["span"] = spans.of(cast("Spanned", mixer))
                     found = mixer(inputs, position_embeddings, **where)[0]
                 metrics[f"{form.name}_{view.layer}"] = self.error(found, output)

@@ -4,6 +4,7 @@ Weights carry over from attention, but attention has no decay, and its softmax f
 lacks. Both are found against what the teacher's heads read (before o_proj): for each head, the half-life out of a grid
 whose output explains the teacher's best (`fit`), or the one whose mean look-back is the teacher's,
 E[sum_s a(t,s) (t-s)] (`lookback`); and with it the scale, by least squares. docs/results/calibrate.md compares the two.
+Where a mixer has more beside its state, the share of that is found together with the scale.
 """
 
 import math
@@ -23,11 +24,14 @@ HALF_LIVES = tuple(2.0**i for i in range(-1, 12))  # tokens
 
 @dataclass
 class _Sums:
-    """Sums over tokens, for each channel of a layer: of candidates u against the target o."""
+    """Sums over tokens, for each channel of a layer: of candidates u against the target o, and of what is beside, w."""
 
     uo: Tensor  # (candidates, H*P)
     uu: Tensor
     oo: Tensor  # (H*P,)
+    uw: Tensor
+    wo: Tensor
+    ww: Tensor
     lookback: Tensor  # (H,)
     tokens: int = 0
 
@@ -80,8 +84,12 @@ def _accumulate(
     channels, heads = target.shape[-1], mixer.num_heads
     if view.layer not in sums:
         zeros = target.new_zeros(len(half_lives), channels)
-        sums[view.layer] = _Sums(zeros, zeros.clone(), zeros[0].clone(), target.new_zeros(heads))
+        uo, uu, uw = (zeros.clone() for _ in range(3))
+        oo, wo, ww = (zeros[0].clone() for _ in range(3))
+        sums[view.layer] = _Sums(uo, uu, oo, uw, wo, ww, target.new_zeros(heads))
+        mixer.set_share(target.new_ones(heads))
     total = sums[view.layer]
+    beside = mixer.beside(hidden, position_embeddings, seq_idx, documents)
     ones = torch.ones(heads, 1, device=target.device)
     read: list[Tensor] = []
     handle = mixer.out.register_forward_pre_hook(lambda module, args: read.append(args[0].float()))
@@ -90,11 +98,17 @@ def _accumulate(
             mixer.set_decay(half_life * ones[:, 0], ones)
             mixer(hidden, position_embeddings, seq_idx=seq_idx, documents=documents)
             output = read.pop()
+            if beside is not None:
+                output -= beside.float()
+                total.uw[i] += (output * beside).sum((0, 1))
             total.uo[i] += (output * target).sum((0, 1))
             total.uu[i] += (output * output).sum((0, 1))
     finally:
         handle.remove()
     total.oo += (target * target).sum((0, 1))
+    if beside is not None:
+        total.wo += (beside * target).sum((0, 1))
+        total.ww += (beside * beside).sum((0, 1))
     total.lookback += lookback
     total.tokens += seq_idx.numel()
 
@@ -113,22 +127,30 @@ def _attention_heads(view: AttentionView, hidden, position_embeddings, seq_idx) 
 def _settle(mixer: Mixer, sums: _Sums, decay: str, half_lives: tuple[float, ...]) -> dict:
     """Chooses each head's half-life and scale from the sums, and sets the parameters."""
     by_head = (len(half_lives), mixer.num_heads, mixer.head_dim)
-    uo, uu, oo = sums.uo.view(by_head), sums.uu.view(by_head), sums.oo.view(by_head[1:])
+    uo, uu, uw = (of.view(by_head) for of in (sums.uo, sums.uu, sums.uw))
+    oo, wo, ww = (of.view(by_head[1:]).sum(-1) for of in (sums.oo, sums.wo, sums.ww))  # one for a head
     if not mixer.scales_channels:  # one for a head
-        uo, uu = uo.sum(-1, keepdim=True), uu.sum(-1, keepdim=True)
-    gain = uo**2 / uu.clamp(min=1e-20)  # what the best scale takes off the squared error
+        uo, uu, uw = (of.sum(-1, keepdim=True) for of in (uo, uu, uw))
+    uu = uu.clamp(min=1e-20)
+    # The share of w at which u, with its best scale, leaves least of o.
+    left = ww - (uw**2 / uu).sum(-1)
+    share = torch.where(ww > 0, (wo - (uo * uw / uu).sum(-1)) / left.clamp(min=1e-6 * ww + 1e-20), 0).clamp(0, 2)
+    uo = uo - share[..., None] * uw
+    gain = (uo**2 / uu).sum(-1) + 2 * share * wo - share**2 * ww  # what both take off the squared error
     lookback = sums.lookback / sums.tokens
     grid = torch.tensor(half_lives, device=uo.device)
     if decay == "fit":
-        best = gain.sum(-1).argmax(0)
+        best = gain.argmax(0)
     else:  # weights that fall by d a token look back d / (1 - d) tokens on average
         wanted = math.log(2) / (1 / lookback.clamp(min=1e-3)).log1p()
         best = (grid[:, None].log() - wanted.log()).abs().argmin(0)
     heads = torch.arange(mixer.num_heads, device=uo.device)
-    scale = (uo / uu.clamp(min=1e-20))[best, heads]
+    scale = (uo / uu)[best, heads]
     half_life = grid[best]
-    error = 1 - gain[best, heads].sum(-1) / oo.sum(-1)
+    error = 1 - gain[best, heads] / oo
     mixer.set_decay(half_life, scale)
+    if (ww > 0).any():
+        mixer.set_share(share[best, heads])
     return {
         "error": error.mean().item(),
         "half_life": half_life.tolist(),

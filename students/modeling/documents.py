@@ -29,7 +29,11 @@ def token_position(seq_idx: Tensor) -> Tensor:
 
 
 def document_mask(
-    seq_idx: Tensor, window: int | None = None, point: Tensor | None = None, position: Tensor | None = None
+    seq_idx: Tensor,
+    window: int | None = None,
+    point: Tensor | None = None,
+    position: Tensor | None = None,
+    sinks: int = 0,
 ):
     """flex_attention's mask of causal attention within documents.
 
@@ -37,13 +41,15 @@ def document_mask(
         seq_idx: (B, L) document index.
         window: how many last tokens a query sees; None: all.
         point: scalar, the position (`position`, (B, L)) in a document from which on a query sees nothing; None: none.
+        sinks: how many first tokens of its document (by `position`) a query sees, too, where there is a window.
     """
     from torch.nn.attention.flex_attention import create_block_mask
 
     def mask_mod(row, head, query, key):
         seen = (key <= query) & (seq_idx[row, query] == seq_idx[row, key])
         if window is not None:
-            seen = seen & (key > query - window)
+            near = key > query - window
+            seen = seen & ((near | (position[row, key] < sinks)) if sinks else near)  # type: ignore[index]  # given then
         if point is None:
             return seen
         return seen & (position[row, query] < point)  # type: ignore[index]  # given with a point
@@ -86,19 +92,24 @@ class Span(NamedTuple):
 class Spanned(Protocol):
     """What `Spans` asks of a mixer.
 
+    attends: up to which token of a document it takes attention.
+    sinks: how many first tokens of a document it sees besides its window.
     point: its TransPoint on the device, which `set_trans_point` keeps up to date.
     """
 
-    trans_point: int | float
     window: int | None
+    sinks: int
     head_dim: int
     point: Tensor | None
+
+    @property
+    def attends(self) -> int | float: ...
 
     def set_trans_point(self, trans_point: int | float) -> None: ...
 
 
 class Spans:
-    """Makes the spans of packed documents, one for each TransPoint and window.
+    """Makes the spans of packed documents, one for each TransPoint, window and number of sinks.
 
     No shape depends on where documents end, nor on TransPoints, and nothing waits for the device: what a compiler or a
     CUDA graph has seen once, it has seen for all batches. `Documents` are for where flex_attention does not run.
@@ -110,18 +121,18 @@ class Spans:
         self._made: dict[tuple, Span] = {}
 
     def of(self, mixer: Spanned) -> Span:
-        """The span of a transmamba mixer, by its TransPoint and window."""
-        T, device = mixer.trans_point, self.seq_idx.device
-        if mixer.point is None or mixer.point.device != device:
+        """The span of a mixer that takes attention."""
+        T, device = mixer.attends, self.seq_idx.device
+        kind = (T, mixer.window, mixer.sinks)
+        if T < math.inf and (mixer.point is None or mixer.point.device != device):
             with torch.inference_mode(False):  # or it could not be set outside of it
                 mixer.point = torch.full((), 0, dtype=torch.long, device=device)
             mixer.set_trans_point(T)
-        if (T, mixer.window) not in self._made:
+        if kind not in self._made:
             point = mixer.point if T < math.inf else None
-            mask = document_mask(self.seq_idx, mixer.window, point, self.position) if T > 0 else None
-            options = flex_options(mixer.head_dim, device)
-            self._made[T, mixer.window] = Span(mask, point, self.position, options)
-        return self._made[T, mixer.window]
+            mask = document_mask(self.seq_idx, mixer.window, point, self.position, mixer.sinks) if T > 0 else None
+            self._made[kind] = Span(mask, point, self.position, flex_options(mixer.head_dim, device))
+        return self._made[kind]
 
 
 SHORTEST = 16  # tokens of a row of its own that a shorter document gets

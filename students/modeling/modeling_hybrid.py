@@ -202,8 +202,7 @@ def _tell_mixers(name: str, decoder, args, kwargs):
         index = document_index(positions)
         mixer_mask = MixerMask(seq_idx=index)
         modules = [getattr(layer, decoder.config.attention_name) for layer in decoder.layers]
-        kinds = zip(modules, decoder.config.mixers, strict=True)
-        if mixers := [mixer for mixer, kind in kinds if have_trans_points([kind])]:
+        if mixers := [module for module in modules if isinstance(module, Mixer) and module.spanned]:
             inputs = [*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
             batch = next(len(tensor) for tensor in inputs if tensor is not None)
             seq_idx = index.expand(batch, -1)

@@ -174,7 +174,8 @@ class Mixer(nn.Module):
         remembers: the kind of memory it needs in a cache.
         matrix: beginnings of the names of parameters that the matrix between tokens depends on, and that `orient`
             trains; none where it has no such matrix, see `mixing`.
-        trans_point: up to which token of a document it takes attention, see `set_trans_point`.
+        trans_point: at which token of a document attention ends, where that can be chosen: see `set_trans_point`.
+        spanned: whether it takes attention, and so a `Span` of packed documents.
         apart: child modules whose parameters `forward` reads without calling the module.
     """
 
@@ -183,6 +184,7 @@ class Mixer(nn.Module):
     apart: ClassVar[tuple[str, ...]] = ()
     matrix: ClassVar[tuple[str, ...]] = ()
     has_decay: ClassVar[bool] = False  # whether `calibrate` finds it a half-life and a scale
+    spanned: ClassVar[bool] = False
     trans_point: int | float = 0
 
     def __init__(self, attention: nn.Module, geometry: Geometry):
@@ -235,6 +237,19 @@ class Mixer(nn.Module):
         """Where `has_decay`: gives each head (H) this half-life in tokens, when no input moves it, and its output this
         scale: (H, P) where `scales_channels`, else (H, 1)."""
         raise NotImplementedError
+
+    def beside(self, hidden_states: Tensor, position_embeddings, seq_idx: Tensor, documents: Any) -> Tensor | None:
+        """Where `has_decay`: what it adds to what its state gives, whatever decay and scale (B,L,H*P); None: nothing.
+        Arguments as in `forward`."""
+        return None
+
+    def set_share(self, share: Tensor) -> None:
+        """How much of what it has `beside` counts, by head (H), when no input moves it."""
+
+    @property
+    def attends(self) -> int | float:
+        """Up to which token of a document it takes attention."""
+        return self.trans_point
 
     @property
     def scales_channels(self) -> bool:

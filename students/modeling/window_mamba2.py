@@ -1,0 +1,251 @@
+"""Sliding-window attention and a Mamba-2 state side by side in one layer, one set of weights.
+
+The last tokens, and the first few as sinks (arXiv 2309.17453), are read by the teacher's own softmax attention; the
+rest of the past by a state, as in linear attention with a window (LoLCATs, arXiv 2410.10254; hybrid heads, Hymba,
+arXiv 2411.13676). A student that leans on the window alone learns no state (arXiv 2510.05901), so the window can be
+left out at random in training. This file travels with exported checkpoints: it imports torch only.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .cache_layers import StateLayer, by_row
+from .documents import Documents, Span, token_position
+from .modeling_mixer import Geometry, Transfer, attention_flops
+from .shared_projections import SharedProjections
+from .state_space import PADDING_STEP, WidenedLinear
+
+MIXED = (0.01, 0.99)  # of twice the window's part: what a sigmoid reaches without having to grow large
+BLOCK = 1024  # queries that attend at once: what they see is masked, and masks of whole sequences would be quadratic
+
+
+class Keys(NamedTuple):
+    """Keys and values (B, columns, K, P), and where each column is in its row (B, columns), -1 for padding."""
+
+    keys: Tensor
+    values: Tensor
+    position: Tensor
+
+    def since(self, column: int, sinks: Tensor) -> "Keys":
+        """The sinks before a column, and all from it on. sinks: `first_columns`."""
+        taken = self.position.gather(1, sinks)
+        rows = sinks[:, :, None, None].expand(-1, -1, *self.keys.shape[2:])
+        before = Keys(self.keys.gather(1, rows), self.values.gather(1, rows), taken.masked_fill(sinks >= column, -1))
+        return Keys(*(torch.cat((first, rest[:, column:]), 1) for first, rest in zip(before, self, strict=True)))
+
+    def first_columns(self, sinks: int) -> Tensor:
+        """(B, at most `sinks`) columns of the first tokens of each row; where there are fewer, a column of none."""
+        beyond = self.position.shape[1] + sinks
+        return self.position.masked_fill((self.position < 0) | (self.position >= sinks), beyond).argsort(1)[:, :sinks]
+
+
+class WindowLayer(StateLayer):
+    """What one layer remembers: a state, the keys and values of the window, and those of the sinks."""
+
+    tensors = (*StateLayer.tensors, "keys", "values", "position")
+
+    def __init__(self):
+        super().__init__()
+        self.keys: Tensor | None = None  # as `Keys`
+        self.values: Tensor | None = None
+        self.position: Tensor | None = None
+
+    def with_new(self, keys: Tensor, values: Tensor, real: Tensor | None) -> Keys:
+        """What it holds, and new columns behind. real: (B, new columns), false for padding; None: all are."""
+        batch, columns = keys.shape[:2]
+        seen = torch.tensor(self.tokens, device=keys.device)[:, None]
+        if real is None:
+            position = (seen + torch.arange(columns, device=keys.device)).expand(batch, -1)
+        else:
+            position = (seen + real.cumsum(1) - 1).masked_fill(~real, -1)
+        new = Keys(keys, values, position)
+        if self.keys is None:
+            return new
+        held = (self.keys, self.values, self.position)
+        return Keys(*(torch.cat((old.to(more.device), more), 1) for old, more in zip(held, new, strict=True)))  # type: ignore[union-attr]
+
+    def keep(self, held: Keys, window: int, sinks: int) -> None:
+        """Holds of these what later queries will see."""
+        if (first := held.position.shape[1] - (window - 1)) > sinks:
+            held = held.since(first, held.first_columns(sinks))
+        self.keys, self.values, self.position = (t.contiguous() for t in held)
+
+
+class WindowMamba2Mixer(SharedProjections):
+    """A mixer with the call signature of self-attention. H query heads, K key/value heads, head_dim P = state N.
+
+        q, k, v = q_proj(h), k_proj(h), v_proj(h), the first two normed and rotated as the teacher does
+        w_t = softmax attention over tokens t-window+1..t and 1..sinks
+        S_t = exp(dt_t A) S_{t-1} + dt_t v_t k_t^T
+        y_t = 2 sigmoid(mix_proj(h_t) + mix_bias) w_t + norm((scale S_t q_t + D v_t) * SiLU(z_t))
+        out = o_proj(y)
+
+    What stands before w_t, one number for each head, starts at 1; `calibrate` fits it together with the state's decay
+    and scale. With a window as long as the document, and a state without steps, this is the teacher's attention.
+
+    Args:
+        window: how many last tokens attention sees, and no more than the teacher's does.
+        sinks: how many first tokens of a document attention sees, too.
+        window_drop: how often a sequence goes without the window in training.
+        others: of the state, see `SharedProjections`.
+    """
+
+    remembers = WindowLayer
+    spanned = True
+
+    def __init__(
+        self,
+        attention: nn.Module,
+        geometry: Geometry,
+        *,
+        window: int = 64,
+        sinks: int = 4,
+        window_drop: float = 0.0,
+        conv_kernel: int = 0,
+        conv_activation: str | None = None,
+        gate: bool = True,
+        norm: bool = False,
+        rope: bool = True,
+        qk_norm: bool = True,
+        norm_eps: float = 1e-5,
+    ):
+        super().__init__(attention, geometry, conv_kernel, conv_activation, gate, norm, rope, qk_norm, norm_eps)
+        self.window: int = min(window, geometry.window or window)
+        self.sinks, self.window_drop = sinks, window_drop
+        self.mix_proj = WidenedLinear(geometry.hidden_size, self.num_heads, bias=False)
+        self.mix_bias = nn.Parameter(torch.zeros(self.num_heads))
+
+    @property
+    def attends(self) -> float:
+        return math.inf
+
+    def transfers(self, view) -> list[Transfer]:
+        own = [Transfer(f"{view.name}.{name}", "constant", value=0.0) for name in ("mix_proj.weight", "mix_bias")]
+        return super().transfers(view) + own
+
+    @torch.no_grad()
+    def set_share(self, share: Tensor) -> None:
+        self.mix_bias.copy_((share / 2).clamp(*MIXED).logit())
+
+    def flops(self, length: int) -> float:
+        width = self.num_heads * self.head_dim
+        return attention_flops(width, length, min(length, self.window + self.sinks)) + super().flops(length)
+
+    def state_bytes(self) -> int:
+        held = 2 * (self.window + self.sinks) * self.num_kv_heads * self.head_dim
+        return super().state_bytes() + held * self.k_proj.weight.element_size()
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        cache=None,
+        padding_mask: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        documents: Documents | None = None,
+        span: Span | None = None,
+        **others,
+    ) -> tuple[Tensor, None]:
+        """Mixes hidden states (B,L,hidden) along L; arguments, results and errors as `TransMambaMixer.forward`."""
+        padding_mask, seq_idx, documents, span = self.told(attention_mask, padding_mask, seq_idx, documents, span)
+        batch, length, _ = hidden_states.shape
+        memory = self.memory(cache, others, packed=seq_idx is not None)
+        q, k, v = self._project(hidden_states)
+        queries, keys = (self.place(t, norm, position_embeddings) for t, norm in ((q, self.q_norm), (k, self.k_norm)))
+        if seq_idx is not None:
+            if memory is not None or padding_mask is not None:
+                raise ValueError("packed documents take neither a cache nor padding: leave out seq_idx, or the others")
+            seq_idx = seq_idx.expand(batch, -1)
+            attended = self._packed(queries, keys, v, seq_idx, documents, span)
+            read = self._read(hidden_states, (q, k, v), (queries, keys), position_embeddings, seq_idx)
+            return self.o_proj(self._mix(hidden_states, attended, read).to(hidden_states.dtype)), None
+        if documents is not None or span is not None:
+            raise ValueError("documents and span are those of seq_idx: give it, too")
+
+        remember = memory is not None
+        memory = memory if remember else WindowLayer()
+        stepping, padding, pads = self._padding(memory, padding_mask, length)
+        held = memory.with_new(keys, v, None if padding is None else ~padding[..., 0])
+        attended = self._rows(queries, held)
+        dt = self.dt_proj(hidden_states)
+        dt = dt if padding is None else dt.masked_fill(padding, PADDING_STEP)
+        x, B, C, tail = v, keys, queries, None
+        if not self.shared:
+            x, B, C, tail = self._inputs(q, k, v, position_embeddings, memory if remember else None, stepping, padding)
+        read, state = self._recur(x, dt, B, C * self.scale, memory.ssm_state, stepping, remember)
+        if remember:
+            memory.keep(held, self.window, self.sinks)
+            before, pads = by_row(memory.tokens, pads)
+            memory.advance(tail, state, length, [seen + length - pad for seen, pad in zip(before, pads, strict=True)])
+        z = None if self.z_proj is None else self.z_proj(hidden_states)
+        y = self._mix(hidden_states, attended, self._gate_and_norm(read.flatten(2), z))
+        return self.o_proj(y.to(hidden_states.dtype)), None
+
+    def beside(self, hidden_states: Tensor, position_embeddings, seq_idx: Tensor, documents: Documents) -> Tensor:
+        q, k, v = self._project(hidden_states)
+        queries, keys = (self.place(t, norm, position_embeddings) for t, norm in ((q, self.q_norm), (k, self.k_norm)))
+        return self._mix(hidden_states, self._packed(queries, keys, v, seq_idx, documents, None))
+
+    def _mix(self, hidden: Tensor, attended: Tensor, read: Tensor | None = None) -> Tensor:
+        """What goes into the output projection (B,L,H*P), of what attention and the state give."""
+        share = 2 * torch.sigmoid(self.mix_proj(hidden) + self.mix_bias)
+        if self.training and self.window_drop:
+            share = share * (torch.rand(len(share), 1, 1, device=share.device) >= self.window_drop)
+        y = (attended.unflatten(-1, (self.num_heads, -1)) * share.unsqueeze(-1)).flatten(2)
+        return y if read is None else y + read
+
+    def _packed(self, q: Tensor, k: Tensor, v: Tensor, seq_idx: Tensor, documents, span: Span | None) -> Tensor:
+        """Attention (B,L,H*P) within packed documents."""
+        if span is None:
+            position = token_position(seq_idx) if documents is None else documents.position
+            column = torch.arange(seq_idx.shape[1], device=seq_idx.device)
+            seen = (seq_idx[:, :, None] == seq_idx[:, None, :]) & (column <= column[:, None])
+            return self._softmax(q, k, v, seen & self._near(position, position))
+        from torch.nn.attention.flex_attention import flex_attention
+
+        queries, keys, values = (t.to(v.dtype).transpose(1, 2) for t in (q, k, v))
+        y = flex_attention(  # type: ignore[call-overload]  # its options are a TypedDict
+            queries, keys, values, block_mask=span.mask, scale=self.scale, enable_gqa=True, kernel_options=span.options
+        )
+        return y.transpose(1, 2).flatten(2)
+
+    def _rows(self, q: Tensor, held: Keys) -> Tensor:
+        """Attention (B,Q,H*P) of queries (B,Q,H,P), which are the last columns of `held`, one document in each row."""
+        queries, columns = q.shape[1], held.position.shape[1]
+        sinks, parts = None, []
+        for begin in range(0, queries, BLOCK):
+            end = min(begin + BLOCK, queries)
+            before = columns - queries + begin - (self.window - 1)
+            seen = Keys(*(t[:, : columns - queries + end] for t in held))
+            if before > self.sinks:
+                sinks = held.first_columns(self.sinks) if sinks is None else sinks
+                seen = seen.since(before, sinks)
+            own = held.position[:, columns - queries + begin : columns - queries + end]
+            mask = self._near(own, seen.position) & (seen.position[:, None, :] <= own[:, :, None])
+            mask &= seen.position[:, None, :] >= 0
+            # Padding sees itself, as a softmax over nothing would be no number.
+            alone = torch.arange(seen.position.shape[1] - (end - begin), seen.position.shape[1], device=q.device)
+            mask[:, torch.arange(end - begin, device=q.device), alone] = True
+            parts.append(self._softmax(q[:, begin:end], seen.keys, seen.values, mask))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    def _near(self, query: Tensor, key: Tensor) -> Tensor:
+        """(B,Q,S): which keys are in the window or sinks, by positions (B,Q) and (B,S)."""
+        key = key[:, None, :]
+        return (query[:, :, None] - key < self.window) | (key < self.sinks)
+
+    def _softmax(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        groups = self.num_heads // self.num_kv_heads
+        if groups > 1:  # with a mask, the fused kernels of CUDA know no groups
+            k, v = (t.repeat_interleave(groups, dim=2) for t in (k, v))
+        q, k, v = (t.to(v.dtype).transpose(1, 2) for t in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], scale=self.scale)
+        return y.transpose(1, 2).flatten(2)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, window={self.window}, sinks={self.sinks}"

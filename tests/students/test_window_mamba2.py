@@ -1,0 +1,273 @@
+"""Window and state side by side: an independent sum of both, the teacher's attention, and decoding."""
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from transpoint.distill.train.calibration import calibrate
+from transpoint.students import HybridCache, HybridForCausalLM, StudentConfig, build_student
+from transpoint.students.modeling import window_mamba2
+from transpoint.teachers import attention_view
+from transpoint.teachers.random import random_teacher
+
+LENGTH = 24
+ALL_PARTS = {"conv_kernel": 4, "conv_activation": "silu", "gate": True, "norm": True}
+STUDENTS = {
+    "llama": ("llama", {}),
+    "all parts": ("qwen2", ALL_PARTS),
+    "kept attention, no sinks": ("qwen3", {"keep_attention": [1], "sinks": 0}),
+    "the teacher's window is shorter": ("mistral", {"window": 12}),
+    "no rope, no norms, no gate": ("qwen3", {"rope": False, "qk_norm": False, "gate": False}),
+    "a window of one": ("llama", {"window": 1, "sinks": 3}),
+}
+students = pytest.mark.parametrize("case", STUDENTS)
+
+
+def build(family, window=5, sinks=2, keep_attention=(), seed=0, **options):
+    """In float64, where a difference is a mistake and not rounding; what as transferred does nothing is stirred."""
+    teacher, _ = random_teacher(f"random-{family}", seed)
+    config = StudentConfig("window_mamba2", list(keep_attention), window=window, sinks=sinks, **options)
+    student = build_student(teacher, config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for mixer in filter(None, student.mixer_layers()):
+            for name, parameter in mixer.state_space_parameters().items():
+                size = 0.05 if "proj" in name else 0.3
+                parameter.add_(size * torch.randn(parameter.shape, generator=generator))
+    return student.double()
+
+
+def of(case):
+    family, options = STUDENTS[case]
+    return build(family, **options)
+
+
+def tokens(batch=2, length=LENGTH, seed=0):
+    return torch.randint(3, 250, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def logits(model, ids, **kwargs):
+    return model(ids, use_cache=False, **kwargs).logits
+
+
+@torch.no_grad()
+def in_pieces(student, ids, sizes, mask=None, cache=None):
+    cache, start, found = cache or student.new_cache(), 0, []
+    for size in sizes:
+        kwargs = {}
+        if mask is not None:
+            kwargs["attention_mask"] = mask[:, : start + size]
+            positions = (kwargs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+            kwargs["position_ids"] = positions[:, start:]
+        found.append(student(ids[:, start : start + size], cache=cache, **kwargs).logits)
+        start += size
+    return torch.cat(found, 1)
+
+
+def assert_near(found, expected, tolerance=1e-9):
+    assert found.shape == expected.shape
+    assert (found - expected).norm() <= tolerance * expected.norm()
+
+
+# What it computes
+
+
+def test_it_is_the_sum_of_attention_over_window_and_sinks_and_of_a_recurrence():
+    """Written down token by token."""
+    student = build("llama", window=5, sinks=2)
+    mixer = student.mixer_layers()[1]
+    hidden = torch.randn(1, LENGTH, student.config.hidden_size, dtype=torch.float64)
+    cos, sin = student.model.rotary_emb(hidden, torch.arange(LENGTH)[None])
+    with torch.no_grad():
+        found = mixer(hidden, (cos, sin))[0]
+        H, P, groups = mixer.num_heads, mixer.head_dim, mixer.num_heads // mixer.num_kv_heads
+
+        def heads(projection, rotated):
+            t = projection(hidden)[0].view(LENGTH, -1, P)
+            if rotated:
+                a, b = t.chunk(2, -1)
+                t = t * cos[0, :, None] + torch.cat((-b, a), -1) * sin[0, :, None]
+            return t if t.shape[1] == H else t.repeat_interleave(groups, 1)
+
+        q, k, v = heads(mixer.q_proj, True), heads(mixer.k_proj, True), heads(mixer.v_proj, False)
+        dt = torch.nn.functional.softplus(mixer.dt_proj(hidden)[0] + mixer.dt_bias)
+        share = 2 * torch.sigmoid(mixer.mix_proj(hidden)[0] + mixer.mix_bias)
+        z = torch.nn.functional.silu(mixer.z_proj(hidden)[0]).view(LENGTH, H, P)
+        rows = []
+        for head in range(H):
+            state = torch.zeros(P, P, dtype=torch.float64)
+            for t in range(LENGTH):
+                seen = [s for s in range(t + 1) if s > t - 5 or s < 2]
+                weights = (k[seen, head] @ q[t, head] / P**0.5).softmax(0)
+                decay = torch.exp(dt[t, head] * -torch.exp(mixer.A_log[head]))
+                state = decay * state + dt[t, head] * torch.outer(v[t, head], k[t, head])
+                read = state @ q[t, head] / P**0.5 + mixer.D[head] * v[t, head]
+                rows.append(share[t, head] * weights @ v[seen, head] + read * z[t, head])
+        y = torch.stack(rows).view(H, LENGTH, P).transpose(0, 1).reshape(1, LENGTH, H * P)
+        assert_near(found, mixer.o_proj(y), 1e-7)  # decay is in float32
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("reach", [{"window": 64, "sinks": 0}, {"window": 1, "sinks": 64}], ids=["window", "sinks"])
+def test_a_window_over_all_beside_a_state_without_steps_is_the_teacher(family, reach):
+    teacher, _ = random_teacher(f"random-{family}", 0)
+    if family == "mistral" and reach["window"] == 1:
+        reach = {"window": 64, "sinks": 0}  # sinks reach past the teacher's own window
+    student = build_student(teacher, StudentConfig("window_mamba2", [], **reach))
+    with torch.no_grad():
+        for mixer in student.mixer_layers():
+            mixer.dt_bias.fill_(-1e4)  # softplus is 0 there
+    ids, mask = tokens(), torch.ones(2, LENGTH, dtype=torch.long)
+    mask[1, :9] = 0
+    positions = torch.cat((torch.arange(9), torch.arange(LENGTH - 9)))[None]
+    for kwargs, real in (
+        ({}, mask >= 0),
+        ({"attention_mask": mask}, mask == 1),
+        ({"position_ids": positions}, mask >= 0),
+    ):
+        found, expected = (logits(model, ids, **kwargs)[real] for model in (student, teacher))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@students
+def test_packed_documents_are_computed_as_each_alone(case):
+    student, ids = of(case), tokens(1, 30)
+    positions = torch.cat([torch.arange(n) for n in (11, 3, 16)])[None]
+    found = logits(student, ids, position_ids=positions)
+    alone = [logits(student, part) for part in ids.split([11, 3, 16], 1)]
+    assert_near(found, torch.cat(alone, 1))
+
+
+def test_many_queries_attend_block_by_block(monkeypatch):
+    student, ids = build("llama"), tokens(2, 40)
+    mask = torch.ones_like(ids)
+    mask[1, :7] = 0
+    plain, padded = logits(student, ids), logits(student, ids, attention_mask=mask)
+    monkeypatch.setattr(window_mamba2, "BLOCK", 6)
+    assert_near(logits(student, ids), plain)
+    assert_near(logits(student, ids, attention_mask=mask)[mask == 1], padded[mask == 1])
+
+
+def test_what_lies_between_sinks_and_window_reaches_a_token_through_the_state_alone():
+    student, ids = build("llama", window=3, sinks=1), tokens(1)
+    other = ids.clone()
+    other[0, 4] = (other[0, 4] + 1) % 250
+    mixer = student.mixer_layers()[0]
+    embedded = [student.model.embed_tokens(one) for one in (ids, other)]
+    rotary = student.model.rotary_emb(embedded[0], torch.arange(LENGTH)[None])
+    with torch.no_grad():
+        first, second = (mixer(one, rotary)[0][0, -1] for one in embedded)
+        assert (first - second).norm() > 1e-6 * first.norm()
+        mixer.dt_bias.fill_(-1e4)
+        first, second = (mixer(one, rotary)[0][0, -1] for one in embedded)
+        torch.testing.assert_close(first, second, rtol=1e-12, atol=1e-12)
+
+
+# Decoding
+
+
+@students
+@settings(max_examples=6, deadline=None)
+@given(cuts=st.lists(st.integers(1, LENGTH - 1), max_size=5, unique=True))
+def test_decoding_in_pieces_equals_a_full_forward(case, cuts):
+    student, ids = of(case), tokens()
+    edges = [0, *sorted(cuts), LENGTH]
+    sizes = [end - begin for begin, end in zip(edges, edges[1:], strict=False)]
+    assert_near(in_pieces(student, ids, sizes), logits(student, ids))
+
+
+@students
+def test_a_left_padded_batch_token_by_token_equals_unpadded_rows(case):
+    student, rows = of(case), [tokens(1, n, seed=n) for n in (5, 20, 13)]
+    ids, mask = torch.full((3, 20), 7), torch.zeros(3, 20, dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, 20 - row.shape[1] :], mask[i, 20 - row.shape[1] :] = row[0], 1
+    whole = logits(student, ids, attention_mask=mask)
+    for sizes in ([1] * 20, [9, 6, 1, 1, 1, 1, 1]):
+        found = in_pieces(student, ids, sizes, mask)
+        for i, row in enumerate(rows):
+            expected = logits(student, row)[0]
+            # SmolLM's kind of rotary embedding is relative: shifted positions give the same up to rounding.
+            assert_near(found[i][mask[i] == 1], expected, 1e-6)
+            assert_near(whole[i][mask[i] == 1], expected, 1e-6)
+
+
+def test_a_cache_holds_window_and_sinks_and_no_more_and_goes_through_a_file(tmp_path):
+    student, ids = build("llama", window=5, sinks=2), tokens(2, 30)
+    cache = student.new_cache()
+    in_pieces(student, ids[:, :20], [12, 1, 7], cache=cache)
+    for layer in cache.layers:
+        assert layer.keys.shape[1] == layer.values.shape[1] == layer.position.shape[1] == 6
+        assert layer.position[0].tolist() == [0, 1, 16, 17, 18, 19]
+    cache.save(tmp_path / "cache.safetensors")
+    read = HybridCache.load(tmp_path / "cache.safetensors", student.config, dtype=torch.float64)
+    fork = cache.fork(2)
+    expected = logits(student, ids)[:, 20:]
+    with torch.no_grad():
+        assert_near(student(ids[:, 20:], cache=read).logits, expected)
+        assert_near(student(ids[:, 20:].repeat_interleave(2, 0), cache=fork).logits[::2], expected)
+
+
+def test_generation_with_a_cache_equals_generation_without():
+    student, ids = build("qwen3"), tokens(2, 6)
+    found = [student.generate(ids, max_new_tokens=14, do_sample=False, use_cache=use) for use in (True, False)]
+    assert torch.equal(*found)
+    beams = student.generate(ids, max_new_tokens=8, num_beams=3, do_sample=False)
+    assert beams.shape[0] == 2
+
+
+# Stages
+
+
+def test_calibration_fits_the_state_to_what_the_window_leaves():
+    teacher, _ = random_teacher("random-llama", 0)
+    student = build_student(teacher, StudentConfig("window_mamba2", [], window=4, sinks=0))
+    ids = tokens(2, 64)
+    batches = [{"input_ids": ids, "position_ids": torch.arange(64).expand(2, -1)}]
+
+    def error():
+        total = 0.0
+        for view, mixer in zip(attention_view(teacher), student.mixer_layers(), strict=True):
+            seen = {}
+            module = teacher.get_decoder().layers[view.layer].self_attn
+            handle = module.register_forward_hook(
+                lambda module, args, kwargs, output, seen=seen: seen.update(kwargs, output=output[0]), with_kwargs=True
+            )
+            logits(teacher, ids)
+            handle.remove()
+            found = mixer(seen["hidden_states"], seen["position_embeddings"])[0]
+            total += float((found - seen["output"]).pow(2).sum() / seen["output"].pow(2).sum())
+        return total / 4
+
+    with torch.no_grad():
+        for mixer in student.mixer_layers():
+            mixer.dt_bias.fill_(-1e4)
+        window_alone = error()
+        found = calibrate(teacher, student, batches)
+        with_state = error()
+    assert with_state < window_alone
+    assert all(0 < layer["error"] < 1 for layer in found.values())
+
+
+def test_in_training_sequences_go_without_their_window_at_random():
+    student = build("llama", window_drop=0.5)
+    mixer = student.mixer_layers()[0].train()
+    hidden = torch.randn(1, LENGTH, student.config.hidden_size, dtype=torch.float64).expand(16, -1, -1)
+    rotary = student.model.rotary_emb(hidden, torch.arange(LENGTH)[None])
+    torch.manual_seed(0)
+    with torch.no_grad():
+        rows = mixer(hidden, rotary)[0]
+        whole = mixer.eval()(hidden, rotary)[0][0]
+        mixer.train().window_drop = 1.0
+        alone = mixer(hidden, rotary)[0][0]
+    with_window = [torch.allclose(row, whole, atol=1e-12) for row in rows]
+    without = [torch.allclose(row, alone, atol=1e-12) for row in rows]
+    assert 0 < sum(with_window) < 16 and sum(with_window) + sum(without) == 16
+
+
+def test_a_saved_student_is_read_again(tmp_path):
+    student, ids = build("qwen2", keep_attention=[0], **ALL_PARTS), tokens()
+    student.save_pretrained(tmp_path)
+    read = HybridForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+    assert_near(logits(read, ids), logits(student, ids))
