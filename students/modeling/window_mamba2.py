@@ -108,7 +108,7 @@ class WindowMamba2Mixer(SharedProjections):
         conv_kernel: int = 0,
         conv_activation: str | None = None,
         gate: bool = True,
-        norm: bool = False,
+        norm: bool = True,
         rope: bool = True,
         qk_norm: bool = True,
         norm_eps: float = 1e-5,
