@@ -129,6 +129,7 @@ class TransMambaMixer(SharedProjections):
     ):
         super().__init__(attention, geometry, conv_kernel, conv_activation, gate, norm, rope, qk_norm, norm_eps)
         self.trans_point: int | float = math.inf
+        self.point = None
 
     def set_trans_point(self, trans_point: int | float) -> None:
         """Chooses at which token of a document attention ends."""

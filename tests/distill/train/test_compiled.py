@@ -25,6 +25,7 @@ from transpoint.teachers import load_teacher
 
 GPU = torch.cuda.is_available()
 SCHEDULE = [0, 8, 20, "inf"]
+MIXERS = {"mamba2": {}, "transmamba": {"trans_points": SCHEDULE}, "window_mamba2": {"window": 6, "sinks": 2}}
 pytestmark = pytest.mark.slow  # all compile: seconds each
 
 
@@ -44,9 +45,8 @@ def nothing_compiled_before():
 def make(family="llama", mixer="mamba2", seed=0, device="cpu"):
     torch.manual_seed(seed)
     teacher = load_teacher(f"random-{family}", "float32", device)[0].requires_grad_(False)
-    points = {"trans_points": SCHEDULE} if mixer == "transmamba" else {}
     keep = "every:2" if mixer == "mamba2" else []
-    student = build_student(teacher, StudentConfig(mixer=mixer, keep_attention=keep, **points))
+    student = build_student(teacher, StudentConfig(mixer=mixer, keep_attention=keep, **MIXERS[mixer]))
     return teacher, student.float().to(device).train()
 
 
@@ -78,7 +78,7 @@ def assert_compiled_gives(objective, wanted, wanted_gradients, rtol, atol, gradi
 
 @pytest.mark.parametrize(
     ("kind", "mixer"),
-    [(kind, mixer) for kind in ("align", "distill") for mixer in ("mamba2", "transmamba")] + [("hidden", "mamba2")],
+    [(kind, mixer) for kind in ("align", "distill") for mixer in MIXERS] + [("hidden", "mamba2")],
 )
 def test_compiled_is_as_before_and_leaves_nothing_behind(kind, mixer, flex):
     """Layers that do the same are compiled once, whatever their TransPoints; afterwards all is as it was."""
@@ -257,7 +257,7 @@ def steps(device, mixer, stage, compile, accumulation=1, precision="fp32", count
 @pytest.mark.gpu
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("stage", ["align", "distill"])
-@pytest.mark.parametrize("mixer", ["mamba2", "transmamba"])
+@pytest.mark.parametrize("mixer", MIXERS)
 def test_recorded_steps_are_as_those_launched_from_python(mixer, stage, accumulation):
     losses, weights, said, recorded = steps("cuda", mixer, stage, True, accumulation)
     assert not said and recorded == 1
