@@ -34,7 +34,8 @@ class Corpus:
     """Tokenised documents, one after another.
 
     tokens: (T,) uint16 where the vocabulary fits, else int32. starts: (documents,) int64, offset of each document.
-    begin: the tokens that a text begins with. skipped: reason -> rows. examples_of_skipped: reason -> the first place.
+    begin: the tokens that a text begins with. answers: (answers, 2) int64, the first and one past the last token of
+    each; None where they were not asked for. skipped: reason -> rows. examples_of_skipped: reason -> the first place.
     unread: sources not reached because `max_tokens` was. fingerprint: SHA-256 of everything the tokens depend on.
     """
 
@@ -46,14 +47,22 @@ class Corpus:
     examples_of_skipped: dict[str, str] = field(default_factory=dict)
     unread: list[str] = field(default_factory=list)
     begin: list[int] = field(default_factory=list)
+    answers: torch.Tensor | None = None
 
     @property
     def documents(self) -> int:
         return len(self.starts)
 
+    @property
+    def answered(self) -> float:
+        """The fraction of the tokens that are an answer's, where answers were asked for."""
+        return int(cast(torch.Tensor, self.answers).diff().sum()) / len(self.tokens)
+
     def summary(self) -> str:
         """One line for people."""
         line = f"{self.documents:,} documents, {len(self.tokens):,} tokens"
+        if self.answers is not None:
+            line += f", {self.answered:.0%} of them in {len(self.answers):,} answers"
         if self.skipped:
             line += f"; {skips_in_words(self.skipped, self.examples_of_skipped)}"
         if self.unread:
@@ -68,15 +77,17 @@ def tokenize_corpus(
     text_field: str = "text",
     messages_field: str = "messages",
     bos: bool = True,
+    answers: bool = False,
     max_tokens: int | None = None,
     cache: str | os.PathLike | None = None,
 ) -> Corpus:
     """Tokenise `sources` with a transformers tokenizer, or load the result of an earlier call from folder `cache`.
 
     With `bos` texts begin as the tokenizer begins one, chats as the chat template writes them; each document ends with
-    the tokenizer's eos if it has one. Reading stops at `max_tokens`, cutting the last document. The cache key covers
-    the contents of the sources, so a changed file is tokenised again and a moved one is not. Safe to call from several
-    processes at once, but each of them does the work: let one go first.
+    the tokenizer's eos if it has one. With `answers` rows are chats, or prompts with completions, and their answers are
+    marked. Reading stops at `max_tokens`, cutting the last document. The cache key covers the contents of the sources,
+    so a changed file is tokenised again and a moved one is not. Safe to call from several processes at once, but each
+    of them does the work: let one go first.
 
     Raises DataError for sources that are missing, unreadable or without a usable document.
     """
@@ -85,7 +96,7 @@ def tokenize_corpus(
     if max_tokens is not None and max_tokens < 1:
         raise DataError(f"the token limit is {max_tokens}: give a positive number, or null to read everything")
     items = [item for source in sources for item in resolve(source)]
-    documents = RowEncoder(tokenizer, text_field, messages_field, bos)
+    documents = RowEncoder(tokenizer, text_field, messages_field, bos, answers)
     fingerprint = _fingerprint(items, documents, max_tokens)
     if cache is None:
         return _tokenize(items, documents, max_tokens, fingerprint, None)
@@ -103,7 +114,7 @@ def _texts(items: list[Item], documents: RowEncoder) -> Iterator[tuple[str, str,
     for source, of_source in groupby(items, key=lambda item: item.source):
         check = FieldCheck(source, documents)
         for item in of_source:
-            for number, row in read(item, documents.text_field, documents.messages_field):
+            for number, row in read(item, documents.columns):
                 check.see(row)
                 where = place(item, number)
                 if (text := documents.text(row, where)) is not None:
@@ -119,10 +130,11 @@ def _tokenize(
     dtype = np.uint16 if max(tokenizer.get_vocab().values()) < 65536 else np.int32
     sources = list(dict.fromkeys(item.source for item in items))
     starts, total, unread = [], 0, []
+    answers: list[tuple[int, int]] = []
     with _progress(max_tokens) as show, aside.open("w+b") if aside else nullcontext(io.BytesIO()) as file:
         for batch in _batches(_texts(items, documents), max_tokens):
             encoded = documents.encode([text for _, _, text in batch])
-            for (source, where, _), ids in zip(batch, encoded, strict=True):
+            for (source, where, _), (ids, answered) in zip(batch, encoded, strict=True):
                 if not ids:
                     documents.skip(where, Skip("no tokens"))
                     continue
@@ -130,6 +142,8 @@ def _tokenize(
                     ids = ids[: max_tokens - total]
                 file.write(np.array(ids, dtype).tobytes())
                 starts.append(total)
+                ends = ((total + first, total + min(end, len(ids))) for first, end in answered)
+                answers += [(first, end) for first, end in ends if first < end]
                 total += len(ids)
                 if total == max_tokens:
                     unread = sources[sources.index(source) + 1 :]
@@ -139,7 +153,8 @@ def _tokenize(
                 break
         if not starts:
             skips = documents.skips_in_words() or "there are no rows"
-            raise DataError(f"no usable document in {', '.join(sources)}: {skips}")
+            remedy = "; give rows of messages, or of prompt and completion, in tune.train" if documents.answers else ""
+            raise DataError(f"no usable document in {', '.join(sources)}: {skips}{remedy}")
         file.flush()
         # Mapped copy-on-write, as torch has no tensor that cannot be written.
         tokens = np.memmap(aside, dtype, "c") if aside else np.frombuffer(cast(io.BytesIO, file).getbuffer(), dtype)
@@ -152,6 +167,7 @@ def _tokenize(
         documents.examples_of_skipped,
         unread,
         documents.begin,
+        torch.tensor(answers, dtype=torch.int64).view(-1, 2) if documents.answers else None,
     )
 
 
@@ -180,7 +196,7 @@ def _progress(max_tokens: int | None) -> Iterator[Callable[[int, int], None]]:
         yield lambda documents, tokens: progress.update(task, documents=documents, completed=tokens)
 
 
-# Cache: KEY.safetensors (tokens, starts) and KEY.json (everything else and the first file's checksum)
+# Cache: KEY.safetensors (tokens, starts, answers) and KEY.json (everything else and the first file's checksum)
 
 
 def _fingerprint(items: list[Item], documents: RowEncoder, max_tokens: int | None) -> str:
@@ -239,7 +255,8 @@ def _save(corpus: Corpus, folder: Path, aside: Path) -> None:
     facts |= {"documents": corpus.documents, "tokens": len(corpus.tokens)}
     new_tensors, new_facts = aside / "tensors", aside / "facts"
     try:
-        safetensors.torch.save_file({"tokens": corpus.tokens, "starts": corpus.starts}, new_tensors)
+        tensors = {key: value for key, value in vars(corpus).items() if isinstance(value, torch.Tensor)}
+        safetensors.torch.save_file(tensors, new_tensors)
     except safetensors.SafetensorError as error:  # a full disk, say
         raise OSError(one_line(error)) from error
     facts["sha256"] = file_hash(new_tensors)

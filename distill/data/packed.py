@@ -14,7 +14,8 @@ from .sources import DataError
 class PackedDataset(torch.utils.data.Dataset):
     """A corpus cut into consecutive windows of `length` tokens that do not overlap; the last partial one is dropped.
 
-    Item i is {"input_ids": (length,) int64, "position_ids": (length,) int64}. Positions restart at 0 with each document
+    Item i is {"input_ids": (length,) int64, "position_ids": (length,) int64}, and where the corpus knows of answers,
+    "answers": (length,) bool, whether a token is one's. Positions restart at 0 with each document
     and each window: that is how models and mixers know the documents in a window apart. A window that begins inside of
     a document begins as a document does, and leaves out as many tokens at its end: models that were trained with a
     beginning token lean on it, wherever a text is cut.
@@ -44,13 +45,17 @@ class PackedDataset(torch.utils.data.Dataset):
         offsets = np.arange(first, first + self.tokens_per_item)
         document = np.searchsorted(starts, offsets, side="right") - 1
         positions = offsets - np.maximum(starts[document], first)
+        answers = None if self.corpus.answers is None else _inside(self.corpus.answers.numpy(), offsets)
         begin, tokens = self.corpus.begin, tokens.long()
         if begin and first != starts[document[0]] and len(begin) < self.tokens_per_item:
             tokens = torch.cat((torch.tensor(begin), tokens[: -len(begin)]))
             same = document == document[0]
             kept = positions[: -len(begin)] + len(begin) * same[: -len(begin)]
             positions = np.concatenate((np.arange(len(begin)), kept))
-        return {"input_ids": tokens, "position_ids": torch.from_numpy(positions)}
+            if answers is not None:
+                answers = np.concatenate((np.zeros(len(begin), bool), answers[: -len(begin)]))
+        item = {"input_ids": tokens, "position_ids": torch.from_numpy(positions)}
+        return item if answers is None else item | {"answers": torch.from_numpy(answers)}
 
     def batch(self, step: int, batch_size: int, seed: int, slots: range) -> list[dict[str, torch.Tensor]]:
         """The items of batch `step` (from 0) at some of its `batch_size` slots: those of one process, say."""
@@ -73,6 +78,12 @@ def batch_indices(n_items: int, batch_size: int, seed: int, step: int) -> list[i
         raise ValueError(f"n_items={n_items} and batch_size={batch_size} must be positive, step={step} at least 0")
     stream = range(step * batch_size, (step + 1) * batch_size)
     return [int(_permutation(n_items, seed, i // n_items)[i % n_items]) for i in stream]
+
+
+def _inside(spans: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Whether each offset is in one of the spans [first, end), which are in order and do not overlap."""
+    begun, ended = (np.searchsorted(edges, offsets, side="right") for edges in spans.T)
+    return begun > ended
 
 
 def collate(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -1,10 +1,16 @@
 """From rows to documents, and from these to tokens.
 
-Rows hold a text (string) or messages (a chat: a list of {role, content}); a row with both is read as text. Those that
-cannot be used are skipped, counted by reason and reported; what a person has to mend is a `DataError`.
+Rows hold a text (string) or messages (a chat: a list of {role, content}); a row with both is read as text. Where
+answers are asked for, they hold messages, or a prompt and a completion (two texts, or two lists of messages). Those
+that cannot be used are skipped, counted by reason and reported; what a person has to mend is a `DataError`.
 """
 
+import re
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator
 from copy import copy
+from itertools import groupby
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,20 +21,53 @@ from .sources import DataError, Skip
 FIELD_PATIENCE = 10_000  # rows without the wanted fields before a long source is given up
 
 
-class Chat(str):
+PROMPT, COMPLETION = "prompt", "completion"  # fields that rows of answers may have in place of messages
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # what a chat template marks answers with, where it does
+_Spans = list[tuple[int, int]]  # the first and one past the last, of characters or tokens
+
+
+class Text(str):
+    """A document. answers: the characters of each answer in it, where they were asked for."""
+
+    answers: _Spans
+
+    def __new__(cls, text: str, answers: _Spans):
+        made = super().__new__(cls, text)
+        made.answers = answers
+        return made
+
+
+class Chat(Text):
     """A document that a chat template has written, its beginning too."""
+
+
+class Tokens(NamedTuple):
+    """Of a document. answers: the places in `ids` of each answer, where they were asked for."""
+
+    ids: list[int]
+    answers: _Spans
 
 
 class RowEncoder:
     """Turns rows into texts and these into tokens, and counts the rows it cannot use.
 
+    With `answers` it finds the assistant's turns in chats, and takes no row without one.
+
     begin: the tokens that a text begins with. skipped: reason -> rows. examples_of_skipped: reason -> the first place.
+
+    Raises DataError if the tokenizer cannot say where in a text a token stands, and answers are asked for.
     """
 
-    def __init__(self, tokenizer, text_field: str, messages_field: str, bos: bool = True):
+    def __init__(self, tokenizer, text_field: str, messages_field: str, bos: bool = True, answers: bool = False):
+        if answers and not tokenizer.is_fast:
+            raise DataError(
+                f"answers cannot be told apart with a {type(tokenizer).__name__}, which does not say where its tokens "
+                "stand in a text: use a fast tokenizer (tokenizer.json)"
+            )
         self.tokenizer = tokenizer
         self.text_field = text_field
         self.messages_field = messages_field
+        self.answers = answers
         self.begin = beginning(tokenizer) if bos else []
         self.skipped: dict[str, int] = {}
         self.examples_of_skipped: dict[str, str] = {}
@@ -41,15 +80,33 @@ class RowEncoder:
             self.skip(where, skip)
             return None
 
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        """The tokens of each document, the tokenizer's eos at its end if it has one; none for a text without tokens."""
+    def encode(self, texts: list[str]) -> list[Tokens]:
+        """The tokens of each document, the tokenizer's eos at its end if it has one; none for a text without tokens.
+
+        To an answer belong the tokens that hold any of its characters, and the eos at the end if none is among them.
+        """
         tokenizer, begin, eos = self.tokenizer, self.begin, self.tokenizer.eos_token_id
-        encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        encoded = tokenizer(
+            texts,
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_offsets_mapping=self.answers,
+            verbose=False,
+        )
         found = []
-        for text, ids in zip(texts, encoded, strict=True):
+        for number, (text, ids) in enumerate(zip(texts, encoded["input_ids"], strict=True)):
+            answers = []
+            if self.answers and isinstance(text, Text):
+                answers = _tokens_of(text.answers, encoded["offset_mapping"][number])
             if ids and not isinstance(text, Chat) and ids[: len(begin)] != begin:
                 ids = begin + ids
-            found.append([*ids, eos] if ids and eos is not None and ids[-1] != eos else ids)
+                answers = [(first + len(begin), end + len(begin)) for first, end in answers]
+            if ids and eos is not None and ids[-1] != eos:
+                ids = [*ids, eos]
+                first, end = answers[-1] if answers else (0, 0)
+                if end == len(ids) - 1 and eos not in ids[first:end]:
+                    answers[-1] = (first, end + 1)
+            found.append(Tokens(ids, answers))
         return found
 
     def skip(self, where: str, skip: Skip) -> None:
@@ -68,20 +125,29 @@ class RowEncoder:
     @property
     def fields(self) -> list:
         """What of it the tokens depend on, besides the tokenizer: as earlier versions had it where nothing begins."""
-        return [self.text_field, self.messages_field, *([self.begin] if self.begin else [])]
+        more = [*([self.begin] if self.begin else []), *(["answers"] if self.answers else [])]
+        return [self.text_field, self.messages_field, *more]
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The fields of a row that are read."""
+        return (self.text_field, self.messages_field, *((PROMPT, COMPLETION) if self.answers else ()))
 
     @property
     def no_field(self) -> str:
-        return f"no {self.text_field} or {self.messages_field} field"
+        *others, last = self.columns
+        return f"no {', '.join(others)} or {last} field"
 
     def _text(self, row: dict | Skip) -> str:
         """The document in `row`; raises Skip."""
         if isinstance(row, Skip):
             raise row
-        if self.text_field not in row and self.messages_field not in row:
+        if not any(name in row for name in self.columns):
             raise Skip(self.no_field)
         text, messages = row.get(self.text_field), row.get(self.messages_field)
-        if not text and messages:
+        if self.answers:
+            text = self._answered(messages, row.get(PROMPT), row.get(COMPLETION))
+        elif not text and messages:
             text = self._chat(messages)
         if not text:
             raise Skip("empty text")
@@ -96,7 +162,23 @@ class RowEncoder:
             raise Skip("empty text")
         return text
 
-    def _chat(self, messages) -> Chat:
+    def _answered(self, messages, prompt, completion) -> Text:
+        """The document in a row of which answers are asked for; raises Skip."""
+        if messages:
+            text: Text = self._chat(messages, 0)
+        elif isinstance(prompt, str) and isinstance(completion, str):
+            whole = len(prompt), len(prompt + completion)
+            text = Text(prompt + completion, [whole])
+        elif isinstance(prompt, list) and isinstance(completion, list):
+            text = self._chat([*prompt, *completion], len(prompt))
+        else:
+            raise Skip("no answer")
+        if not any(first < end for first, end in text.answers):
+            raise Skip("no answer")
+        return text
+
+    def _chat(self, messages, answers_from: int | None = None) -> Chat:
+        """`answers_from`: the message from which on the assistant's turns are answers; None: none are looked for."""
         if not self.tokenizer.chat_template:
             raise DataError(
                 f"rows hold chats ({self.messages_field}) but the tokenizer has no chat template: "
@@ -105,9 +187,48 @@ class RowEncoder:
         if not isinstance(messages, list):
             raise Skip("messages is not a list")
         try:
-            return Chat(self.tokenizer.apply_chat_template(messages, tokenize=False))
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False)
+            return Chat(text, [] if answers_from is None else list(self._answers(messages, answers_from, text)))
+        except Skip:
+            raise
         except Exception as error:  # a template is code of its own
             raise Skip("chat template failed", error) from error
+
+    def _answers(self, messages: list[dict], first: int, text: str) -> Iterator[tuple[int, int]]:
+        """Where the assistant's turns, from message `first` on, stand in a chat.
+
+        As the template marks them, if it does. Else one stands between what the template writes of the messages before
+        with the prompt for an answer, and what it writes of them with the answer.
+        """
+        write = self.tokenizer.apply_chat_template
+        if _GENERATION.search(self.tokenizer.get_chat_template()):
+            options = {"tokenizer_kwargs": {"return_offsets_mapping": True}, "return_assistant_tokens_mask": True}
+            marked = write(messages, tokenize=True, return_dict=True, **options)
+            begin = len(write(messages[:first], tokenize=False)) if first else 0
+            tokens = zip(marked["assistant_masks"], marked["offset_mapping"], strict=True)
+            for answer, run in groupby(tokens, key=lambda token: token[0]):
+                places = [place for _, place in run]
+                if answer and places[0][0] >= begin:
+                    yield places[0][0], places[-1][1]
+            return
+        for number, message in enumerate(messages):
+            if number < first or message["role"] != "assistant":
+                continue
+            before = write(messages[:number], tokenize=False, add_generation_prompt=True)
+            through = write(messages[: number + 1], tokenize=False)
+            if not (text.startswith(through) and through.startswith(before)):
+                raise Skip("the chat template rewrites earlier turns, and marks no answers by {% generation %}")
+            yield len(before), len(through)
+
+
+def _tokens_of(answers: _Spans, places: _Spans) -> _Spans:
+    """The tokens, of which these are the places in a text, that hold any character of each answer."""
+    found = []
+    for first, end in answers:
+        tokens = bisect_right(places, first, key=lambda place: place[1]), bisect_left(places, end, key=lambda p: p[0])
+        if first < end and tokens[0] < tokens[1]:
+            found.append(tokens)
+    return found
 
 
 class FieldCheck:
@@ -122,7 +243,7 @@ class FieldCheck:
         """Raises DataError when the first FIELD_PATIENCE rows are all without the fields."""
         if isinstance(row, dict):
             self.rows += 1
-            self.without += self.documents.text_field not in row and self.documents.messages_field not in row
+            self.without += not any(name in row for name in self.documents.columns)
             self.first = self.first or row
             if self.rows == FIELD_PATIENCE:
                 self.end()

@@ -122,8 +122,7 @@ class Skip(Exception):
 
 def read(
     item: Item,
-    text_field: str,
-    messages_field: str,
+    fields: tuple[str, ...],
     first: int = 0,
     wanted: Callable[[int], bool] = lambda number: True,
     hub: "HubDatasets | None" = None,
@@ -131,11 +130,11 @@ def read(
     """(number, row) for the rows of `item`, counted from 0, from number `first` on, where `wanted(number)`.
 
     Rows that are not asked for are passed over as quickly as the format lets: neither parsed nor, in a .parquet file or
-    a saved folder, read. `hub`: datasets opened before.
+    a saved folder, read. `fields`: those wanted of a row, that of its text first; others may be missing. `hub`:
+    datasets opened before.
 
     Raises DataError if reading fails.
     """
-    fields = (text_field, messages_field)
     rows = 0
     try:
         for number, row in _rows(item, fields, first, wanted, hub or HubDatasets()):
@@ -197,7 +196,7 @@ class HubDatasets:
 
 
 def _rows(
-    item: Item, fields: tuple[str, str], first: int, wanted: Callable[[int], bool], hub: HubDatasets
+    item: Item, fields: tuple[str, ...], first: int, wanted: Callable[[int], bool], hub: HubDatasets
 ) -> Iterator[tuple[int, dict | Skip]]:
     if item.kind.startswith(".jsonl"):
         for number, line in enumerate(_lines(_decompressed(item.path))):
@@ -262,7 +261,7 @@ def _parse(line: bytes) -> dict | Skip:
 
 
 def _parquet_rows(
-    path: Path, fields: tuple[str, str], first: int, wanted: Callable[[int], bool]
+    path: Path, fields: tuple[str, ...], first: int, wanted: Callable[[int], bool]
 ) -> Iterator[tuple[int, dict | Skip]]:
     import pyarrow.parquet  # here and below: slow to import, and most recipes need neither
 
@@ -284,7 +283,7 @@ def _parquet_rows(
 
 
 def _saved_rows(
-    path: Path, fields: tuple[str, str], first: int, wanted: Callable[[int], bool]
+    path: Path, fields: tuple[str, ...], first: int, wanted: Callable[[int], bool]
 ) -> Iterator[tuple[int, dict]]:
     import datasets
 
@@ -297,7 +296,7 @@ def _saved_rows(
 
 
 def _hub_rows(
-    rows, shard: int | None, fields: tuple[str, str], first: int, wanted: Callable[[int], bool]
+    rows, shard: int | None, fields: tuple[str, ...], first: int, wanted: Callable[[int], bool]
 ) -> Iterator[tuple[int, dict]]:
     rows = _only(rows if shard is None else rows.shard(rows.num_shards, shard), fields)
     for number, row in enumerate(rows.skip(first) if first else rows, first):
@@ -305,7 +304,7 @@ def _hub_rows(
             yield number, row
 
 
-def _only(rows, fields: tuple[str, str]):
+def _only(rows, fields: tuple[str, ...]):
     """A dataset without other columns than `fields`: no decoding of images and the like."""
     present = [column for column in rows.column_names or [] if column in fields]
     return rows.select_columns(present) if present else rows

@@ -154,7 +154,7 @@ class StreamedDataset:
         while short := [lane for lane in lanes if lane.ready < length]:
             drawn = [(lane, *entry) for lane in short for entry in lane.draw(AHEAD * CHARACTERS * length)]
             encoded = self.documents.encode([text for *_, text in drawn])
-            for (lane, at, _), ids in zip(drawn, encoded, strict=True):
+            for (lane, at, _), (ids, _) in zip(drawn, encoded, strict=True):
                 if self.rows is not None:
                     check_tokens(ids, self.rows, self.documents.tokenizer, names)
                 lane.put(at, ids)
@@ -170,8 +170,7 @@ class StreamedDataset:
         return _Lane(f"{slot} of {batch_size}", seed, shares, documents, self.shuffle_buffer, rows, state)
 
     def _read(self, source: int, piece: "_Piece", epoch: int, first: int) -> Iterator[tuple[int, dict | Skip]]:
-        fields = self.documents.text_field, self.documents.messages_field
-        return read(piece.item, *fields, first, piece.holds, self._hub)
+        return read(piece.item, self.documents.columns, first, piece.holds, self._hub)
 
     def _read_together(
         self, slot: int, source: int, piece: "_Piece", epoch: int, first: int

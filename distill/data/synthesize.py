@@ -190,7 +190,7 @@ def _prompts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, skipped: dict[s
     skipped.clear()
     found: list[Prompt] = []
     for item in (item for source in settings.prompts for item in resolve(source)):
-        for number, row in read(item, data.text_field, data.messages_field):
+        for number, row in read(item, (data.text_field, data.messages_field)):
             prompt = _prompt(row, place(item, number), recipe, tokenizer)
             if isinstance(prompt, str):
                 skipped[prompt] = skipped.get(prompt, 0) + 1

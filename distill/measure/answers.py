@@ -54,7 +54,7 @@ def read_questions(source: str) -> list[Question]:
     """
     questions = []
     for item in resolve(source):
-        for number, row in read(item, "question", "answers"):
+        for number, row in read(item, ("question", "answers")):
             questions.append(_read(row, place(item, number)))
     if len(questions) <= EXAMPLES:
         raise DataError(

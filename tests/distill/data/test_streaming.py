@@ -225,7 +225,7 @@ def test_files_of_any_size_are_shared_out(counts, lanes, tmp_path_factory):
     for lane in range(lanes):
         for source in dataset._sources:
             for piece in source.share(lane, lanes)[1]:
-                found.update(row["text"] for _, row in sources.read(piece.item, "text", "", wanted=piece.holds))
+                found.update(row["text"] for _, row in sources.read(piece.item, ("text",), wanted=piece.holds))
     assert found == Counter({words(n, 3): 1 for n in range(1, number)})
 
 
@@ -445,7 +445,7 @@ def test_hub_that_cannot_be_reached(monkeypatch):
 def test_readers_start_at_any_row_and_take_some(name, first, tmp_path):
     write(tmp_path / name, range(100, 130), lambda number: 1)
     [item] = sources.resolve(str(tmp_path / name))
-    taken = [(number, row["text"]) for number, row in sources.read(item, "text", "", first, lambda n: n % 3 == 0)]
+    taken = [(number, row["text"]) for number, row in sources.read(item, ("text",), first, lambda n: n % 3 == 0)]
     assert taken == [(n, str(100 + n)) for n in range(30) if n >= first and n % 3 == 0]
 
 
@@ -476,7 +476,7 @@ def test_no_usable_document(row, tmp_path):
 
 
 def test_documents_without_tokens(tmp_path, monkeypatch):
-    monkeypatch.setattr("transpoint.distill.data.rows.RowEncoder.encode", lambda self, texts: [[] for _ in texts])
+    monkeypatch.setattr("transpoint.distill.data.rows.RowEncoder.encode", lambda self, texts: [([], []) for _ in texts])
     path = write(tmp_path / "a.jsonl", range(1, 9))
     assert "no tokens (first: sequence 0 of 1 in a batch)" in message(lambda: batches(streamed([path]), [0], 1))
 
