@@ -95,6 +95,8 @@ def run(options) -> None:
 
 
 def plan(options) -> None:
+    import copy
+
     import torch
 
     from ..students import plan_student
@@ -128,10 +130,11 @@ def plan(options) -> None:
     for stage in pipeline_of(recipe):
         if stage.groups is None:
             continue
-        reads = None if getattr(stage.of(recipe), "teacher_cache", None) else teacher
-        groups = stage.groups(student, recipe)
-        only_these_train(student, groups)
-        console.print(what_will_run(stage.name, groups, student, reads, recipe, device=gpu), highlight=False)
+        taken = teacher if stage.takes_teacher(recipe) else None
+        own = copy.deepcopy(student)  # a stage may give it adapters
+        groups = stage.groups(own, recipe)
+        only_these_train(own, groups)
+        console.print(what_will_run(stage.name, groups, own, taken, recipe, device=gpu), highlight=False)
     console.print(f"parameters: {before:,} in the teacher, {after:,} in the student", highlight=False)
     converted = [layer for layer, mixer in enumerate(student.mixer_layers()) if mixer is not None]
     tokens = [2 * g.num_kv_heads * g.head_dim * 2 for g in map(student.geometry, range(len(mixers)))]

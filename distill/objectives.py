@@ -28,6 +28,7 @@ from .train.compiled import FLEX
 
 if TYPE_CHECKING:
     from ..students.modeling.documents import Spanned
+    from .stages.tune import TuneConfig
 
 
 class Alignment(nn.Module):
@@ -213,6 +214,52 @@ class CachedDistillation(nn.Module):
         divergence = partial(divergence, softcap=own.softcap)
         loss, metrics = predictions_loss(divergence, settings, batch)
         return loss, metrics | attention_share(self.student, batch)
+
+
+class AnswerTuning(nn.Module):
+    """End to end, on answers alone: a divergence of the student's next-token distributions from the teacher's, or
+    cross-entropy, in nats per token of an answer.
+
+    A sum over the tokens of answers in a batch, divided by how many the whole step has (which the batch says): so
+    gradients of micro-batches add up to that of the step. Figure: the loss, as `kl` (the divergence, whichever it is)
+    or `ce`.
+
+    Args:
+        teacher: None for cross-entropy.
+    """
+
+    def __init__(self, teacher: PreTrainedModel | None, student: HybridForCausalLM, settings: "TuneConfig"):
+        super().__init__()
+        self.student = student
+        self.beside: tuple[Any, ...] = (teacher,)
+        self.settings = settings
+
+    def models(self) -> list[PreTrainedModel]:
+        return [model for model in (*self.beside, self.student) if model is not None]
+
+    def compilable(self) -> list[tuple[object, str]]:
+        return compilable_layers(*self.models())
+
+    def kind(self) -> tuple:
+        return trans_point_pattern(self.student)
+
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        (teacher,), settings = self.beside, self.settings
+        inputs, counts = decoder_inputs(batch, *self.models()), batch["before_answer"]
+        head = output_head(self.student, check=False)
+        own = head.operands(hidden_states(self.student, inputs, every=False)[-1])
+        options: dict[str, Any]
+        if teacher is None:
+            # From itself it has no divergence, and none in the gradient: cross-entropy is what is left.
+            name, target, options = "ce", tuple(operand.detach() for operand in own), {"labels": next_tokens(batch)}
+        else:
+            with torch.no_grad():
+                hidden = hidden_states(teacher, inputs, every=False)[-1]
+                name, target = "kl", output_head(teacher, check=False).operands(hidden)
+            options = {key: getattr(settings, key) for key in ("divergence", "beta", "temperature")}
+        mean = linear_kl(*own, *target, mask=counts, softcap=head.softcap, **options)
+        loss = mean * (counts.sum(1) * batch["per_answer"]).mean()
+        return loss, {name: loss.detach()} | attention_share(self.student, batch)
 
 
 def hidden_states(model: PreTrainedModel, inputs: dict, every: bool) -> list[Tensor]:

@@ -206,7 +206,9 @@ class LoraSettings(GroupConfig):
 
 
 @dataclass
-class DistillConfig(TrainConfig):
+class EndToEndConfig(TrainConfig):
+    """Of stages that train a student as a whole."""
+
     lr: float = setting(5e-4, "learning rate of the mixers, at its highest", above=0)
     teacher_lr: float = setting(
         0.0, "learning rate of the parameters that were the teacher's; 0 leaves them frozen", minimum=0
@@ -225,6 +227,10 @@ class DistillConfig(TrainConfig):
     )
     beta: float = setting(0.5, "the teacher's share of the mixture, for jsd", above=0, below=1)
     temperature: float = setting(1.0, "of both softmaxes in the divergence", above=0)
+
+
+@dataclass
+class DistillConfig(EndToEndConfig):
     ce_weight: float = setting(
         0.0, "of the cross-entropy on the text itself that is added, in nats per token of text", minimum=0
     )

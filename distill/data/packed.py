@@ -14,11 +14,11 @@ from .sources import DataError
 class PackedDataset(torch.utils.data.Dataset):
     """A corpus cut into consecutive windows of `length` tokens that do not overlap; the last partial one is dropped.
 
-    Item i is {"input_ids": (length,) int64, "position_ids": (length,) int64}, and where the corpus knows of answers,
-    "answers": (length,) bool, whether a token is one's. Positions restart at 0 with each document
-    and each window: that is how models and mixers know the documents in a window apart. A window that begins inside of
-    a document begins as a document does, and leaves out as many tokens at its end: models that were trained with a
-    beginning token lean on it, wherever a text is cut.
+    Item i is {"input_ids": (length,) int64, "position_ids": (length,) int64}, and where the corpus knows of answers
+    "before_answer": (length,) bool, whether the next token is one's, in the same document. Positions restart at 0 with
+    each document and each window: that is how models and mixers know the documents in a window apart. A window that
+    begins inside of a document begins as a document does, and leaves out as many tokens at its end: models that were
+    trained with a beginning token lean on it, wherever a text is cut.
     """
 
     def __init__(self, corpus: Corpus, length: int):
@@ -55,12 +55,21 @@ class PackedDataset(torch.utils.data.Dataset):
             if answers is not None:
                 answers = np.concatenate((np.zeros(len(begin), bool), answers[: -len(begin)]))
         item = {"input_ids": tokens, "position_ids": torch.from_numpy(positions)}
-        return item if answers is None else item | {"answers": torch.from_numpy(answers)}
+        if answers is not None:
+            item["before_answer"] = torch.from_numpy(np.append(answers[1:] & (positions[1:] != 0), False))
+        return item
 
     def batch(self, step: int, batch_size: int, seed: int, slots: range) -> list[dict[str, torch.Tensor]]:
-        """The items of batch `step` (from 0) at some of its `batch_size` slots: those of one process, say."""
+        """The items of batch `step` (from 0) at some of its `batch_size` slots: those of one process, say.
+
+        With answers each has "per_answer" besides: the sequences of the whole batch by its tokens `before_answer`.
+        """
         indices = batch_indices(len(self), batch_size, seed, step)
-        return [self[indices[slot]] for slot in slots]
+        if self.corpus.answers is None:
+            return [self[indices[slot]] for slot in slots]
+        items = [self[index] for index in indices]
+        count = sum(int(item["before_answer"].sum()) for item in items)
+        return [items[slot] | {"per_answer": torch.tensor(batch_size / max(count, 1))} for slot in slots]
 
     def spread(self, count: int) -> list[dict[str, torch.Tensor]]:
         """`count` items evenly over the whole, or all if there are fewer."""

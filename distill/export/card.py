@@ -147,7 +147,8 @@ _TEMPLATE = _ENVIRONMENT.from_string(
 are {{ kinds | join(" or ") | escaped }} layers here, made with Transpoint: their weights were transferred from the
 attention they replace
 {%- if "align" in tokens %}, aligned layer by layer{% endif %}
-{%- if "distill" in tokens %}, and distilled end to end{% endif %}.
+{%- if "distill" in tokens %}, and distilled end to end{% endif %}
+{%- if "tune" in tokens %}, and tuned on answers{% endif %}.
 {%- if converted < layers %} The other layers keep the teacher's attention.{% endif %}
 
 

@@ -17,21 +17,13 @@ def run(session: "Session", folder: "StageFolder") -> dict:
 
     from ...students.modeling.configuration_transmamba import written
     from ...teachers import output_head
-    from ..errors import RunError
     from ..models import has_trans_points
     from ..objectives import CachedDistillation, Distillation
     from ..trans_points import resolve, trans_points_in_step
-    from .training import trained as train_student
+    from .training import end_to_end, trained as train_student
 
     settings = session.recipe.distill
-    student = session.student_before("distill").train()
-    if settings.gradient_checkpointing:
-        # Before 5.23, transformers calls it so.
-        enable = getattr(student, "activation_checkpointing_enable", student.gradient_checkpointing_enable)
-        enable({"use_reentrant": False})
-    trained_groups = groups(student, session.recipe)
-    if not trained_groups:
-        raise RunError("distill trains nothing: every group's learning rate is 0; set distill.groups or distill.lora")
+    student, trained_groups = end_to_end(session, folder)
     cached = session.cached_targets() if settings.teacher_cache else None
     head = None
     if cached is not None:
@@ -44,8 +36,9 @@ def run(session: "Session", folder: "StageFolder") -> dict:
             return Distillation(teacher, student, settings)
         return CachedDistillation(student, settings, cached.index["vocab_size"], head)
 
+    own = {} if cached is None else {"teacher_cache": {name: cached.index[name] for name in ("k", "kl", "rest_mass")}}
     if not has_trans_points(student):
-        return train_student(session, folder, student, trained_groups, objective, cached)
+        return train_student(session, folder, student, trained_groups, objective, cached) | own
     schedules = resolve(student, [session.recipe.student.trans_points, *settings.sample_schedules])
     trained = {name: written(points) for name, points in schedules.items()} if settings.steps else {}
     student.config.measured_trans_points = [
@@ -57,16 +50,16 @@ def run(session: "Session", folder: "StageFolder") -> dict:
         return trans_points_in_step(step, targets, recipe.data.length, settings, recipe.run.seed)
 
     done = train_student(session, folder, student, trained_groups, objective, cached, trans_points)
-    return done | {"trained_schedules": trained}
+    return done | own | {"trained_schedules": trained}
 
 
 def groups(student, recipe) -> "list[ParameterGroup]":
     from ..train.groups import distill_groups
     from ..train.lora import attach
 
-    if recipe.distill.lora.rank:
-        attach(student, recipe.distill.lora)
-    return distill_groups(student, recipe.distill)
+    settings = recipe.distill
+    attach(student, settings.lora, "distill")
+    return distill_groups(student, settings)
 
 
 def operations(teacher, student, length: int) -> float:
@@ -89,6 +82,7 @@ DISTILL = Stage(
     makes_student=True,
     trains=True,
     groups=groups,
+    takes_teacher=lambda recipe: not recipe.distill.teacher_cache,
     operations=operations,
     look_ahead=look_ahead,
 )

@@ -10,6 +10,7 @@ from ..run.folder import StageFolder
 from ..run.identity import file_identity, identity, without_resultless
 from ..run.records import StageRecord, read_record
 from .pipeline import pipeline_of
+from .tune import TUNE
 
 
 def stage_inputs(recipe: Recipe) -> dict[str, dict]:
@@ -45,6 +46,8 @@ def stage_inputs(recipe: Recipe) -> dict[str, dict]:
                 del own["data"][name]
         if "distill" in own and recipe.distill.teacher_cache:
             own["distill"]["teacher_cache"] = _cache_identity(recipe.distill.teacher_cache)
+        if TUNE.name in own:
+            own[TUNE.name]["train"] = [source_identity(source) for source in TUNE.of(recipe).train]
         if "evaluate" in own and recipe.evaluate.questions:
             own["evaluate"]["questions"] = source_identity(recipe.evaluate.questions)
         if "evaluate" in own and recipe.evaluate.tasks and recipe.evaluate.tasks_folder:

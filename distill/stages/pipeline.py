@@ -16,11 +16,12 @@ from .orient import ORIENT
 from .select import SELECT
 from .stage import Stage
 from .transfer import TRANSFER
+from .tune import TUNE
 
 if TYPE_CHECKING:
     from ..config import Recipe
 
-PIPELINE: list[Stage] = [SELECT, TRANSFER, CALIBRATE, ORIENT, ALIGN, DISTILL, EXPORT, EVALUATE]
+PIPELINE: list[Stage] = [SELECT, TRANSFER, CALIBRATE, ORIENT, ALIGN, DISTILL, TUNE, EXPORT, EVALUATE]
 
 
 def names(only: Callable[[Stage], bool] = lambda stage: True) -> list[str]:

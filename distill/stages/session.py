@@ -20,7 +20,7 @@ from ..console import console_of
 from ..data.corpus import Corpus, tokenize_corpus
 from ..data.packed import PackedDataset, collate
 from ..data.rows import check_tokens
-from ..data.sources import source_identity
+from ..data.sources import DataError, source_identity
 from ..data.streaming import StreamedDataset
 from ..data.teacher_cache import CachedTargets
 from ..measure.held_out import HeldOut
@@ -33,6 +33,7 @@ from ..tokenizers import beginning, save_tokenizer
 from .pipeline import student_before
 from .preflight import check_vocabulary
 from .processes import make_accelerator, precision
+from .tune import TUNE
 
 
 class Session:
@@ -97,6 +98,18 @@ class Session:
         )
         self.say(f"train text: {dataset.summary()}")
         return dataset
+
+    @cached_property
+    def tune_data(self) -> PackedDataset:
+        """What *tune* is trained on: chats and completions, with their answers marked."""
+        data, own = self.recipe.data, TUNE.of(self.recipe).train
+        found = self._packed("tune", own or data.train, None if own else data.max_train_tokens, answers=True)
+        if not found.corpus.answered:
+            raise DataError(
+                f"no answer in the first {data.max_train_tokens:,} tokens of {', '.join(found.corpus.sources)}: raise "
+                "data.max_train_tokens, or name chats in tune.train"
+            )
+        return found
 
     def calibration_batches(self) -> list[dict[str, torch.Tensor]]:
         """The training sequences that the teacher's attention is measured on, one at a time."""
@@ -172,10 +185,10 @@ class Session:
             self.say,
         )
 
-    def _packed(self, name: str, sources: list[str], max_tokens: int | None) -> PackedDataset:
-        return PackedDataset(self._corpus(name, sources, max_tokens), self.recipe.data.length)
+    def _packed(self, name: str, sources: list[str], max_tokens: int | None, answers: bool = False) -> PackedDataset:
+        return PackedDataset(self._corpus(name, sources, max_tokens, answers), self.recipe.data.length)
 
-    def _corpus(self, name: str, sources: list[str], max_tokens: int | None) -> Corpus:
+    def _corpus(self, name: str, sources: list[str], max_tokens: int | None, answers: bool = False) -> Corpus:
         data = self.recipe.data
         with self.accelerator.main_process_first():
             corpus: Corpus = tokenize_corpus(
@@ -184,6 +197,7 @@ class Session:
                 text_field=data.text_field,
                 messages_field=data.messages_field,
                 bos=data.bos,
+                answers=answers,
                 max_tokens=max_tokens,
                 cache=data.cache or self.root / "data",
             )

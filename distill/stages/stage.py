@@ -27,6 +27,7 @@ class Stage:
         makes_student: whether it leaves a student in its folder, "student".
         trains: whether it trains, and so has the settings of `TrainConfig`, and logs steps.
         groups: takes a student, which it may change, and the recipe; the groups of parameters that it trains.
+        takes_teacher: whether a stage that trains runs the teacher meanwhile.
         operations: takes teacher, student and the length of a sequence; the operations of a token, where it trains (see
             `flops`).
         wanted: whether a recipe asks for it. One that is not is no part of its run.
@@ -44,6 +45,7 @@ class Stage:
     makes_student: bool = False
     trains: bool = False
     groups: "Callable[[HybridForCausalLM, Recipe], list[ParameterGroup]] | None" = None
+    takes_teacher: Callable[["Recipe"], bool] = lambda recipe: True
     operations: Callable[[Any, Any, int], float] | None = None
     wanted: Callable[["Recipe"], bool] = lambda recipe: True
     check: Callable[["Recipe"], None] = lambda recipe: None

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from ...students import HybridForCausalLM
 from ..data.streaming import StreamedDataset
-from ..data.teacher_cache import CachedTargets
+from ..errors import RunError
 from ..run.folder import StageFolder
 from ..train.engines import sharded
 from ..train.flops import peak_flops
@@ -18,8 +18,28 @@ from ..train.protocols import Objective, TrainingData
 from ..train.tracking import Tracking
 from ..train.trainer import train
 from ..trans_points import at_trans_points
+from .pipeline import stage_of
 from .preflight import check_disk, check_vocabulary, flops_per_token, gpu_name, what_will_run
 from .session import Session
+
+
+def end_to_end(session: Session, folder: StageFolder) -> tuple[HybridForCausalLM, list[ParameterGroup]]:
+    """The student that a stage trains as a whole, ready for it, and the groups that it trains.
+
+    Raises RunError where these are none.
+    """
+    stage = stage_of(folder.stage)
+    student = session.student_before(stage.name).train()
+    if stage.of(session.recipe).gradient_checkpointing:
+        # Before 5.23, transformers calls it so.
+        enable = getattr(student, "activation_checkpointing_enable", student.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
+    assert stage.groups is not None
+    if groups := stage.groups(student, session.recipe):
+        return student, groups
+    raise RunError(
+        f"{stage.name} trains nothing: every group's learning rate is 0; set {stage.name}.groups or {stage.name}.lora"
+    )
 
 
 def trained(
@@ -28,25 +48,26 @@ def trained(
     student: HybridForCausalLM,
     groups: list[ParameterGroup],
     objective: Callable[[PreTrainedModel], Objective],
-    cached: CachedTargets | None = None,
+    data: TrainingData | None = None,
     trans_points: Callable[[int], list] | None = None,
 ) -> dict:
     """Trains, saves and measures.
 
     Args:
         objective: takes the teacher, makes what is minimised.
-        cached: the data where it holds the teacher's predictions, and the teacher itself is not needed.
+        data: what it is trained on, where that is not the run's training text.
         trans_points: the schedule of each step; the student is saved at its own.
     """
     settings, accelerator = getattr(session.recipe, folder.stage), session.accelerator
+    takes_teacher = stage_of(folder.stage).takes_teacher(session.recipe)
 
     def before_step(step: int) -> None:
         if trans_points is not None:
             student.set_trans_points(trans_points(step), warn=False)
 
     only_these_train(student, groups)
-    use = _look_ahead(session, folder, student, groups, cached)
-    dataset: TrainingData = session.train_data if cached is None else cached
+    use = _look_ahead(session, folder, student, groups, takes_teacher)
+    dataset = session.train_data if data is None else data
     tracking = Tracking(accelerator, session.recipe, folder.stage, folder)
 
     def log(metrics: dict) -> None:
@@ -55,7 +76,7 @@ def trained(
 
     with (
         at_trans_points(student),
-        session.teacher_for_training() if cached is None else session.teacher_off_device(),
+        session.teacher_for_training() if takes_teacher else session.teacher_off_device(),
         closing(tracking),
     ):
         outcome = train(
@@ -84,16 +105,13 @@ def trained(
         whole = session.student_before(folder.stage)
         whole.config.measured_trans_points = student.config.measured_trans_points
         if lora is not None:
-            attach(whole, lora)
+            attach(whole, lora, folder.stage)
         whole.load_state_dict(outcome.weights, strict=False)
         merge(whole)
         session.save(whole, folder)
         accelerator.wait_for_everyone()
         student = session.student(folder.stage)
-    record = {"training": outcome.metrics, "quality": session.measure(student, folder.stage)}
-    if cached is not None:
-        record["teacher_cache"] = {name: cached.index[name] for name in ("k", "kl", "rest_mass")}
-    return record
+    return {"training": outcome.metrics, "quality": session.measure(student, folder.stage)}
 
 
 def _look_ahead(
@@ -101,12 +119,12 @@ def _look_ahead(
     folder: StageFolder,
     student: HybridForCausalLM,
     groups: list[ParameterGroup],
-    cached: CachedTargets | None,
+    takes_teacher: bool,
 ) -> Callable[[dict], dict]:
     """Says what will be trained and what that needs, and refuses what cannot end well. Returns what a device's use of a
     step is found by, from the step's metrics."""
     settings, accelerator = getattr(session.recipe, folder.stage), session.accelerator
-    teacher, gpu = session.teacher if cached is None else None, gpu_name(accelerator.device)
+    teacher, gpu = session.teacher if takes_teacher else None, gpu_name(accelerator.device)
     check_vocabulary(session.tokenizer, student, "student")
     check_disk(session.root, groups, student, settings)
     processes = accelerator.num_processes

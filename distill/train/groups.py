@@ -5,7 +5,7 @@ from typing import NotRequired, TypedDict
 from torch import nn
 
 from ...students import HybridForCausalLM
-from ..settings import DistillConfig, GroupsConfig
+from ..settings import EndToEndConfig, GroupsConfig
 from .protocols import Objective
 
 GROUPS = tuple(GroupsConfig.__dataclass_fields__)
@@ -20,8 +20,8 @@ class ParameterGroup(TypedDict):
     weight_decay: NotRequired[float]
 
 
-def distill_groups(student: HybridForCausalLM, settings: DistillConfig) -> list[ParameterGroup]:
-    """The groups that `distill` trains.
+def distill_groups(student: HybridForCausalLM, settings: EndToEndConfig) -> list[ParameterGroup]:
+    """The groups that a stage trains end to end.
 
     A group without a learning rate of its own takes that of the mixers (`lr`) or of what was the teacher's
     (`teacher_lr`). Those at 0 are left out: they stay as they are. Adapters (see `lora`) are a group, and the matrices

@@ -9,19 +9,23 @@ from ..errors import RunError
 from ..settings import LoraSettings
 
 
-def attach(student: HybridForCausalLM, settings: LoraSettings) -> None:
-    """Puts adapters on the projections that `settings.targets` names, as whole parts of their names.
+def attach(student: HybridForCausalLM, settings: LoraSettings, stage: str) -> None:
+    """Puts adapters on the projections that a stage's `settings.targets` name, as whole parts of their names.
+
+    With a rank of 0 there are none.
 
     Raises:
         RunError: a target that the student has not, or the output matrix, which is not called as a module.
     """
+    if not settings.rank:
+        return
     head = student.get_output_embeddings()
     linear = [name for name, module in student.named_modules() if isinstance(module, nn.Linear) and module is not head]
     projections = {name.split(".")[-1] for name in linear}
     unknown = [target for target in settings.targets if target not in projections]
     if unknown:
         raise RunError(
-            f"distill.lora.targets names {', '.join(unknown)}; this student's projections are "
+            f"{stage}.lora.targets names {', '.join(unknown)}; this student's projections are "
             f"{', '.join(sorted(projections))}"
         )
     config = LoraConfig(

@@ -157,6 +157,20 @@ def test_windows_have_their_answers(gaps, length, begins):
     assert corpus.answered == inside.float().mean()
     packed = PackedDataset(corpus, length)
     for i in range(len(packed)):
-        item, first = packed[i], i * length
-        shifted = [False] if item["input_ids"][0] == 999 else []
-        assert item["answers"].tolist() == [*shifted, *inside[first : first + length - len(shifted)].tolist()]
+        tokens, counts = (packed[i][name].tolist() for name in ("input_ids", "before_answer"))
+        assert counts == [*(token < 999 and bool(inside[token]) for token in tokens[1:]), False]
+
+
+def test_what_comes_next_is_no_answer_in_another_document():
+    corpus = Corpus(torch.arange(8), torch.tensor([0, 4]), "", answers=torch.tensor([[2, 8]]))
+    assert PackedDataset(corpus, 8)[0]["before_answer"].tolist() == [False, True, True, False, True, True, True, False]
+
+
+def test_a_batch_says_how_many_tokens_of_answers_it_has():
+    corpus = Corpus(torch.arange(40), torch.tensor([0]), "", answers=torch.tensor([[3, 6], [12, 13]]))
+    packed = PackedDataset(corpus, 10)
+    alone = [packed.batch(0, 4, 0, range(slot, slot + 1))[0] for slot in range(4)]
+    assert [item["per_answer"] for item in alone] == [1.0] * 4
+    assert sum(int(item["before_answer"].sum()) for item in alone) == 4
+    nothing = PackedDataset(Corpus(torch.arange(40), torch.tensor([0]), "", answers=torch.tensor([[0, 1]])), 10)
+    assert nothing.batch(0, 4, 0, range(1))[0]["per_answer"] == 4

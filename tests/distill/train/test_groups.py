@@ -46,7 +46,7 @@ def test_a_head_is_known_whatever_it_is_called():
     assert group_of("embed_out.weight", student) == "head"
     assert group_of("model.embed_tokens.weight", student) == "embeddings"
     with pytest.raises(RunError, match="names embed_out; this student's projections are "):
-        attach(student, LoraSettings(rank=4, targets=["embed_out"]))
+        attach(student, LoraSettings(rank=4, targets=["embed_out"]), "distill")
 
 
 def test_learning_rates_and_weight_decay_of_groups():
@@ -65,7 +65,7 @@ def test_what_was_the_teachers_is_frozen_by_default():
 
 def test_adapters_are_a_group_and_what_they_adapt_is_frozen():
     student = make()
-    attach(student, LoraSettings(rank=4, targets=TARGETS))
+    attach(student, LoraSettings(rank=4, targets=TARGETS), "distill")
     found = by_name(student, teacher_lr=1e-4)
     names = {name for group in found.values() for name in group["parameters"]}
     assert found["lora"]["lr"] == 1e-3 and all(".lora_" in name for name in found["lora"]["parameters"])
@@ -79,7 +79,7 @@ def test_merged_adapters_give_the_same_outputs_and_leave_a_plain_student():
     plain = {name: p.shape for name, p in student.named_parameters()}
     ids = torch.arange(3, 27)[None]
     before = student(ids).logits
-    attach(student, LoraSettings(rank=4, targets=TARGETS))
+    attach(student, LoraSettings(rank=4, targets=TARGETS), "distill")
     torch.testing.assert_close(student(ids).logits, before)  # B of an adapter starts at zero
     with torch.no_grad():
         for name, parameter in student.named_parameters():
@@ -95,7 +95,7 @@ def test_merged_adapters_give_the_same_outputs_and_leave_a_plain_student():
 @pytest.mark.parametrize("target", ["lm_head", "w_proj"])
 def test_a_target_that_is_none_is_refused_with_those_there_are(target):
     with pytest.raises(RunError) as caught:
-        attach(make(), LoraSettings(rank=4, targets=["q_proj", target]))
+        attach(make(), LoraSettings(rank=4, targets=["q_proj", target]), "distill")
     assert str(caught.value) == (
         f"distill.lora.targets names {target}; this student's projections are "
         "down_proj, gate_proj, in_proj, k_proj, o_proj, out_proj, q_proj, up_proj, v_proj"
