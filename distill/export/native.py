@@ -126,6 +126,7 @@ def native_config(student: HybridForCausalLM) -> GraniteMoeHybridConfig:
         shared_intermediate_size=config.intermediate_size,
         num_local_experts=0,
         num_experts_per_tok=0,
+        router_aux_loss_coef=0.0,  # there is no router to balance, and trainers would ask it
         # transformers cannot run it with no attention layer at all: one that adds nothing is appended.
         layer_types=types if "full_attention" in types else [*types, "full_attention"],
         num_hidden_layers=len(types) + ("full_attention" not in types),
