@@ -104,9 +104,9 @@ class Session:
         """What *tune* is trained on: chats and completions, with their answers marked."""
         data, own = self.recipe.data, TUNE.of(self.recipe).train
         found = self._packed("tune", own or data.train, None if own else data.max_train_tokens, answers=True)
-        if not found.corpus.answered:
+        if not (corpus := found.corpus).answered:
             raise DataError(
-                f"no answer in the first {data.max_train_tokens:,} tokens of {', '.join(found.corpus.sources)}: raise "
+                f"no answer in the first {len(corpus.tokens):,} tokens of {', '.join(corpus.sources)}: raise "
                 "data.max_train_tokens, or name chats in tune.train"
             )
         return found
