@@ -29,6 +29,8 @@ HUB = {"cache_dir", "force_download", "local_files_only", "proxies", "revision",
 if TYPE_CHECKING:
     from transformers import GenerationMixin
 
+    from .documents import Spanned
+
     class _Teacher(PreTrainedModel, GenerationMixin):
         """What the teacher's class brings, see `hybrid_model_class`."""
 
@@ -208,7 +210,7 @@ def _tell_mixers(name: str, decoder, args, kwargs):
             seq_idx = index.expand(batch, -1)
             if decoder.config._attn_implementation == "flex_attention":
                 made = Spans(seq_idx)
-                spans = {mixer: made.of(mixer) for mixer in mixers}
+                spans = {mixer: made.of(cast("Spanned", mixer)) for mixer in mixers}
             else:
                 mixer_mask = mixer_mask._replace(documents=Documents(seq_idx))
     states = [] if cache is None else _states(cache)

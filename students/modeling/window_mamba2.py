@@ -7,7 +7,7 @@ left out at random in training. This file travels with exported checkpoints: it 
 """
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -168,20 +168,20 @@ class WindowMamba2Mixer(SharedProjections):
             raise ValueError("documents and span are those of seq_idx: give it, too")
 
         remember = memory is not None
-        memory = memory if remember else WindowLayer()
-        stepping, padding, pads = self._padding(memory, padding_mask, length)
-        held = memory.with_new(keys, v, None if padding is None else ~padding[..., 0])
+        layer = WindowLayer() if memory is None else cast("WindowLayer", memory)
+        stepping, padding, pads = self._padding(layer, padding_mask, length)
+        held = layer.with_new(keys, v, None if padding is None else ~padding[..., 0])
         attended = self._rows(queries, held)
         dt = self.dt_proj(hidden_states)
         dt = dt if padding is None else dt.masked_fill(padding, PADDING_STEP)
         x, B, C, tail = v, keys, queries, None
         if not self.shared:
-            x, B, C, tail = self._inputs(q, k, v, position_embeddings, memory if remember else None, stepping, padding)
-        read, state = self._recur(x, dt, B, C * self.scale, memory.ssm_state, stepping, remember)
+            x, B, C, tail = self._inputs(q, k, v, position_embeddings, memory, stepping, padding)
+        read, state = self._recur(x, dt, B, C * self.scale, layer.ssm_state, stepping, remember)
         if remember:
-            memory.keep(held, self.window, self.sinks)
-            before, pads = by_row(memory.tokens, pads)
-            memory.advance(tail, state, length, [seen + length - pad for seen, pad in zip(before, pads, strict=True)])
+            layer.keep(held, self.window, self.sinks)
+            before, pads = by_row(layer.tokens, pads)
+            layer.advance(tail, state, length, [seen + length - pad for seen, pad in zip(before, pads, strict=True)])
         z = None if self.z_proj is None else self.z_proj(hidden_states)
         y = self._mix(hidden_states, attended, self._gate_and_norm(read.flatten(2), z))
         return self.o_proj(y.to(hidden_states.dtype)), None
