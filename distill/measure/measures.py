@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..config import Recipe
 from ..data.corpus import Corpus
 from ..data.packed import PackedDataset
-from ..run.records import Measures, TextQuality
+from ..run.records import Cost, Measures, TextQuality
 from .answers import exact_match, read_questions
 from .cost import DECODED, measure_cost
 from .held_out import HeldOut
@@ -110,5 +110,9 @@ class Measuring:
             recall=measure_recall(model, self.tokenizer, self.haystack, *recall),
             tasks=measure_tasks(model, self.tokenizer, *tasks) if settings.tasks else [],
             questions=exact_match(model, self.tokenizer, self.questions),
-            costs=[measure_cost(model, length) for length in self.cost_lengths],
+            costs=self.costs(model),
         )
+
+    def costs(self, model: PreTrainedModel) -> list[Cost]:
+        """What the model takes in time and memory, by length."""
+        return [measure_cost(model, length) for length in self.cost_lengths]

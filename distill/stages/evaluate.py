@@ -21,7 +21,7 @@ def run(session: "Session", folder: "StageFolder") -> dict:
     from ..models import has_trans_points, load_model
     from ..report.summary import card_facts
     from ..run.files import read_json, write_json
-    from .measuring import measure_schedules, refresh_quality
+    from .measuring import measure_schedules, refresh_quality, teacher_measures
     from .pipeline import student_before
 
     refresh_quality(session)
@@ -43,7 +43,7 @@ def run(session: "Session", folder: "StageFolder") -> dict:
     measuring = Measuring(
         session.recipe, session.tokenizer, session.held_out_data, texts, teacher, teacher, session.say
     )
-    results["measures"] = {"teacher": measuring(session.teacher), "student": measuring(model)}
+    results["measures"] = {"teacher": teacher_measures(session, folder, measuring), "student": measuring(model)}
     results["answers"] = [
         {
             "prompt": prompt,

@@ -1,12 +1,17 @@
 """What *export* and *evaluate* measure again, and at which TransPoints."""
 
+import dataclasses
 import math
+from pathlib import Path
 
 from ...students import HybridForCausalLM
 from ...students.modeling.configuration_transmamba import written
 from ..measure.cost import measure_cost
+from ..measure.measures import Measuring
 from ..run.files import read_json, write_json
-from ..run.records import Quality, ScheduleRecord, read_record
+from ..run.folder import StageFolder
+from ..run.identity import identity
+from ..run.records import Measures, Quality, ScheduleRecord, read_record
 from ..trans_points import at_trans_points, resolve
 from .pipeline import pipeline_of
 from .session import Session
@@ -27,6 +32,25 @@ def refresh_quality(session: Session) -> None:
             if main:
                 write_json(folder / "done.json", (folder.done or {}) | {"quality": quality})
     session.accelerator.wait_for_everyone()
+
+
+def teacher_measures(session: Session, folder: StageFolder, measuring: Measuring) -> Measures:
+    """Of the teacher, from this run or one in `run.reuse` that measured the same of it. Its cost is measured anew, as
+    times compare within one run alone."""
+    measured = {name: value for name, value in (folder.started or {}).items() if name != "after"}
+    teacher = (session.folder("transfer").started or {}).get("teacher")
+    on = identity({"measured": measured, "teacher": teacher, "device": session.accelerator.device.type})
+    own = session.root / "teacher_measures.json"
+    for place in (own, *(Path(root).expanduser() / own.name for root in session.recipe.run.reuse)):
+        found = read_json(place)
+        if isinstance(found, dict) and found.get("measured_on") == on:
+            measures = read_record(Measures, found.get("measures"))
+            break
+    else:
+        measures = measuring(session.teacher)
+    if session.accelerator.is_main_process:
+        write_json(own, {"measured_on": on, "measures": dataclasses.replace(measures, costs=[])})
+    return measures if measures.costs else dataclasses.replace(measures, costs=measuring.costs(session.teacher))
 
 
 def measure_schedules(session: Session, model: HybridForCausalLM, own: Quality) -> list[ScheduleRecord]:

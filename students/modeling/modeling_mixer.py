@@ -325,7 +325,7 @@ def attention_flops(width: int, length: int | float, window: int | None) -> floa
     return 4.0 * width * keys
 
 
-def state_flops(heads: int, head_dim: int, length: int, point: int | float) -> float:
+def state_flops(heads: int, size: int, length: int, point: int | float) -> float:
     """Operations per token, forward, of a recurrence whose outputs are read after `point` tokens.
 
     Token by token (arXiv 2405.21060): 2 N P for each head to add a token to the state, and 2 N P to read it. Chunked
@@ -333,4 +333,4 @@ def state_flops(heads: int, head_dim: int, length: int, point: int | float) -> f
     """
     if point >= length or math.isinf(point):
         return 0.0
-    return 2.0 * heads * head_dim**2 * (1 + (length - point) / length)
+    return 2.0 * heads * size * (1 + (length - point) / length)

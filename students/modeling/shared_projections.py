@@ -99,8 +99,13 @@ class SharedProjections(StateSpace):
         (q, k, x), (C, B) = projected, placed
         if not self.shared:
             x, B, C, _ = self._inputs(q, k, x, position_embeddings, seq_idx=seq_idx)
-        read, _ = self._recur(x, self.dt_proj(hidden), B, C * self.scale, None, False, False, seq_idx)
+        B, C = self.features(B, C)
+        read, _ = self._recur(x, self.dt_proj(hidden), B, C, None, False, False, seq_idx)
         return self._gate_and_norm(read.flatten(2), None if self.z_proj is None else self.z_proj(hidden))
+
+    def features(self, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+        """What of keys B (B,L,K,P) and queries C (B,L,H,P) the state is written and read by."""
+        return B, C * self.scale
 
     def _project(self, hidden: Tensor) -> list[Tensor]:
         """Queries (B,L,H,P), keys and values (B,L,K,P), as they leave the projections."""

@@ -109,11 +109,16 @@ class StateSpace(Mixer):
     def flops(self, length: int) -> float:
         taps = self.conv1d.weight.shape[-1] if self.conv1d is not None else 0
         channels = (2 * self.num_kv_heads + self.num_heads) * self.head_dim
-        read = state_flops(self.num_heads, self.head_dim, length, self.trans_point)
+        read = state_flops(self.num_heads, self.head_dim * self.state_size, length, self.trans_point)
         return read + (2.0 * taps * channels if read else 0.0)
 
     def state_bytes(self) -> int:
-        return 4 * self.num_heads * self.head_dim**2
+        return 4 * self.num_heads * self.head_dim * self.state_size
+
+    @property
+    def state_size(self) -> int:
+        """N, of a state (P, N)."""
+        return self.head_dim
 
     def place(self, t: Tensor, norm: nn.Module | None, position_embeddings) -> Tensor:
         """Queries or keys (B,L,heads,P), normed and rotated."""

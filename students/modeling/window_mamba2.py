@@ -80,9 +80,13 @@ class WindowMamba2Mixer(SharedProjections):
 
         q, k, v = q_proj(h), k_proj(h), v_proj(h), the first two normed and rotated as the teacher does
         w_t = softmax attention over tokens t-window+1..t and 1..sinks
-        S_t = exp(dt_t A) S_{t-1} + dt_t v_t k_t^T
-        y_t = 2 sigmoid(mix_proj(h_t) + mix_bias) w_t + norm((scale S_t q_t + D v_t) * SiLU(z_t))
+        S_t = exp(dt_t A) S_{t-1} + dt_t v_t B_t^T
+        y_t = 2 sigmoid(mix_proj(h_t) + mix_bias) w_t + norm((S_t C_t + D v_t) * SiLU(z_t))
         out = o_proj(y)
+
+    B and C are k and q times scale, or of both a feature map, softmax(x + Mx, -x - Mx) of x = sqrt(scale) k or q with
+    a learned M for each head (Hedgehog, arXiv 2402.04347), which sets keys apart as softmax does: then N = 2 P. Unless
+    rope is off, the map is of rotated keys, and positions count, not only distances.
 
     What stands before w_t, one number for each head, starts at 1; `calibrate` fits it together with the state's decay
     and scale. With a window as long as the document, and a state without steps, this is the teacher's attention.
@@ -91,6 +95,7 @@ class WindowMamba2Mixer(SharedProjections):
         window: how many last tokens attention sees, and no more than the teacher's does.
         sinks: how many first tokens of a document attention sees, too.
         window_drop: how often a sequence goes without the window in training.
+        feature_map: "softmax" or None.
         others: of the state, see `SharedProjections`.
     """
 
@@ -105,6 +110,7 @@ class WindowMamba2Mixer(SharedProjections):
         window: int = 64,
         sinks: int = 4,
         window_drop: float = 0.0,
+        feature_map: str | None = None,
         conv_kernel: int = 0,
         conv_activation: str | None = None,
         gate: bool = True,
@@ -116,6 +122,11 @@ class WindowMamba2Mixer(SharedProjections):
         super().__init__(attention, geometry, conv_kernel, conv_activation, gate, norm, rope, qk_norm, norm_eps)
         self.window: int = min(window, geometry.window or window)
         self.sinks, self.window_drop = sinks, window_drop
+        self.q_map = self.k_map = None
+        if feature_map == "softmax":
+            square = (self.head_dim, self.head_dim)
+            self.q_map = nn.Parameter(torch.zeros(self.num_heads, *square))
+            self.k_map = nn.Parameter(torch.zeros(self.num_kv_heads, *square))
         self.mix_proj = WidenedLinear(geometry.hidden_size, self.num_heads, bias=False)
         self.mix_bias = nn.Parameter(torch.zeros(self.num_heads))
 
@@ -124,12 +135,25 @@ class WindowMamba2Mixer(SharedProjections):
         return math.inf
 
     def transfers(self, view) -> list[Transfer]:
-        own = [Transfer(f"{view.name}.{name}", "constant", value=0.0) for name in ("mix_proj.weight", "mix_bias")]
-        return super().transfers(view) + own
+        own = ["mix_proj.weight", "mix_bias", *(["q_map", "k_map"] if self.q_map is not None else [])]
+        return super().transfers(view) + [Transfer(f"{view.name}.{name}", "constant", value=0.0) for name in own]
+
+    def features(self, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+        if self.k_map is None or self.q_map is None:
+            return super().features(B, C)
+        return tuple(self._mapped(t * self.scale**0.5, by) for t, by in ((B, self.k_map), (C, self.q_map)))  # type: ignore[return-value]
+
+    def _mapped(self, t: Tensor, by: Tensor) -> Tensor:
+        t = t + torch.einsum("blhp,hpn->blhn", t, by.to(t.dtype))
+        return torch.cat((t, -t), -1).softmax(-1, dtype=torch.float32).to(t.dtype)
 
     @torch.no_grad()
     def set_share(self, share: Tensor) -> None:
         self.mix_bias.copy_((share / 2).clamp(*MIXED).logit())
+
+    @property
+    def state_size(self) -> int:
+        return self.head_dim * (1 if self.q_map is None else 2)
 
     def flops(self, length: int) -> float:
         width = self.num_heads * self.head_dim
@@ -177,7 +201,8 @@ class WindowMamba2Mixer(SharedProjections):
         x, B, C, tail = v, keys, queries, None
         if not self.shared:
             x, B, C, tail = self._inputs(q, k, v, position_embeddings, memory, stepping, padding)
-        read, state = self._recur(x, dt, B, C * self.scale, layer.ssm_state, stepping, remember)
+        B, C = self.features(B, C)
+        read, state = self._recur(x, dt, B, C, layer.ssm_state, stepping, remember)
         if remember:
             layer.keep(held, self.window, self.sinks)
             before, pads = by_row(layer.tokens, pads)

@@ -13,6 +13,7 @@ from transpoint.distill.errors import RunError
 from transpoint.distill.measure.held_out import HeldOut
 from transpoint.distill.models import load_model, load_tokenizer
 from transpoint.distill.report.summary import summary
+from transpoint.distill.run.files import read_json, write_json
 from transpoint.teachers.random import random_teacher
 
 
@@ -123,3 +124,16 @@ def test_other_questions_are_asked_again(tiny_copy, run_tiny, tmp_path):
     asked.write_text("\n".join(rows))
     assert "evaluate: changed: evaluate.questions" in run_tiny(tiny_copy, *more)
     assert len(done(tiny_copy, "evaluate")["measures"]["student"]["questions"]) == 2
+
+
+def test_the_teacher_is_measured_once_for_runs_that_reuse_each_other(tiny_copy, run_tiny, tmp_path):
+    kept = tiny_copy / "teacher_measures.json"
+    found = read_json(kept)
+    found["measures"]["recall"][0]["logprob"] = -123.0  # told apart from what is measured
+    write_json(kept, found)
+    other = tmp_path / "other"
+    run_tiny(other, f"run.reuse=[{tiny_copy}]", "distill.lr=1e-5")
+    measures = done(other, "evaluate")["measures"]
+    assert measures["teacher"]["recall"][0]["logprob"] == -123.0 and measures["teacher"]["costs"]
+    run_tiny(other, f"run.reuse=[{tiny_copy}]", "distill.lr=1e-5", "evaluate.recall_items=3")
+    assert done(other, "evaluate")["measures"]["teacher"]["recall"][0]["logprob"] > -100
