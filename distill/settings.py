@@ -13,9 +13,9 @@ RECALL = ("passkey", "multikey", "pairs")  # tasks of `measure.recall`
 
 def setting(default: Any, help: str, **metadata) -> Any:
     """A dataclass field with its documentation. `metadata` may hold `choices`, `minimum`, `maximum`, `above`, `below`;
-    `path`: "read" (looked up beside its file), "teacher" (the same, or a name), or "written"; and `result`: False where
-    the setting changes nothing in what a stage makes, but for how sums are rounded, so that it may be changed in the
-    middle."""
+    `path`: "read" (looked up beside its file), "teacher" (the same, or a name), or "written"; `result`: False where the
+    setting changes nothing in what a stage makes, but for how sums are rounded, so that it may be changed in the
+    middle; and `added`: True where earlier versions did what its default does, so that what they made still holds."""
     return field(default=default, metadata={"help": help, **metadata})
 
 
@@ -153,9 +153,12 @@ class TrainConfig:
     keep_checkpoints: int = setting(2, "how many checkpoints to keep", minimum=1, result=False)
 
 
+REPEATS = "share of the sequences in which passages of the text come again, which teaches to recall"
+
+
 @dataclass
 class AlignConfig(TrainConfig):
-    pass
+    repeats: float = setting(0.0, REPEATS, minimum=0, maximum=1, added=True)
 
 
 @dataclass
@@ -231,6 +234,7 @@ class EndToEndConfig(TrainConfig):
 
 @dataclass
 class DistillConfig(EndToEndConfig):
+    repeats: float = setting(0.0, REPEATS, minimum=0, maximum=1, added=True)
     ce_weight: float = setting(
         0.0, "of the cross-entropy on the text itself that is added, in nats per token of text", minimum=0
     )
@@ -356,6 +360,11 @@ class EvaluateConfig:
     )
 
 
-def resultless(section: type) -> set[str]:
-    """Names of the settings of a section that change nothing in what a stage makes."""
-    return {entry.name for entry in fields(section) if entry.metadata.get("result") is False}
+def resultless(section: type, values: dict) -> set[str]:
+    """Names of the settings of a section that, with these values, change nothing in what a stage makes."""
+    return {
+        entry.name
+        for entry in fields(section)
+        if entry.metadata.get("result") is False
+        or (entry.metadata.get("added") and values.get(entry.name) == entry.default)
+    }

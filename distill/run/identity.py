@@ -56,7 +56,7 @@ def without_resultless(needs: dict) -> dict:
     sections: dict[str, Any] = {entry.name: entry.type for entry in dataclasses.fields(Recipe.schema())}
     for section, kind in sections.items():
         if section in needs and section != "student":
-            left_out = resultless(kind)
+            left_out = resultless(kind, needs[section])
             needs[section] = {name: value for name, value in needs[section].items() if name not in left_out}
     return needs
 
