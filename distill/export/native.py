@@ -156,7 +156,7 @@ def native_config(student: HybridForCausalLM) -> GraniteMoeHybridConfig:
         mamba_n_heads=heads,
         mamba_n_groups=heads,
         mamba_d_head=head_dim,
-        mamba_d_state=head_dim,
+        mamba_d_state=mixer.state_size,
         mamba_d_conv=_conv(mixer).kernel_size[0],
         mamba_expand=heads * head_dim // config.hidden_size,
         # Changes no result. transformers' plain scan takes memory with it: one B/C group a head, and no fused kernel.
@@ -206,9 +206,9 @@ def _native_attention(attention: nn.Module, config: GraniteMoeHybridConfig) -> d
 
 def _native_mixer(mixer: Mamba2Mixer) -> dict[str, Tensor]:
     def expanded(part: Tensor, name: str) -> Tensor:  # rows of one part: each key/value head once for each query head
-        if name not in ("x", "B"):
+        if name not in ("x", "B") or mixer.state_heads == mixer.num_heads:
             return part
-        by_head = part.unflatten(0, (mixer.num_kv_heads, mixer.head_dim))
+        by_head = part.unflatten(0, (mixer.num_kv_heads, -1))
         return by_head.repeat_interleave(mixer.num_heads // mixer.num_kv_heads, dim=0).flatten(0, 1)
 
     def split(tensor: Tensor, names: str) -> Tensor:

@@ -84,6 +84,12 @@ def _convolution(options: dict) -> str | None:
     return None
 
 
+def _state_factor(options: dict) -> str | None:
+    if options["state_factor"] > 1 and options["conv_kernel"] < 2:
+        return "student.state_factor is 2 without a convolution over two tokens; set student.conv_kernel, 2 to 4"
+    return None
+
+
 def _state_space(least: int, kernel: int, activation: str | None, gate: bool, norm: bool, rope: bool) -> dict:
     """The options of mixers with a state, with these defaults, and at least so many taps of the convolution."""
     return {
@@ -102,8 +108,12 @@ MIXERS: dict[str, MixerKind] = {
         "Mamba-2",
         "M",
         "mamba2.Mamba2Mixer",
-        _state_space(least=1, kernel=4, activation="silu", gate=True, norm=True, rope=False),
-        check=_convolution,
+        {
+            **_state_space(least=1, kernel=4, activation="silu", gate=True, norm=True, rope=False),
+            "expand_kv": Option(False, "whether x and B have a head of their own for each query head"),
+            "state_factor": Option(1, "size of the state, in sizes of a head: 1 or 2", choices=(1, 2)),
+        },
+        check=lambda options: _convolution(options) or _state_factor(options),
     ),
     # As near attention as it is.
     "transmamba": MixerKind(

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from .cache_layers import by_row
-from .modeling_mixer import Geometry, Transfer
+from .errors import StudentError
+from .modeling_mixer import Geometry, Heads, Transfer
 from .state_space import GATE_OPEN, PADDING_STEP, SILU_INPUT, StateSpace, WidenedLinear
 
 
 class Mamba2Mixer(StateSpace):
-    """A Mamba-2 mixer with the call signature of self-attention. H heads, K key/value heads, head_dim P = state N.
+    """A Mamba-2 mixer with the call signature of self-attention. H heads, K of x and B, head_dim P, state N.
 
     Rows of `in_proj`: z (H*P, if gated), x (K*P), B (K*N), C (H*N), dt (H). x, B and C pass a causal depthwise
     convolution (its bias is theirs: `in_proj` has none, so that padding stays zero up to the convolution) and an
@@ -33,6 +34,10 @@ class Mamba2Mixer(StateSpace):
         norm: whether the gated output is RMS-normalised, one head at a time.
         rope: whether B and C take the teacher's rotary embedding.
         qk_norm: whether B and C take the teacher's k/q norms, where it has them.
+        expand_kv: whether K is H, each key/value head being there once for each query head that reads it, and learning
+            by itself from then on; else K is the teacher's number of key/value heads.
+        state_factor: N is so many times P. What B gains starts as the keys of the token before, by the convolution, and
+            what C gains as zero: so a student starts as without, and can learn to find what followed a token.
     """
 
     matrix = ("in_proj.", "conv1d.", "k_norm.", "q_norm.", "dt_bias", "A_log")
@@ -48,11 +53,15 @@ class Mamba2Mixer(StateSpace):
         norm: bool = True,
         rope: bool = False,
         qk_norm: bool = True,
+        expand_kv: bool = False,
+        state_factor: int = 1,
         norm_eps: float = 1e-5,
     ):
         super().__init__(attention, geometry, conv_activation, gate, rope, norm_eps)
-        P, H, K = self.head_dim, self.num_heads, self.num_kv_heads
-        self.sizes = {"z": H * P if gate else 0, "x": K * P, "B": K * P, "C": H * P, "dt": H}
+        P, H, N = self.head_dim, self.num_heads, state_factor * self.head_dim
+        self.state_factor = state_factor
+        self.state_heads = K = H if expand_kv else self.num_kv_heads
+        self.sizes = {"z": H * P if gate else 0, "x": K * P, "B": K * N, "C": H * N, "dt": H}
 
         self.in_proj = WidenedLinear(geometry.hidden_size, sum(self.sizes.values()), bias=False)
         self.z_bias = nn.Parameter(torch.full((H * P,), GATE_OPEN)) if gate else None
@@ -62,6 +71,11 @@ class Mamba2Mixer(StateSpace):
         self.k_norm = attention.get_submodule("k_norm") if norms else None
         # Without norms the scale of q.k is folded into the rows of C; a norm would undo that.
         self.scale = geometry.scale if norms else 1.0
+        if norms and geometry.norm_over == "all" and (expand_kv or state_factor > 1):
+            raise StudentError(
+                "this teacher norms all heads together, which neither student.expand_kv nor student.state_factor does: "
+                "set student.qk_norm=false"
+            )
         self.out_proj = nn.Linear(H * P, geometry.hidden_size, bias="o_proj" in geometry.biases)
 
     def forward(
@@ -117,6 +131,8 @@ class Mamba2Mixer(StateSpace):
         )
         rotary = position_embeddings if self.rope else None
         B, C = self.place(B, self.k_norm, rotary), self.place(C, self.q_norm, rotary)
+        if self.state_factor > 1:
+            B, C = (t.unflatten(2, (-1, self.state_factor)).flatten(3) for t in (B, C))
         return z, x, B, C if self.q_norm is None else C * self.scale, dt, conv_state
 
     def mixing(self, hidden_states: Tensor, position_embeddings, seq_idx: Tensor) -> dict[str, Tensor]:
@@ -138,6 +154,12 @@ class Mamba2Mixer(StateSpace):
             "B": ("k_proj", 1.0),
             "C": ("q_proj", self.geometry.scale if self.q_norm is None else 1.0),
         }
+        count, size, repeats = self.num_kv_heads, self.head_dim, self.state_heads // self.num_kv_heads
+        laid = {
+            "x": Heads(count, size, repeats),
+            "B": Heads(count, size, repeats, self.state_factor, again=True),
+            "C": Heads(self.num_heads, size, 1, self.state_factor),
+        }
         found: list[Transfer] = []
         row = channel = 0
         for part, size in self.sizes.items():
@@ -149,13 +171,15 @@ class Mamba2Mixer(StateSpace):
             projection, factor = sources[part]
             channels, channel = (channel, channel + size), channel + size
             tap = SILU_INPUT[part] if self.conv_activation == "silu" else 1.0
-            bias = named("conv1d.bias")
+            bias, heads = named("conv1d.bias"), laid[part] if laid[part].repeats * laid[part].factor > 1 else None
             found += [
-                Transfer.taken(named("in_proj.weight"), view, projection, "weight", rows, part, factor=factor),
-                Transfer(named("conv1d.weight"), "identity", rows=channels, part=part, value=tap),
+                Transfer.taken(
+                    named("in_proj.weight"), view, projection, "weight", rows, part, factor=factor, heads=heads
+                ),
+                Transfer(named("conv1d.weight"), "identity", rows=channels, part=part, value=tap, heads=heads),
                 Transfer(bias, "constant", rows=channels, part=part, value=0.0)
                 if getattr(view, projection).bias is None
-                else Transfer.taken(bias, view, projection, "bias", channels, part, factor=factor * tap),
+                else Transfer.taken(bias, view, projection, "bias", channels, part, factor=factor * tap, heads=heads),
             ]
         if self.gate:
             found.append(Transfer(named("z_bias"), "constant", value=GATE_OPEN))

@@ -97,6 +97,30 @@ class Geometry:
 
 
 @dataclass(frozen=True)
+class Heads:
+    """How heads of rows are laid out anew: each `repeats` times, and each of them `factor` times as large.
+
+    What a head gains is the head once more (`again`), or nothing: zeros.
+    """
+
+    count: int  # in the teacher
+    size: int  # rows of a head in the teacher
+    repeats: int = 1
+    factor: int = 1
+    again: bool = False
+
+    def of(self, rows: Tensor) -> Tensor:
+        """Rows (count * size, ...) laid out: (count * repeats * factor * size, ...)."""
+        heads = rows.unflatten(0, (self.count, self.size)).repeat_interleave(self.repeats, 0)
+        more = heads if self.again else torch.zeros_like(heads)
+        return torch.cat((heads, *[more] * (self.factor - 1)), 1).flatten(0, 1)
+
+    def __str__(self) -> str:
+        size = f", {self.factor} times as large with {'itself' if self.again else 'zeros'}" if self.factor > 1 else ""
+        return f"each head {self.repeats} times{size}"
+
+
+@dataclass(frozen=True)
 class Transfer:
     """One student tensor (or some of its rows) and where it comes from."""
 
@@ -107,14 +131,24 @@ class Transfer:
     part: str = ""  # what those rows are: "C"
     value: float | tuple[float, ...] | None = None  # factor of scale, or the constant
     source_rows: Any = None  # of the source, `teachers.attention.Rows`; None: all
+    heads: Heads | None = None  # how the source's rows, or for identity the target's channels, are laid out; None: so
 
     @classmethod
-    def taken(cls, target: str, view: Any, projection: str, parameter: str, *where, factor: float = 1.0) -> "Transfer":
+    def taken(
+        cls,
+        target: str,
+        view: Any,
+        projection: str,
+        parameter: str,
+        *where,
+        factor: float = 1.0,
+        heads: Heads | None = None,
+    ) -> "Transfer":
         """A parameter of one of a view's projections, times a factor; `where`: rows of the target, and their part."""
         held = getattr(view, projection)
         source = f"{view.name}.{held.name}.{parameter}"
         operation, value = ("copy", None) if factor == 1 else ("scale", factor)
-        return replace(cls(target, operation, source, *where), value=value, source_rows=held.rows)
+        return replace(cls(target, operation, source, *where), value=value, source_rows=held.rows, heads=heads)
 
     def compute(self, teacher: dict[str, Tensor], like: Tensor) -> Tensor:
         """The new content of the target (or its rows), shaped as `like`.
@@ -127,11 +161,15 @@ class Transfer:
         if self.operation == "identity":  # of a depthwise convolution (channels, 1, taps): the current token alone
             taps = torch.zeros_like(like, device="cpu")
             taps[..., -1] = cast("float", self.value)
+            if self.heads is not None and self.heads.again:  # what a head gains is of the token before
+                gained = taps.unflatten(0, (-1, self.heads.factor, self.heads.size))[:, 1:]
+                gained.copy_(gained.roll(-1, -1))
             return taps
         tensor = None if self.source is None else teacher.get(self.source)
         if tensor is None:
             raise StudentError(f"{self.target} needs {self.source}, which the teacher does not have")
         tensor = tensor if self.source_rows is None else self.source_rows.of(tensor)
+        tensor = tensor if self.heads is None else self.heads.of(tensor)
         if tensor.shape != like.shape:
             raise StudentError(f"{self.source} is {tuple(tensor.shape)}, {self.target} needs {tuple(like.shape)}")
         return tensor * cast("float", self.value) if self.operation == "scale" else tensor
@@ -139,9 +177,11 @@ class Transfer:
     def describe(self) -> str:
         if self.operation in ("copy", "scale"):
             source = f"{self.source}" + (f"[{self.source_rows}]" if self.source_rows is not None else "")
+            source += f", {self.heads}" if self.heads is not None else ""
             return source + (f" * {self.value:.4g}" if self.operation == "scale" else "")
         if self.operation == "identity":
-            return f"the current token * {self.value:.4g}"
+            gained = ", in what a head gains the one before" if self.heads is not None and self.heads.again else ""
+            return f"the current token * {self.value:.4g}{gained}"
         values = self.value if isinstance(self.value, tuple) else (self.value,)
         return " ".join(f"{value:.4g}" for value in (values if len(set(values)) > 1 else values[:1]))
 

@@ -73,11 +73,13 @@ class StateSpace(Mixer):
         super().__init__(attention, geometry)
         self.conv_activation, self.gate, self.norm_eps = conv_activation, gate, norm_eps
         self.rope = rope and geometry.rotary_dim > 0
+        self.state_heads = self.num_kv_heads  # of x and B
+        self.state_factor = 1
 
     def add_recurrence(self, conv_kernel: int, norm: bool) -> None:
         """Makes what any state has. The parameters of a depthwise convolution: the convolution is `causal_conv1d`."""
-        P, H, K = self.head_dim, self.num_heads, self.num_kv_heads
-        channels = (2 * K + H) * P
+        P, H, N = self.head_dim, self.num_heads, self.state_size
+        channels = self.state_heads * (P + N) + H * N
         self.conv1d = nn.Conv1d(channels, channels, conv_kernel, groups=channels) if conv_kernel else None
         self.dt_bias = nn.Parameter(torch.full((H,), STEP_ONE))
         self.A_log = nn.Parameter(torch.zeros(H))
@@ -107,10 +109,9 @@ class StateSpace(Mixer):
         return self.norm is not None
 
     def flops(self, length: int) -> float:
-        taps = self.conv1d.weight.shape[-1] if self.conv1d is not None else 0
-        channels = (2 * self.num_kv_heads + self.num_heads) * self.head_dim
+        taps = self.conv1d.weight.numel() if self.conv1d is not None else 0
         read = state_flops(self.num_heads, self.head_dim * self.state_size, length, self.trans_point)
-        return read + (2.0 * taps * channels if read else 0.0)
+        return read + (2.0 * taps if read else 0.0)
 
     def state_bytes(self) -> int:
         return 4 * self.num_heads * self.head_dim * self.state_size
@@ -118,7 +119,7 @@ class StateSpace(Mixer):
     @property
     def state_size(self) -> int:
         """N, of a state (P, N)."""
-        return self.head_dim
+        return self.state_factor * self.head_dim
 
     def place(self, t: Tensor, norm: nn.Module | None, position_embeddings) -> Tensor:
         """Queries or keys (B,L,heads,P), normed and rotated."""

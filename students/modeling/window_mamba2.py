@@ -124,6 +124,7 @@ class WindowMamba2Mixer(SharedProjections):
         self.sinks, self.window_drop = sinks, window_drop
         self.q_map = self.k_map = None
         if feature_map == "softmax":
+            self.state_factor = 2
             square = (self.head_dim, self.head_dim)
             self.q_map = nn.Parameter(torch.zeros(self.num_heads, *square))
             self.k_map = nn.Parameter(torch.zeros(self.num_kv_heads, *square))
@@ -150,10 +151,6 @@ class WindowMamba2Mixer(SharedProjections):
     @torch.no_grad()
     def set_share(self, share: Tensor) -> None:
         self.mix_bias.copy_((share / 2).clamp(*MIXED).logit())
-
-    @property
-    def state_size(self) -> int:
-        return self.head_dim * (1 if self.q_map is None else 2)
 
     def flops(self, length: int) -> float:
         width = self.num_heads * self.head_dim

@@ -69,9 +69,13 @@ def test_decoding_in_pieces_equals_a_full_forward(make_student, family, keep, pi
 @pytest.mark.parametrize("kernel", [1, 2, 3, 4])
 @pytest.mark.parametrize("rope", [False, True])
 @pytest.mark.parametrize(
-    "options", [{}, {"gate": False, "norm": False, "conv_activation": None}], ids=["all parts", "bare"]
+    "options",
+    [{}, {"gate": False, "norm": False, "conv_activation": None}, {"expand_kv": True, "state_factor": 2}],
+    ids=["all parts", "bare", "large"],
 )
 def test_decoding_in_pieces_equals_a_full_forward_with_every_option(make_student, kernel, rope, options):
+    if kernel == 1 and "state_factor" in options:
+        options = {"expand_kv": True}
     student, ids = make_student("qwen3", (1,), conv_kernel=kernel, rope=rope, **options), tokens()
     expected = logits(student, ids)
     for pieces in PIECES.values():

@@ -112,6 +112,25 @@ def test_a_mixer_without_decay_is_the_teachers_attention_without_softmax(case, r
         assert layer_difference(teacher, student, layer, rope=rope) < 1e-5
 
 
+@pytest.mark.parametrize("options", [{"expand_kv": True}, {"state_factor": 2}, {"expand_kv": True, "state_factor": 2}])
+@pytest.mark.parametrize("case", ["4 heads over 2", "biases", "q and k norms, head_dim 32 of hidden 64"])
+def test_heads_of_its_own_and_a_larger_state_change_nothing_at_the_start(case, options):
+    """And from then on all of them learn."""
+    teacher = teacher_of(case)
+    student = build(teacher, rope=True, conv_kernel=3, **options)
+    assert layer_difference(teacher, student, 0, rope=True) < 1e-5
+    mixer = student.mixer_layers()[0]
+    hidden = torch.randn(2, 12, student.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    rotary = student.model.rotary_emb(hidden, torch.arange(12)[None])
+    mixer(hidden, rotary)[0].pow(2).sum().backward()
+    rows = dict(zip(mixer.sizes, mixer.in_proj.weight.grad.split(list(mixer.sizes.values())), strict=True))
+    learns = rows["C"].unflatten(0, (mixer.num_heads, mixer.state_factor, -1)).abs().sum((-1, -2))
+    assert (learns > 0).all()
+    if "expand_kv" in options:  # each head by itself
+        own = rows["x"].unflatten(0, (mixer.num_heads, -1))
+        assert all(not torch.equal(own[0], other) for other in own[1:])
+
+
 @pytest.mark.parametrize("case", ["4 heads over 2", "biases", "q and k norms, head_dim 32 of hidden 64"])
 def test_a_gate_starts_open(case):
     teacher = teacher_of(case)

@@ -74,6 +74,9 @@ NATIVE = {
     "llama-no-groups": {"num_key_value_heads": 4},
     "llama-one-kv-head": {"num_key_value_heads": 1},
     "llama-wide": {"head_dim": 32},
+    "llama-own-heads": {"options": {"expand_kv": True}},
+    "llama-large-state": {"options": {"state_factor": 2}},
+    "qwen2-own-heads-large-state": {"family": "qwen2", "options": {"expand_kv": True, "state_factor": 2}},
     "llama-biases": {"attention_bias": True},
     "llama-another-base": {"rope_parameters": {"rope_type": "default", "rope_theta": 777.0}},
     "mistral": {"family": "mistral", "sliding_window": None},
@@ -219,8 +222,9 @@ save_file({name: tensor.contiguous() for name, tensor in found.items()}, scratch
         ("qwen3", {"rope": True}),
         ("qwen3", {"mixer": "transmamba", "trans_points": [0, "inf", 14, 30]}),
         ("mistral", {"mixer": "transmamba", "trans_points": 20, **ALL_PARTS}),
+        ("qwen2", {"mixer": "window_mamba2", "window": 6, "feature_map": "softmax"}),
     ],
-    ids=["plain", "qwen3", "transmamba", "transmamba, all parts"],
+    ids=["plain", "qwen3", "transmamba", "transmamba, all parts", "window"],
 )
 def test_custom_goes_with_its_own_code_and_is_saved_with_it(family, options, tmp_path, unverified):
     student = make(family, options=options)
