@@ -349,7 +349,7 @@ def cache_teacher(options) -> None:
     index = write(
         session.recipe,
         session.teacher,
-        cast("PackedDataset", session.train_data),  # a recipe with a cache does not stream
+        cast("PackedDataset", session.text_of("distill")),  # a recipe with a cache does not stream
         session.accelerator,
         session.console,
         session.precision,

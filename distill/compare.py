@@ -22,6 +22,8 @@ from .stages.pipeline import pipeline_of
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from .stages.stage import Stage
+
 # What figures of two runs have to share if they are to be compared.
 ALIKE = (
     "teacher.source",
@@ -103,8 +105,12 @@ def load_recipes(
 
 def training_tokens(recipe: Recipe) -> int:
     """Tokens of all stages that train."""
-    stages = [stage.of(recipe) for stage in pipeline_of(recipe) if stage.trains]
-    return sum(stage.steps * stage.batch_size for stage in stages) * recipe.data.length
+    stages = [stage for stage in pipeline_of(recipe) if stage.trains]
+    return sum(stage.of(recipe).steps * _tokens_of_a_step(stage, recipe) for stage in stages)
+
+
+def _tokens_of_a_step(stage: "Stage", recipe: Recipe) -> int:
+    return stage.of(recipe).batch_size * recipe.length_in(stage.name)
 
 
 def at_tokens(recipe: Recipe, tokens: int) -> Recipe:
@@ -116,7 +122,7 @@ def at_tokens(recipe: Recipe, tokens: int) -> Recipe:
     stages = [stage for stage in pipeline_of(recipe) if stage.trains and stage.of(recipe).steps]
     for stage in stages:
         settings = stage.of(recipe)
-        step = settings.batch_size * recipe.data.length
+        step = _tokens_of_a_step(stage, recipe)
         share = left if stage is stages[-1] else settings.steps * step * tokens / total
         steps = max(1, round(share / step))
         setattr(recipe, stage.name, dataclasses.replace(settings, steps=steps))

@@ -95,6 +95,10 @@ class Recipe:
         more = {"student": student} | {name: kind for name, kind in stages.items() if name not in cls.__annotations__}
         return _extended(tuple(more.items()))
 
+    def length_in(self, stage: str) -> int:
+        """Tokens of a sequence that a stage trains on."""
+        return getattr(self, stage).length or self.data.length
+
     def training_dtype(self, on_gpu: bool) -> str:
         """What `teacher.training_dtype` comes to."""
         if self.teacher.training_dtype != "auto":

@@ -131,6 +131,7 @@ class CalibrateConfig:
 class TrainConfig:
     steps: int = setting(100, "optimizer steps", minimum=0)
     batch_size: int = setting(8, "sequences in a step, over all processes and accumulation", minimum=1)
+    length: int | None = setting(None, "tokens of a sequence; null: data.length", minimum=2, added=True)
     micro_batch_size: int | None = setting(
         None, "sequences in one forward pass of one process; null: the whole share of a step", minimum=1, result=False
     )
@@ -165,8 +166,8 @@ class AlignConfig(TrainConfig):
 class AnnealConfig:
     fraction: float | None = setting(
         None,
-        "of the steps, in which every TransPoint of a transmamba student falls from data.length, where it is the "
-        "teacher, to its target; null: it is at its target from the first step on",
+        "of the steps, in which every TransPoint of a transmamba student falls from a sequence's length, where it is "
+        "the teacher, to its target; null: it is at its target from the first step on",
         above=0,
         maximum=1,
     )

@@ -83,12 +83,13 @@ def never_distilled(recipe: Recipe, mixers: list[str], longest: int | None) -> s
         return None
     trained = zip(*schedules["student.trans_points"], *schedules["distill.sample_schedules"], strict=True)
     least = {min(points) for points, mixer in zip(trained, mixers, strict=True) if have_trans_points([mixer])}
-    never = sorted(point for point in least if recipe.data.length <= point < math.inf)
+    never = sorted(point for point in least if recipe.length_in("distill") <= point < math.inf)
     if not never:
         return None
+    setting = "distill.length" if recipe.distill.length else "data.length"
     return (
-        f"data.length is {recipe.data.length:,}: distill never reaches the state-space form of layers with TransPoints "
-        f"of {', '.join(map(str, never))}; raise data.length, or lower them"
+        f"{setting} is {recipe.length_in('distill'):,}: distill never reaches the state-space form of layers with "
+        f"TransPoints of {', '.join(map(str, never))}; raise {setting}, or lower them"
     )
 
 

@@ -202,7 +202,7 @@ def targets_of(recipe: Recipe, dataset: PackedDataset, head: OutputHead) -> dict
     return extras | {
         "teacher.source": file_identity(recipe.teacher.source),
         "teacher.dtype": recipe.teacher.dtype,
-        "data.length": recipe.data.length,
+        "data.length": recipe.length_in("distill"),
         "distill.temperature": recipe.distill.temperature,
         "text": dataset.corpus.fingerprint,  # and tokenizer
     }

@@ -47,7 +47,7 @@ def run(session: "Session", folder: "StageFolder") -> dict:
 
     def trans_points(step: int) -> list:
         targets, recipe = list(schedules.values()), session.recipe
-        return trans_points_in_step(step, targets, recipe.data.length, settings, recipe.run.seed)
+        return trans_points_in_step(step, targets, recipe.length_in("distill"), settings, recipe.run.seed)
 
     done = train_student(session, folder, student, trained_groups, objective, cached, trans_points)
     return done | own | {"trained_schedules": trained}

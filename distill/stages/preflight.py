@@ -113,7 +113,8 @@ def what_will_run(
         device: the GPU's name, for a guess at the time.
     """
     config: TrainConfig = getattr(recipe, stage)
-    tokens = config.batch_size * recipe.data.length
+    length = recipe.length_in(stage)
+    tokens = config.batch_size * length
     share = config.batch_size // processes or 1
     micro = config.micro_batch_size or share
     table = Table("trains", "parameters", "learning rate", "weight decay", title=f"{stage}: what will run")
@@ -133,7 +134,7 @@ def what_will_run(
         number = getattr(torch, recipe.training_dtype(on_gpu=device is not None)).itemsize
         memory += number * (layers / parts + whole - layers)
     lines = [
-        f"{config.steps:,} steps of {config.batch_size} x {recipe.data.length:,} tokens: {config.steps * tokens:,} "
+        f"{config.steps:,} steps of {config.batch_size} x {length:,} tokens: {config.steps * tokens:,} "
         f"({processes} process{'es' if processes > 1 else ''}, {share // micro} x {micro} sequences a step in each)",
         f"memory of a process, without activations: {_size(memory)}"
         + (f" ({', '.join(sharded)} sharded)" if sharded else "")
@@ -141,7 +142,7 @@ def what_will_run(
         f"disk: {_size(checkpoint_bytes(groups))} a checkpoint, the last {config.keep_checkpoints} kept",
     ]
     peak = peak_flops(device) if device else None
-    cost = flops_per_token(stage, teacher, student, recipe.data.length) if peak is not None else None
+    cost = flops_per_token(stage, teacher, student, length) if peak is not None else None
     if peak is not None and cost is not None:
         flops = cost * config.steps * tokens
         minutes = flops / (UTILISATION * peak * processes) / 60

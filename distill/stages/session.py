@@ -50,6 +50,7 @@ class Session:
         self._loaded: tuple[PreTrainedModel, Any] | None = None
         self._held_out: HeldOut | None = None
         self._cached_targets: CachedTargets | None = None
+        self._texts: dict[int, PackedDataset | StreamedDataset] = {}  # of training, by the length of sequences
 
     def folder(self, stage: str) -> StageFolder:
         return StageFolder(self.root, stage)
@@ -81,15 +82,32 @@ class Session:
         rows = embedding_rows(self.teacher)
         return rows if max(self.tokenizer.get_vocab().values()) >= rows else None
 
-    @cached_property
+    @property
     def train_data(self) -> PackedDataset | StreamedDataset:
+        """The training text in sequences of `data.length`."""
+        return self._in_sequences_of(self.recipe.data.length)
+
+    def text_of(self, stage: str) -> PackedDataset | StreamedDataset:
+        """The training text in the sequences that a stage takes."""
+        return self._in_sequences_of(self.recipe.length_in(stage))
+
+    def _in_sequences_of(self, length: int) -> PackedDataset | StreamedDataset:
+        if length not in self._texts:
+            self._texts[length] = (
+                self._streamed(length) if self.recipe.data.streaming else PackedDataset(self._train_corpus, length)
+            )
+        return self._texts[length]
+
+    @cached_property
+    def _train_corpus(self) -> Corpus:
+        return self._corpus("train", self.recipe.data.train, self.recipe.data.max_train_tokens)
+
+    def _streamed(self, length: int) -> StreamedDataset:
         data = self.recipe.data
-        if not data.streaming:
-            return self._packed("train", data.train, data.max_train_tokens)
         dataset = StreamedDataset(
             data.train,
             self.tokenizer,
-            data.length,
+            length,
             text_field=data.text_field,
             messages_field=data.messages_field,
             bos=data.bos,
@@ -103,13 +121,13 @@ class Session:
     def tune_data(self) -> PackedDataset:
         """What *tune* is trained on: chats and completions, with their answers marked."""
         data, own = self.recipe.data, TUNE.of(self.recipe).train
-        found = self._packed("tune", own or data.train, None if own else data.max_train_tokens, answers=True)
-        if not (corpus := found.corpus).answered:
+        corpus = self._corpus("tune", own or data.train, None if own else data.max_train_tokens, answers=True)
+        if not corpus.answered:
             raise DataError(
                 f"no answer in the first {len(corpus.tokens):,} tokens of {', '.join(corpus.sources)}: raise "
                 "data.max_train_tokens, or name chats in tune.train"
             )
-        return found
+        return PackedDataset(corpus, self.recipe.length_in(TUNE.name))
 
     def calibration_batches(self) -> list[dict[str, torch.Tensor]]:
         """The training sequences that the teacher's attention is measured on, one at a time."""
@@ -120,7 +138,7 @@ class Session:
         """The training data with the teacher's cached predictions, checked against the recipe the first time."""
         if self._cached_targets is None:
             # A recipe with a cache does not stream.
-            dataset, folder = cast(PackedDataset, self.train_data), cast(str, self.recipe.distill.teacher_cache)
+            dataset, folder = cast(PackedDataset, self.text_of("distill")), cast(str, self.recipe.distill.teacher_cache)
             # One process reads all of the cache to find out whether it is whole.
             cached = CachedTargets(dataset, folder, verify=self.accelerator.is_main_process)
             cached.check(self.recipe, output_head(self.teacher, check=False))
@@ -165,7 +183,8 @@ class Session:
 
     @cached_property
     def held_out_data(self) -> PackedDataset:
-        return self._packed("heldout", self.recipe.data.heldout, self.recipe.data.max_heldout_tokens)
+        data = self.recipe.data
+        return PackedDataset(self._corpus("heldout", data.heldout, data.max_heldout_tokens), data.length)
 
     @property
     def held_out(self) -> HeldOut:
@@ -184,9 +203,6 @@ class Session:
             lambda source: self._corpus(f"heldout ({source})", [source], most),
             self.say,
         )
-
-    def _packed(self, name: str, sources: list[str], max_tokens: int | None, answers: bool = False) -> PackedDataset:
-        return PackedDataset(self._corpus(name, sources, max_tokens, answers), self.recipe.data.length)
 
     def _corpus(self, name: str, sources: list[str], max_tokens: int | None, answers: bool = False) -> Corpus:
         data = self.recipe.data

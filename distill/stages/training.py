@@ -68,7 +68,7 @@ def trained(
 
     only_these_train(student, groups)
     use = _look_ahead(session, folder, student, groups, takes_teacher)
-    dataset = session.train_data if data is None else data
+    dataset = session.text_of(folder.stage) if data is None else data
     repeats = getattr(settings, "repeats", 0.0)
     tracking = Tracking(accelerator, session.recipe, folder.stage, folder)
 
@@ -134,7 +134,7 @@ def _look_ahead(
     session.console.print(what)
     if gpu is None:
         return lambda metrics: {}
-    cost = flops_per_token(folder.stage, teacher, student, session.recipe.data.length)
+    cost = flops_per_token(folder.stage, teacher, student, session.recipe.length_in(folder.stage))
     peak = peak_flops(gpu, torch.bfloat16 if session.precision == "bf16" else torch.float32)
 
     def use(metrics: dict) -> dict:

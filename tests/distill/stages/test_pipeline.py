@@ -124,6 +124,15 @@ def test_the_teachers_parameters_are_frozen_without_a_learning_rate(teacher_lr, 
         assert torch.equal(before[name], after[name]) == (not mixer and teacher_lr == 0), name
 
 
+@pytest.mark.parametrize("streaming", [[], ["data.streaming=true", "data.max_train_tokens=null"]])
+def test_stages_take_sequences_of_lengths_of_their_own(streaming, tiny_copy, run_tiny):
+    more = ["align.steps=3", "align.length=16", "distill.steps=2", "distill.length=96", *streaming]
+    said = run_tiny(tiny_copy, *more, until_stage="distill")
+    assert "3 steps of 4 x 16 tokens: 192" in said and "2 steps of 4 x 96 tokens: 768" in said
+    assert [done(tiny_copy, stage)["training"]["tokens"] for stage in ("align", "distill")] == [192, 768]
+    assert done(tiny_copy, "distill")["quality"]["tokens"] == done(tiny_copy, "align")["quality"]["tokens"]
+
+
 def test_no_steps_are_no_change(tiny_copy, run_tiny):
     run_tiny(tiny_copy, "align.steps=0", until_stage="align")
     assert student(tiny_copy, "align") == student(tiny_copy, "calibrate")
