@@ -159,6 +159,12 @@ REPEATS = "share of the sequences in which passages of the text come again, whic
 
 @dataclass
 class AlignConfig(TrainConfig):
+    copied_lr: float | None = setting(
+        None,
+        "learning rate of what of the mixers came from the teacher; null: lr",
+        above=0,
+        added=True,
+    )
     repeats: float = setting(0.0, REPEATS, minimum=0, maximum=1, added=True)
 
 
@@ -214,8 +220,11 @@ class EndToEndConfig(TrainConfig):
     """Of stages that train a student as a whole."""
 
     lr: float = setting(5e-4, "learning rate of the mixers, at its highest", above=0)
-    teacher_lr: float = setting(
-        0.0, "learning rate of the parameters that were the teacher's; 0 leaves them frozen", minimum=0
+    teacher_lr: float | None = setting(
+        None,
+        "learning rate of the parameters that were the teacher's; 0 leaves them frozen; null: a tenth of lr, or 0 "
+        "beside adapters",
+        minimum=0,
     )
     groups: GroupsConfig = field(default_factory=GroupsConfig)
     lora: LoraSettings = field(default_factory=LoraSettings)
@@ -231,6 +240,13 @@ class EndToEndConfig(TrainConfig):
     )
     beta: float = setting(0.5, "the teacher's share of the mixture, for jsd", above=0, below=1)
     temperature: float = setting(1.0, "of both softmaxes in the divergence", above=0)
+
+    @property
+    def others_lr(self) -> float:
+        """The learning rate of what was the teacher's."""
+        if self.teacher_lr is not None:
+            return self.teacher_lr
+        return 0.0 if self.lora.rank else self.lr / 10
 
 
 @dataclass

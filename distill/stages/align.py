@@ -21,9 +21,18 @@ def run(session: "Session", folder: "StageFolder") -> dict:
 
 
 def groups(student, recipe) -> "list[ParameterGroup]":
-    from ..train.groups import mixer_parameters
+    from ..train.groups import copied_parameters, mixer_parameters
 
-    return [{"name": "mixers", "parameters": mixer_parameters(student), "lr": recipe.align.lr}]
+    settings, parameters = recipe.align, mixer_parameters(student)
+    if settings.copied_lr is None:
+        return [{"name": "mixers", "parameters": parameters, "lr": settings.lr}]
+    copied = copied_parameters(student)
+    new = {name: parameter for name, parameter in parameters.items() if name not in copied}
+    groups: list[ParameterGroup] = [
+        {"name": "new in mixers", "parameters": new, "lr": settings.lr},
+        {"name": "copied to mixers", "parameters": copied, "lr": settings.copied_lr},
+    ]
+    return [group for group in groups if group["parameters"]]
 
 
 def operations(teacher, student, length: int) -> float:

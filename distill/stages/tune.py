@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 class TuneConfig(EndToEndConfig):
     steps: int = setting(0, "optimizer steps; 0: the stage is left out", minimum=0)
     lr: float = setting(1e-4, "learning rate of the mixers, at its highest", above=0)
+    teacher_lr: float | None = setting(
+        0.0, "learning rate of the parameters that were the teacher's; 0 leaves them frozen", minimum=0
+    )
     loss: str = setting(
         "kd",
         "on the tokens of answers: kd (the divergence from the teacher's predictions) or ce (cross-entropy)",

@@ -24,7 +24,7 @@ def distill_groups(student: HybridForCausalLM, settings: EndToEndConfig) -> list
     """The groups that a stage trains end to end.
 
     A group without a learning rate of its own takes that of the mixers (`lr`) or of what was the teacher's
-    (`teacher_lr`). Those at 0 are left out: they stay as they are. Adapters (see `lora`) are a group, and the matrices
+    (`others_lr`). Those at 0 are left out: they stay as they are. Adapters (see `lora`) are a group, and the matrices
     they adapt stay as they are.
     """
     members: dict[str, dict[str, nn.Parameter]] = {name: {} for name in (*GROUPS, "lora")}
@@ -36,7 +36,7 @@ def distill_groups(student: HybridForCausalLM, settings: EndToEndConfig) -> list
     found: list[ParameterGroup] = []
     for name, parameters in members.items():
         own = settings.lora if name == "lora" else getattr(settings.groups, name)
-        lr = own.lr if own.lr is not None else settings.lr if name == "mixers" else settings.teacher_lr
+        lr = own.lr if own.lr is not None else settings.lr if name == "mixers" else settings.others_lr
         decay = settings.weight_decay if own.weight_decay is None else own.weight_decay
         if parameters and lr > 0:
             found.append({"name": name, "parameters": parameters, "lr": lr, "weight_decay": decay})
@@ -59,15 +59,24 @@ def mixer_parameters(student: HybridForCausalLM) -> dict[str, nn.Parameter]:
 
 def matrix_parameters(student: HybridForCausalLM) -> dict[str, nn.Parameter]:
     """The parameters that the matrices of the mixers between tokens depend on, by name."""
-    found = {}
+    return _of_mixers(student, "matrix")
+
+
+def copied_parameters(student: HybridForCausalLM) -> dict[str, nn.Parameter]:
+    """The parameters of the mixers that came from the teacher, by name."""
+    return _of_mixers(student, "copied")
+
+
+def _of_mixers(student: HybridForCausalLM, kind: str) -> dict[str, nn.Parameter]:
+    """Those whose names begin as an attribute of their mixer says."""
     names = {id(parameter): name for name, parameter in student.named_parameters()}
-    for mixer in student.mixer_layers():
-        if mixer is None:
-            continue
-        for own, parameter in mixer.named_parameters():
-            if own.startswith(mixer.matrix):
-                found[names[id(parameter)]] = parameter
-    return found
+    return {
+        names[id(parameter)]: parameter
+        for mixer in student.mixer_layers()
+        if mixer is not None
+        for name, parameter in mixer.named_parameters()
+        if name.startswith(getattr(mixer, kind))
+    }
 
 
 def group_of(name: str, student: HybridForCausalLM) -> str:

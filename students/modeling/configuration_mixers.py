@@ -133,7 +133,7 @@ MIXERS: dict[str, MixerKind] = {
             "window": Option(64, "how many last tokens attention sees", 1),
             "sinks": Option(4, "how many first tokens of a document attention sees, too", 0),
             "feature_map": Option(
-                None, "of keys and queries for the state: softmax (Hedgehog's) or null", choices=(None, "softmax")
+                "softmax", "of keys and queries for the state: softmax (Hedgehog's) or null", choices=(None, "softmax")
             ),
             "window_drop": Option(0.0, "how often a sequence goes without the window in training", 0, 1),
             **_state_space(least=0, kernel=0, activation=None, gate=True, norm=True, rope=True),

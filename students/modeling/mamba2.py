@@ -40,6 +40,7 @@ class Mamba2Mixer(StateSpace):
             what C gains as zero: so a student starts as without, and can learn to find what followed a token.
     """
 
+    copied = ("in_proj.", "out_proj.", "q_norm.", "k_norm.")
     matrix = ("in_proj.", "conv1d.", "k_norm.", "q_norm.", "dt_bias", "A_log")
 
     def __init__(

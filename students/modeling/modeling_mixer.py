@@ -214,6 +214,7 @@ class Mixer(nn.Module):
         remembers: the kind of memory it needs in a cache.
         matrix: beginnings of the names of parameters that the matrix between tokens depends on, and that `orient`
             trains; none where it has no such matrix, see `mixing`.
+        copied: beginnings of the names of parameters that come from the teacher.
         trans_point: at which token of a document attention ends, where that can be chosen: see `set_trans_point`.
         spanned: whether it takes attention, and so a `Span` of packed documents.
         apart: child modules whose parameters `forward` reads without calling the module.
@@ -223,6 +224,7 @@ class Mixer(nn.Module):
     remembers: ClassVar[type[StateLayer]] = StateLayer
     apart: ClassVar[tuple[str, ...]] = ()
     matrix: ClassVar[tuple[str, ...]] = ()
+    copied: ClassVar[tuple[str, ...]] = ()
     has_decay: ClassVar[bool] = False  # whether `calibrate` finds it a half-life and a scale
     spanned: ClassVar[bool] = False
     trans_point: int | float = 0

@@ -27,6 +27,7 @@ class SharedProjections(StateSpace):
         qk_norm: whether B and C take the teacher's k/q norms, where it has them.
     """
 
+    copied = ("q_proj.", "k_proj.", "v_proj.", "o_proj.", "q_norm.", "k_norm.")
     sinks = 0
     point: Tensor | None = None  # the TransPoint on the device, where a `Span` reads it
 
@@ -73,8 +74,7 @@ class SharedProjections(StateSpace):
 
     def state_space_parameters(self) -> dict[str, nn.Parameter]:
         """Parameters by name that only the state-space form has."""
-        attention = ("q_proj.", "k_proj.", "v_proj.", "o_proj.", "q_norm.", "k_norm.")
-        return {name: p for name, p in self.named_parameters() if not name.startswith(attention)}
+        return {name: p for name, p in self.named_parameters() if not name.startswith(self.copied)}
 
     def transfers(self, view) -> list[Transfer]:
         found = []

@@ -110,7 +110,7 @@ class WindowMamba2Mixer(SharedProjections):
         window: int = 64,
         sinks: int = 4,
         window_drop: float = 0.0,
-        feature_map: str | None = None,
+        feature_map: str | None = "softmax",
         conv_kernel: int = 0,
         conv_activation: str | None = None,
         gate: bool = True,

@@ -41,7 +41,7 @@ def said(models, recipe, processes=1, sharded=(), device=None):
 def test_parameters_tokens_and_rates(models):
     recipe = Recipe()
     recipe.data.length, recipe.distill.steps, recipe.distill.batch_size = 128, 30, 8
-    recipe.distill.micro_batch_size = 2
+    recipe.distill.micro_batch_size, recipe.distill.teacher_lr = 2, 0.0
     text = said(models, recipe, processes=2)
     _, student = models
     trained = sum(

@@ -4,12 +4,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from transpoint.distill.config import Recipe
 from transpoint.distill.errors import RunError
 from transpoint.distill.models import load_model
 from transpoint.distill.settings import DistillConfig, GroupConfig, LoraSettings
+from transpoint.distill.stages.align import groups as groups_of_align
 from transpoint.distill.train.groups import distill_groups, group_of
 from transpoint.distill.train.lora import attach, merge
-from transpoint.students import StudentConfig, build_student
+from transpoint.students import MIXERS, StudentConfig, build_student
 from transpoint.teachers.random import random_teacher
 
 TARGETS = ["q_proj", "in_proj", "out_proj", "down_proj"]
@@ -59,8 +61,12 @@ def test_learning_rates_and_weight_decay_of_groups():
     assert "mlp" not in rates and set(rates.values()) == {(1e-4, 0.1)}
 
 
-def test_what_was_the_teachers_is_frozen_by_default():
-    assert by_name(make()).keys() == {"mixers"}
+def test_what_was_the_teachers_takes_a_tenth_of_the_rate_by_default():
+    found = by_name(make(), lr=3e-4)
+    assert found["mixers"]["lr"] == 3e-4
+    assert all(group["lr"] == pytest.approx(3e-5) for name, group in found.items() if name != "mixers")
+    assert by_name(make(), teacher_lr=0.0).keys() == {"mixers"}
+    assert by_name(make(), lora=LoraSettings(rank=4)).keys() == {"mixers"}  # adapters are instead of it
 
 
 def test_adapters_are_a_group_and_what_they_adapt_is_frozen():
@@ -114,3 +120,20 @@ def test_a_run_with_adapters_changes_what_they_adapt_and_nothing_else(tiny_copy,
 def test_a_run_that_would_train_nothing_is_refused(tiny_copy, run_tiny):
     with pytest.raises(RunError, match="distill trains nothing: every group's learning rate is 0"):
         run_tiny(tiny_copy, "distill.groups.mixers.lr=0", "distill.teacher_lr=0")
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_in_align_what_came_from_the_teacher_may_take_another_rate(mixer):
+    teacher, _ = random_teacher("random-qwen3")
+    student = build_student(teacher, StudentConfig(mixer=mixer, keep_attention=[1]))
+    recipe = Recipe()
+    (one,) = groups_of_align(student, recipe)
+    recipe.align.copied_lr = 1e-5
+    new, copied = groups_of_align(student, recipe)
+    assert (one["lr"], new["lr"], copied["lr"]) == (recipe.align.lr, recipe.align.lr, 1e-5)
+    assert one["parameters"].keys() == new["parameters"].keys() | copied["parameters"].keys()
+    assert not new["parameters"].keys() & copied["parameters"].keys()
+    # What the plan takes from the teacher, and the norms that stay.
+    sources = {t.target for t in student.transfer_plan.transfers if t.source is not None and ".conv1d." not in t.target}
+    norms = {name for name in one["parameters"] if "q_norm" in name or "k_norm" in name}
+    assert copied["parameters"].keys() == sources | norms
