@@ -32,8 +32,9 @@ class Keys(NamedTuple):
 
     def since(self, column: int, sinks: Tensor) -> "Keys":
         """The sinks before a column, and all from it on. sinks: `first_columns`."""
-        taken = self.position.gather(1, sinks)
-        rows = sinks[:, :, None, None].expand(-1, -1, *self.keys.shape[2:])
+        held = sinks.clamp(max=self.position.shape[1] - 1)  # a row may begin behind all columns, and has no sinks then
+        taken = self.position.gather(1, held)
+        rows = held[:, :, None, None].expand(-1, -1, *self.keys.shape[2:])
         before = Keys(self.keys.gather(1, rows), self.values.gather(1, rows), taken.masked_fill(sinks >= column, -1))
         return Keys(*(torch.cat((first, rest[:, column:]), 1) for first, rest in zip(before, self, strict=True)))
 
@@ -225,9 +226,13 @@ class WindowMamba2Mixer(SharedProjections):
         """Attention (B,L,H*P) within packed documents."""
         if span is None:
             position = token_position(seq_idx) if documents is None else documents.position
-            column = torch.arange(seq_idx.shape[1], device=seq_idx.device)
-            seen = (seq_idx[:, :, None] == seq_idx[:, None, :]) & (column <= column[:, None])
-            return self._softmax(q, k, v, seen & self._near(position, position))
+            column, parts = torch.arange(seq_idx.shape[1], device=seq_idx.device), []
+            for begin in range(0, len(column), BLOCK):
+                own, before = slice(begin, begin + BLOCK), slice(begin + BLOCK)
+                seen = (seq_idx[:, own, None] == seq_idx[:, None, before]) & (column[before] <= column[own, None])
+                seen &= self._near(position[:, own], position[:, before])
+                parts.append(self._softmax(q[:, own], k[:, before], v[:, before], seen))
+            return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         from torch.nn.attention.flex_attention import flex_attention
 
         queries, keys, values = (t.to(v.dtype).transpose(1, 2) for t in (q, k, v))

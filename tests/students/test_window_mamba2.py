@@ -151,14 +151,18 @@ def test_packed_documents_are_computed_as_each_alone(case):
     assert_near(found, torch.cat(alone, 1))
 
 
-def test_many_queries_attend_block_by_block(monkeypatch):
+@pytest.mark.parametrize("padding", [7, 13, 20, 38])  # from 12 on the second block ends before the row begins
+def test_many_queries_attend_block_by_block(monkeypatch, padding):
     student, ids = build("llama"), tokens(2, 40)
     mask = torch.ones_like(ids)
-    mask[1, :7] = 0
+    mask[1, :padding] = 0
+    positions = torch.cat([torch.arange(n) for n in (11, 3, 26)])[None]
     plain, padded = logits(student, ids), logits(student, ids, attention_mask=mask)
+    packed = logits(student, ids, position_ids=positions)
     monkeypatch.setattr(window_mamba2, "BLOCK", 6)
     assert_near(logits(student, ids), plain)
     assert_near(logits(student, ids, attention_mask=mask)[mask == 1], padded[mask == 1])
+    assert_near(logits(student, ids, position_ids=positions), packed)
 
 
 def test_what_lies_between_sinks_and_window_reaches_a_token_through_the_state_alone():
