@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ...students import Geometry, HybridForCausalLM
+from ...students import Geometry, HybridForCausalLM, Mixer
 from ...students.modeling.modeling_mixer import attention_flops
 from ...teachers import attention_view
 
@@ -123,7 +123,8 @@ def _forward(model: PreTrainedModel, length: int) -> float:
 def _weights(module: nn.Module | None, trained: bool = False) -> float:
     """Weights of the products that a token passes in a module, by their shape: tensors may be spread over processes.
 
-    Of experts, those that a token is sent to: transformers keeps all of a layer's in tensors of three dimensions.
+    Of experts, those that a token is sent to: transformers keeps all of a layer's in tensors of three dimensions. A
+    mixer's are of its heads, which a token passes all.
     Raises ValueError where there are weights of another form.
     """
     if module is None or isinstance(module, nn.Embedding | nn.Conv1d):
@@ -136,7 +137,8 @@ def _weights(module: nn.Module | None, trained: bool = False) -> float:
         if len(shape) > 3:
             raise ValueError(f"{type(module).__name__}.{name} has {len(shape)} dimensions")
         if len(shape) > 1 and (parameter.requires_grad or not trained):
-            total += math.prod(shape) * (_share_of_experts(module, shape[0]) if len(shape) == 3 else 1)
+            of_experts = len(shape) == 3 and not isinstance(module, Mixer)
+            total += math.prod(shape) * (_share_of_experts(module, shape[0]) if of_experts else 1)
     for child in module.children():
         # Experts may be one module each, in code of its own.
         experts = len(child) if isinstance(child, nn.ModuleList) else 1

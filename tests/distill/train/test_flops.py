@@ -103,6 +103,16 @@ def test_alignment_trains_each_mixer_in_each_form():
     assert align_flops(teacher, student, LENGTH) == pytest.approx(forward + own)
 
 
+def test_a_token_passes_the_feature_maps_of_all_heads():
+    found = []
+    for feature_map in (None, "softmax"):
+        teacher, student = models("window_mamba2", keep_attention=[0, 2, 3], feature_map=feature_map)
+        found.append(align_flops(teacher, student, LENGTH))
+    mixer = student.mixer_layers()[1]
+    state = 4 * mixer.num_heads * mixer.head_dim**2  # as large again
+    assert found[1] - found[0] == pytest.approx(4 * (mixer.q_map.numel() + mixer.k_map.numel()) + 3 * state)
+
+
 def test_trans_points_count_what_each_form_computes():
     teacher, student = models("transmamba")
     at = {}
