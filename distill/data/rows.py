@@ -216,6 +216,8 @@ class RowEncoder:
                 continue
             before = write(messages[:number], tokenize=False, add_generation_prompt=True)
             through = write(messages[: number + 1], tokenize=False)
+            if not text.startswith(through):  # some templates end a chat with the eos
+                through = through.removesuffix(self.tokenizer.eos_token or "")
             if not (text.startswith(through) and through.startswith(before)):
                 raise Skip("the chat template rewrites earlier turns, and marks no answers by {% generation %}")
             yield len(before), len(through)

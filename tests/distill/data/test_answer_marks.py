@@ -70,6 +70,14 @@ def test_every_turn_of_the_assistant_is_an_answer(tmp_path):
     assert corpus.summary() == "2 documents, 36 tokens, 33% of them in 3 answers"
 
 
+def test_a_template_may_end_chats_with_the_eos(tmp_path):
+    """As Phi's do: it stands after the last turn alone."""
+    turns = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}"
+    ends = make_tokenizer(turns + "{% if add_generation_prompt %}<|assistant|>{% else %}<eos>{% endif %}")
+    texts, _ = marked(tmp_path, [{"messages": chat("hi", "yes", "why", "so")}], ends)
+    assert texts == ["<|user|>hi\n<|assistant|>[yes\n]<|user|>why\n<|assistant|>[so\n<eos>]"]
+
+
 def test_completions_are_answers(tmp_path):
     rows = [
         {"prompt": "1+1=", "completion": "2"},
