@@ -42,6 +42,9 @@ def run(session: "Session", folder: "StageFolder") -> dict:
 
     settings = TUNE.of(session.recipe)
     student, own = end_to_end(session, folder)
+    if known := student.config.measured_trans_points:  # at which the student before was measured, and this is another
+        unmeasured = {"quality": None, "cost": None}
+        student.config.measured_trans_points = [record | unmeasured for record in known if record.get("trained")]
 
     def objective(teacher) -> AnswerTuning:
         return AnswerTuning(teacher if settings.loss == "kd" else None, student, settings)

@@ -87,6 +87,22 @@ def test_the_schedules_it_was_trained_on_are_recorded(whole):
         assert config["measured_trans_points"] == records and config["trans_points"] == OWN
 
 
+def test_what_was_measured_of_a_student_is_not_said_of_the_one_tuned_from_it(copy, run_tiny, tmp_path):
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text(json.dumps({"prompt": "a" * 200, "completion": "b" * 200}))
+    tune = ("tune.steps=1", "tune.batch_size=1", f"tune.train=[{chats}]")
+    overrides = ("distill.sample_schedules=[uniform:16, mamba]", "distill.log_every=1", *tune)
+    assert "distill: done before" in run_tiny(copy, *overrides, config=CONFIG, until_stage="export")
+    for place in ("tune/student", "export/custom"):
+        records = json.loads((copy / place / "config.json").read_text())["measured_trans_points"]
+        assert [(r["schedule"], r["trained"]) for r in records] == [
+            ("[0, 8, 16, 32]", True),
+            ("uniform:16", True),
+            ("mamba", True),
+        ]
+        assert all(r["quality"] is None and r["cost"] is None for r in records)
+
+
 def test_quality_and_cost_of_each_schedule(whole):
     """As measured by hand, on the exported checkpoint."""
     results = json.loads((whole[0] / "evaluate" / "results.json").read_text())
