@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from ..teachers import attention_view, output_head
 from .config import StudentConfig, layer_plan
 from .modeling.configuration_hybrid import HybridConfig
-from .modeling.configuration_mixers import have_trans_points
+from .modeling.configuration_mixers import MIXERS, have_trans_points
 from .modeling.errors import StudentError
 from .modeling.modeling_hybrid import HybridForCausalLM, hybrid_model_class
 from .modeling.modeling_mixer import Geometry
@@ -75,7 +75,7 @@ def plan_student(teacher: PreTrainedModel, config: StudentConfig) -> tuple[Hybri
     windows = [
         view.layer
         for view, mixer in zip(views, mixers, strict=True)
-        if view.window is not None and mixer != "attention" and not have_trans_points([mixer])
+        if view.window is not None and mixer != "attention" and not MIXERS[mixer].load().spanned
     ]
     if teacher.config.get_text_config(decoder=True) is not teacher.config:
         raise StudentError(

@@ -15,10 +15,10 @@ class PackedDataset(torch.utils.data.Dataset):
     """A corpus cut into consecutive windows of `length` tokens that do not overlap; the last partial one is dropped.
 
     Item i is {"input_ids": (length,) int64, "position_ids": (length,) int64}, and where the corpus knows of answers
-    "before_answer": (length,) bool, whether the next token is one's, in the same document. Positions restart at 0 with
-    each document and each window: that is how models and mixers know the documents in a window apart. A window that
-    begins inside of a document begins as a document does, and leaves out as many tokens at its end: models that were
-    trained with a beginning token lean on it, wherever a text is cut.
+    "before_answer": (length,) bool, whether the next token is that of one that begins in the window, in the same
+    document. Positions restart at 0 with each document and each window: that is how models and mixers know the
+    documents in a window apart. A window that begins inside of a document begins as a document does, and leaves out as
+    many tokens at its end: models that were trained with a beginning token lean on it, wherever a text is cut.
     """
 
     def __init__(self, corpus: Corpus, length: int):
@@ -45,7 +45,11 @@ class PackedDataset(torch.utils.data.Dataset):
         offsets = np.arange(first, first + self.tokens_per_item)
         document = np.searchsorted(starts, offsets, side="right") - 1
         positions = offsets - np.maximum(starts[document], first)
-        answers = None if self.corpus.answers is None else _inside(self.corpus.answers.numpy(), offsets)
+        answers = None
+        if self.corpus.answers is not None:
+            spans = self.corpus.answers.numpy()
+            # One that began before has its question elsewhere.
+            answers = _inside(spans[np.searchsorted(spans[:, 0], first) :], offsets)
         begin, tokens = self.corpus.begin, tokens.long()
         if begin and first != starts[document[0]] and len(begin) < self.tokens_per_item:
             tokens = torch.cat((torch.tensor(begin), tokens[: -len(begin)]))

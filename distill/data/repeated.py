@@ -31,6 +31,8 @@ class Repeated:
         self.tokens_per_item = data.tokens_per_item
 
     def __getattr__(self, name: str):  # `state_dict` and `load_state_dict`, where there are any
+        if name == "data":  # of an object without attributes yet, as `copy` makes one
+            raise AttributeError(name)
         return getattr(self.data, name)
 
     def batch(self, step: int, batch_size: int, seed: int, slots: range) -> list[dict[str, torch.Tensor]]:

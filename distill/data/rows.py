@@ -5,6 +5,7 @@ answers are asked for, they hold messages, or a prompt and a completion (two tex
 that cannot be used are skipped, counted by reason and reported; what a person has to mend is a `DataError`.
 """
 
+import os
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
@@ -212,12 +213,15 @@ class RowEncoder:
                     yield places[0][0], places[-1][1]
             return
         for number, message in enumerate(messages):
-            if number < first or message["role"] != "assistant":
+            if number < max(first, 1) or message["role"] != "assistant":  # nobody asked for a greeting
                 continue
             before = write(messages[:number], tokenize=False, add_generation_prompt=True)
             through = write(messages[: number + 1], tokenize=False)
             if not text.startswith(through):  # some templates end a chat with the eos
                 through = through.removesuffix(self.tokenizer.eos_token or "")
+            if not through.startswith(before):  # the prompt begins what is not kept of an answer: a thought, say
+                shared = os.path.commonprefix([before, through])
+                before = shared if len(shared) >= len(write(messages[:number], tokenize=False)) else before
             if not (text.startswith(through) and through.startswith(before)):
                 raise Skip("the chat template rewrites earlier turns, and marks no answers by {% generation %}")
             yield len(before), len(through)

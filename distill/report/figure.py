@@ -6,9 +6,15 @@ Drawn by matplotlib, an optional dependency: `pip install 'transpoint[figure]'`.
 import math
 from pathlib import Path
 
+from ...students.modeling.configuration_mixers import MIXERS, have_trans_points
 from ..errors import RunError
 
-COLOURS = {"attention, kept": "#1f3b6f", "attention": "#7fa6dd", "state space": "#f2b56b"}
+COLOURS = {
+    "attention, kept": "#1f3b6f",
+    "attention": "#7fa6dd",
+    "state space": "#f2b56b",
+    "window and state": "#c9a27e",
+}
 
 
 def draw(mixers: list[str], trans_points: list[int | float], out: str | Path, tokens: int | None = None) -> Path:
@@ -38,7 +44,9 @@ def draw(mixers: list[str], trans_points: list[int | float], out: str | Path, to
     for layer, (mixer, point) in enumerate(zip(mixers, trans_points, strict=True)):
         border = min(max(point, first), end)
         attention = "attention, kept" if mixer == "attention" else "attention"
-        for kind, a, b in ((attention, first, border), ("state space", border, end)):
+        beside = mixer in MIXERS and MIXERS[mixer].load().spanned and not have_trans_points([mixer])
+        state = "window and state" if beside else "state space"
+        for kind, a, b in ((attention, first, border), (state, border, end)):
             if b > a:
                 axes.barh(layer, b - a, left=a, height=0.86, color=COLOURS[kind])
                 used[kind] = Patch(color=COLOURS[kind], label=kind)

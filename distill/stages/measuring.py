@@ -38,10 +38,14 @@ def teacher_measures(session: Session, folder: StageFolder, measuring: Measuring
     """Of the teacher, from this run or one in `run.reuse` that measured the same of it. Its cost is measured anew, as
     times compare within one run alone."""
     measured = {name: value for name, value in (folder.started or {}).items() if name != "after"}
+    if "data" in measured:  # of which the text that students are trained on is nothing to the teacher
+        trained = ("train", "max_train_tokens", "streaming", "shuffle_buffer")
+        measured["data"] = {name: value for name, value in measured["data"].items() if name not in trained}
     teacher = (session.folder("transfer").started or {}).get("teacher")
     on = identity({"measured": measured, "teacher": teacher, "device": session.accelerator.device.type})
     own = session.root / "teacher_measures.json"
-    for place in (own, *(Path(root).expanduser() / own.name for root in session.recipe.run.reuse)):
+    others = [Path(root).expanduser() / own.name for root in session.recipe.run.reuse]
+    for place in others if session.anew else [own, *others]:
         found = read_json(place)
         if isinstance(found, dict) and found.get("measured_on") == on:
             measures = read_record(Measures, found.get("measures"))

@@ -90,6 +90,7 @@ def _run_stages(session: Session, needs: dict[str, dict], forced: int, last: int
             folder.begin(needs[name], anew=position >= forced)
         session.accelerator.wait_for_everyone()
         set_seed(recipe.run.seed)
+        session.anew = position >= forced
         begun = time.monotonic()
         record = run(session, folder)
         if main:

@@ -47,6 +47,7 @@ class Session:
         self.console = console or console_of(quiet=not self.accelerator.is_main_process)
         self.on_step: Callable[[int], None] | None = None
         self.exports = False  # whether this run goes on to the export
+        self.anew = False  # whether the stage at work was asked for though it was done
         self._loaded: tuple[PreTrainedModel, Any] | None = None
         self._held_out: HeldOut | None = None
         self._cached_targets: CachedTargets | None = None
@@ -122,12 +123,14 @@ class Session:
         """What *tune* is trained on: chats and completions, with their answers marked."""
         data, own = self.recipe.data, TUNE.of(self.recipe).train
         corpus = self._corpus("tune", own or data.train, None if own else data.max_train_tokens, answers=True)
-        if not corpus.answered:
+        length = self.recipe.length_in(TUNE.name)
+        whole = len(corpus.tokens) // length * length  # what is in no sequence is never read
+        if corpus.answers is None or not corpus.answered or int(corpus.answers[0, 0]) >= whole > 0:
             raise DataError(
                 f"no answer in the first {len(corpus.tokens):,} tokens of {', '.join(corpus.sources)}: raise "
                 "data.max_train_tokens, or name chats in tune.train"
             )
-        return PackedDataset(corpus, self.recipe.length_in(TUNE.name))
+        return PackedDataset(corpus, length)
 
     def calibration_batches(self) -> list[dict[str, torch.Tensor]]:
         """The training sequences that the teacher's attention is measured on, one at a time."""

@@ -135,8 +135,13 @@ def _settle(mixer: Mixer, sums: _Sums, decay: str, half_lives: tuple[float, ...]
     # The share of w at which u, with its best scale, leaves least of o.
     left = ww - (uw**2 / uu).sum(-1)
     share = torch.where(ww > 0, (wo - (uo * uw / uu).sum(-1)) / left.clamp(min=1e-6 * ww + 1e-20), 0).clamp(0, 2)
-    uo = uo - share[..., None] * uw
-    gain = (uo**2 / uu).sum(-1) + 2 * share * wo - share**2 * ww  # what both take off the squared error
+    scales = (uo - share[..., None] * uw) / uu
+    if (ww > 0).any() and not mixer.scales_channels:  # a step, which is positive: w makes up for it
+        scales = scales.clamp(min=0)
+        share = ((wo - (scales * uw).sum(-1)) / ww).clamp(0, 2)
+    rest = uo - share[..., None] * uw
+    # What both take off the squared error.
+    gain = (scales * (2 * rest - scales * uu)).sum(-1) + 2 * share * wo - share**2 * ww
     lookback = sums.lookback / sums.tokens
     grid = torch.tensor(half_lives, device=uo.device)
     if decay == "fit":
@@ -145,7 +150,7 @@ def _settle(mixer: Mixer, sums: _Sums, decay: str, half_lives: tuple[float, ...]
         wanted = math.log(2) / (1 / lookback.clamp(min=1e-3)).log1p()
         best = (grid[:, None].log() - wanted.log()).abs().argmin(0)
     heads = torch.arange(mixer.num_heads, device=uo.device)
-    scale = (uo / uu)[best, heads]
+    scale = scales[best, heads]
     half_life = grid[best]
     error = 1 - gain[best, heads] / oo
     mixer.set_decay(half_life, scale)

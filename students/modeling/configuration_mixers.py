@@ -135,7 +135,7 @@ MIXERS: dict[str, MixerKind] = {
             "feature_map": Option(
                 "softmax", "of keys and queries for the state: softmax (Hedgehog's) or null", choices=(None, "softmax")
             ),
-            "window_drop": Option(0.0, "how often a sequence goes without the window in training", 0, 1),
+            "window_drop": Option(0.0, "how often, in training, a layer goes without its window for a sequence", 0, 1),
             **_state_space(least=0, kernel=0, activation=None, gate=True, norm=True, rope=True),
         },
         check=_convolution,

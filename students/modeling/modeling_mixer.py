@@ -263,7 +263,7 @@ class Mixer(nn.Module):
         raise NotImplementedError
 
     def state_bytes(self) -> int:
-        """What it remembers of one sequence, however long: bytes of the state."""
+        """Bytes of what it remembers of one sequence, however long: states in float32, keys and values in bfloat16."""
         raise NotImplementedError
 
     def mixing(self, hidden_states: Tensor, position_embeddings: Any, seq_idx: Tensor) -> dict[str, Tensor]:

@@ -90,12 +90,13 @@ class WindowMamba2Mixer(SharedProjections):
     rope is off, the map is of rotated keys, and positions count, not only distances.
 
     What stands before w_t, one number for each head, starts at 1; `calibrate` fits it together with the state's decay
-    and scale. With a window as long as the document, and a state without steps, this is the teacher's attention.
+    and scale. With a window as long as the document, and a state without steps, this is the teacher's attention, unless
+    that has a window, which sinks reach beyond.
 
     Args:
         window: how many last tokens attention sees, and no more than the teacher's does.
         sinks: how many first tokens of a document attention sees, too.
-        window_drop: how often a sequence goes without the window in training.
+        window_drop: how often, in training, this layer goes without its window for a sequence.
         feature_map: "softmax" or None.
         others: of the state, see `SharedProjections`.
     """
@@ -158,8 +159,7 @@ class WindowMamba2Mixer(SharedProjections):
         return attention_flops(width, length, min(length, self.window + self.sinks)) + super().flops(length)
 
     def state_bytes(self) -> int:
-        held = 2 * (self.window + self.sinks) * self.num_kv_heads * self.head_dim
-        return super().state_bytes() + held * self.k_proj.weight.element_size()
+        return super().state_bytes() + 2 * 2 * (self.window + self.sinks) * self.num_kv_heads * self.head_dim
 
     def forward(
         self,

@@ -129,6 +129,20 @@ def test_a_template_that_writes_earlier_turns_otherwise(tmp_path):
     assert corpus.skipped == {reason: 1}
 
 
+def test_a_prompt_may_begin_what_is_not_kept_of_an_answer(tmp_path):
+    """As of models that think: the prompt for an answer opens a thought, and the answer is written without."""
+    opens = "{% if add_generation_prompt %}<|assistant|><think>{% endif %}"
+    turns = "{% for m in messages %}" + TURN + "{% endfor %}"
+    texts, _ = marked(tmp_path, [{"messages": chat("hi", "yes", "why", "so")}], make_tokenizer(turns + opens))
+    assert texts == ["<|user|>hi<eos>\n<|assistant|>[yes<eos>\n]<|user|>why<eos>\n<|assistant|>[so<eos>\n]<eos>"]
+
+
+def test_a_greeting_is_no_answer(tmp_path):
+    rows = [{"messages": [{"role": "assistant", "content": "welcome"}, *chat("hi", "yes")]}]
+    texts, _ = marked(tmp_path, rows)
+    assert texts == ["<|assistant|>welcome<eos>\n<|user|>hi<eos>\n<|assistant|>[yes<eos>\n]<eos>"]
+
+
 def test_answers_are_cached_and_apart_from_plain_text(tmp_path):
     rows = [{"messages": chat("hi", "yes")}, {"messages": chat("a", "b", "c", "d")}]
     cache, tokenizer = tmp_path / "cache", make_tokenizer()
@@ -156,9 +170,9 @@ def test_windows_have_their_answers(gaps, length, begins):
         spans.append((total + gap, total + gap + size))
         total = spans[-1][1]
     total += 15
-    inside = torch.zeros(total, dtype=torch.bool)
+    inside, begun = torch.zeros(total, dtype=torch.bool), torch.zeros(total, dtype=torch.long)
     for first, end in spans:
-        inside[first:end] = True
+        inside[first:end], begun[first:end] = True, first
     answers = torch.tensor(spans, dtype=torch.int64).view(-1, 2)
     begin = [999] if begins else []
     corpus = Corpus(torch.arange(total), torch.tensor([0]), "", answers=answers, begin=begin)
@@ -166,7 +180,8 @@ def test_windows_have_their_answers(gaps, length, begins):
     packed = PackedDataset(corpus, length)
     for i in range(len(packed)):
         tokens, counts = (packed[i][name].tolist() for name in ("input_ids", "before_answer"))
-        assert counts == [*(token < 999 and bool(inside[token]) for token in tokens[1:]), False]
+        own = [token < 999 and bool(inside[token]) and int(begun[token]) >= i * length for token in tokens[1:]]
+        assert counts == [*own, False]  # an answer that began before has its question elsewhere
 
 
 def test_what_comes_next_is_no_answer_in_another_document():

@@ -1,5 +1,7 @@
 """Sequences in which passages come again."""
 
+import copy
+
 import numpy as np
 import torch
 from hypothesis import given, settings, strategies as st
@@ -56,6 +58,7 @@ def test_which_sequences_follows_from_seed_step_and_slot():
     assert all(map(torch.equal, items, again))
     other = [item["input_ids"] for step in range(100) for item in data.batch(step, 4, 1, range(4))]
     assert not all(map(torch.equal, items, other))
+    assert copy.copy(data).share == 0.25
     assert data.state_dict(range(2)) == {"slots": [0, 1]} and not hasattr(data, "load_state_dict")
 
 

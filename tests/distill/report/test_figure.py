@@ -31,7 +31,7 @@ def bars(path):
 
 
 def test_bars_are_the_layer_plan(tmp_path):
-    kept, attention, state = COLOURS.values()
+    kept, attention, state, _ = COLOURS.values()
     # A logarithmic axis from 8 to 128: 16 is a quarter along it, 64 three quarters.
     assert bars(draw(MIXERS, POINTS, tmp_path / "plan.svg")) == [
         (state, 0, 1),
