@@ -74,7 +74,7 @@ def distill(folder: Path, points: str, rate: str, seed: int, options: argparse.N
         "student.trans_points": points,
         "data.cache": folder / "cache",
         "data.length": 128,
-        "data.max_train_tokens": 1_000_000,
+        "data.max_train_tokens": options.tokens,
         "data.max_heldout_tokens": 10_000,
         "evaluate.sequences": options.sequences,
         "align.steps": 0,
@@ -96,6 +96,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of data order")
     parser.add_argument("--steps", type=int, default=100, help="of distillation, 1,024 tokens each")
     parser.add_argument("--teacher-steps", type=int, default=600, help="of the teacher's training, likewise")
+    parser.add_argument("--tokens", type=int, default=1_000_000, help="of training text")
     parser.add_argument("--sequences", type=int, default=30, help="held-out ones that are measured")
     return parser.parse_args(arguments)
 
