@@ -17,7 +17,7 @@ from transpoint.students.modeling.configuration_hybrid import OLDEST
 
 pytestmark = pytest.mark.stack
 
-MIXERS = ("mamba2", "transmamba")
+MIXERS = ("mamba2", "transmamba", "window_mamba2")
 
 
 @pytest.fixture(params=MIXERS)

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from decoding import LENGTH, assert_near, in_pieces, logits, tokens
 from hypothesis import given, settings, strategies as st
 
 from transpoint.students import StudentConfig, build_student
 from transpoint.teachers.random import random_teacher
 
-LENGTH = 24  # longer than the window of the tiny Mistral
 PAD = 7  # not that of the config: its embedding is zero, which needs no mask
 ALL_PARTS = {"conv_kernel": 4, "conv_activation": "silu", "gate": True, "norm": True}
 STUDENTS = {
@@ -38,36 +38,6 @@ def build(family, points="inf", sizes=None, **options):
 def student(request):
     family, options = request.param
     return build(family, **options)
-
-
-def tokens(batch=2, length=LENGTH, seed=0):
-    return torch.randint(3, 250, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
-@torch.no_grad()
-def logits(student, ids, **kwargs):
-    return student(ids, use_cache=False, **kwargs).logits
-
-
-@torch.no_grad()
-def in_pieces(student, ids, sizes, mask=None, cache=None):
-    """Logits of tokens that come in pieces, with a cache between them."""
-    cache, start, found = cache or student.new_cache(), 0, []
-    for size in sizes:
-        end = start + size
-        kwargs = {}
-        if mask is not None:  # positions as generate() gives them
-            kwargs["attention_mask"] = mask[:, :end]
-            kwargs["position_ids"] = (mask[:, :end].cumsum(-1) - 1).clamp(min=0)[:, start:]
-        found.append(student(ids[:, start:end], cache=cache, **kwargs).logits)
-        start = end
-    assert start == ids.shape[1]
-    return torch.cat(found, 1)
-
-
-def assert_near(found, expected, tolerance=1e-9):
-    assert found.shape == expected.shape
-    assert (found - expected).norm() <= tolerance * expected.norm()
 
 
 def pieces_of(draw, length):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from decoding import LENGTH, assert_near, in_pieces, logits, tokens
 from hypothesis import given, settings, strategies as st
 
 from transpoint.distill.train.calibration import calibrate
@@ -10,15 +11,14 @@ from transpoint.students.modeling import window_mamba2
 from transpoint.teachers import attention_view
 from transpoint.teachers.random import random_teacher
 
-LENGTH = 24
+pytestmark = pytest.mark.stack
 ALL_PARTS = {"conv_kernel": 4, "conv_activation": "silu"}
 STUDENTS = {
-    "llama": ("llama", {}),
+    "llama": ("llama", {"feature_map": None}),
     "all parts": ("qwen2", ALL_PARTS),
     "kept attention, no sinks": ("qwen3", {"keep_attention": [1], "sinks": 0}),
     "the teacher's window is shorter": ("mistral", {"window": 12}),
     "no rope, no norms, no gate": ("qwen3", {"rope": False, "qk_norm": False, "norm": False, "gate": False}),
-    "feature map": ("qwen2", {"feature_map": "softmax"}),
     "a window of one": ("llama", {"window": 1, "sinks": 3}),
 }
 students = pytest.mark.parametrize("case", STUDENTS)
@@ -41,34 +41,6 @@ def build(family, window=5, sinks=2, keep_attention=(), seed=0, **options):
 def of(case):
     family, options = STUDENTS[case]
     return build(family, **options)
-
-
-def tokens(batch=2, length=LENGTH, seed=0):
-    return torch.randint(3, 250, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
-@torch.no_grad()
-def logits(model, ids, **kwargs):
-    return model(ids, use_cache=False, **kwargs).logits
-
-
-@torch.no_grad()
-def in_pieces(student, ids, sizes, mask=None, cache=None):
-    cache, start, found = cache or student.new_cache(), 0, []
-    for size in sizes:
-        kwargs = {}
-        if mask is not None:
-            kwargs["attention_mask"] = mask[:, : start + size]
-            positions = (kwargs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-            kwargs["position_ids"] = positions[:, start:]
-        found.append(student(ids[:, start : start + size], cache=cache, **kwargs).logits)
-        start += size
-    return torch.cat(found, 1)
-
-
-def assert_near(found, expected, tolerance=1e-9):
-    assert found.shape == expected.shape
-    assert (found - expected).norm() <= tolerance * expected.norm()
 
 
 # What it computes

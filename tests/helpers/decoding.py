@@ -1,0 +1,34 @@
+"""Tokens, and the logits of students that get them at once or in pieces."""
+
+import torch
+
+LENGTH = 24  # longer than the window of the tiny Mistral
+
+
+def tokens(batch=2, length=LENGTH, seed=0):
+    return torch.randint(3, 250, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def logits(student, ids, **kwargs):
+    return student(ids, use_cache=False, **kwargs).logits
+
+
+@torch.no_grad()
+def in_pieces(student, ids, sizes, mask=None, cache=None):
+    """Logits of tokens that come in pieces, with a cache between them."""
+    cache, start, found = cache or student.new_cache(), 0, []
+    for size in sizes:
+        end = start + size
+        kwargs = {}
+        if mask is not None:  # positions as generate() gives them
+            kwargs["attention_mask"] = mask[:, :end]
+            kwargs["position_ids"] = (mask[:, :end].cumsum(-1) - 1).clamp(min=0)[:, start:]
+        found.append(student(ids[:, start:end], cache=cache, **kwargs).logits)
+        start = end
+    return torch.cat(found, 1)
+
+
+def assert_near(found, expected, tolerance=1e-9):
+    assert found.shape == expected.shape
+    assert (found - expected).norm() <= tolerance * expected.norm()
