@@ -6,11 +6,13 @@ from it. No other text is needed.
 """
 
 import hashlib
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from ..train.protocols import TrainingData
+if TYPE_CHECKING:
+    from ..train.protocols import TrainingData
 
 PASSAGE = (8, 64)  # tokens, at least and at most
 PASSAGES = 8  # at most, in a sequence
@@ -26,7 +28,7 @@ class Repeated:
         share: of the sequences in which passages come again, 0 to 1.
     """
 
-    def __init__(self, data: TrainingData, share: float):
+    def __init__(self, data: "TrainingData", share: float):
         self.data, self.share = data, share
         self.tokens_per_item = data.tokens_per_item
 
