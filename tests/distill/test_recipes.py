@@ -20,6 +20,7 @@ PUBLISHED = {
     "radlads": {"align": 100, "distill": 500},
     "taylor-calibrate": {"align": 100, "distill": 600},
     "transpoint": {"align": 6, "distill": 12},
+    "transpoint-window": {"align": 6, "distill": 12},
 }
 
 
