@@ -116,7 +116,8 @@ def write(student: HybridForCausalLM, folder: Path, dtype: torch.dtype) -> None:
 def native_config(student: HybridForCausalLM) -> GraniteMoeHybridConfig:
     """The GraniteMoeHybrid config that holds this student."""
     config, layers = student.config, student.get_decoder().layers
-    mixer = next(cast(Mamba2Mixer, mixer) for mixer in student.mixer_layers() if mixer is not None)
+    mixers = [cast(Mamba2Mixer, mixer) for mixer in student.mixer_layers() if mixer is not None]
+    mixer = mixers[0]
     types = ["full_attention" if m == "attention" else "linear_attention" for m in config.mixers]
     head_dim, heads = mixer.head_dim, mixer.num_heads
     return GraniteMoeHybridConfig(  # type: ignore[call-arg]  # its head_dim is not in the signature
@@ -162,7 +163,7 @@ def native_config(student: HybridForCausalLM) -> GraniteMoeHybridConfig:
         # Changes no result. transformers' plain scan takes memory with it: one B/C group a head, and no fused kernel.
         mamba_chunk_size=64,
         mamba_conv_bias=True,
-        mamba_proj_bias=True,  # the gate's bias
+        mamba_proj_bias=any(m.z_bias is not None or m.out_proj.bias is not None for m in mixers),
     )
 
 
@@ -183,7 +184,10 @@ def native_state(student: HybridForCausalLM) -> dict[str, Tensor]:
             "shared_mlp.input_linear.weight": torch.cat([gate.weight, up.weight]),
             "shared_mlp.output_linear.weight": down.weight,
         }
-        own |= _native_attention(layer.self_attn, config) if mixer is None else _native_mixer(cast(Mamba2Mixer, mixer))
+        if mixer is None:
+            own |= _native_attention(layer.self_attn, config)
+        else:
+            own |= _native_mixer(cast(Mamba2Mixer, mixer), config)
         state |= {f"model.layers.{i}.{name}": tensor for name, tensor in own.items()}
     if config.num_hidden_layers > len(decoder.layers):
         # A layer whose attention and MLP both project to nothing: its residual stream passes unchanged.
@@ -204,7 +208,7 @@ def _native_attention(attention: nn.Module, config: GraniteMoeHybridConfig) -> d
     return own
 
 
-def _native_mixer(mixer: Mamba2Mixer) -> dict[str, Tensor]:
+def _native_mixer(mixer: Mamba2Mixer, config: GraniteMoeHybridConfig) -> dict[str, Tensor]:
     def expanded(part: Tensor, name: str) -> Tensor:  # rows of one part: each key/value head once for each query head
         if name not in ("x", "B") or mixer.state_heads == mixer.num_heads:
             return part
@@ -215,13 +219,8 @@ def _native_mixer(mixer: Mamba2Mixer) -> dict[str, Tensor]:
         parts = tensor.split([mixer.sizes[name] for name in names.split()])
         return torch.cat([expanded(part, name) for part, name in zip(parts, names.split(), strict=True)])
 
-    projection = split(mixer.in_proj.weight, "z x B C dt")
-    bias = projection.new_zeros(projection.shape[0])
-    bias[: mixer.sizes["z"]] = cast(nn.Parameter, mixer.z_bias)
-    out_bias = mixer.out_proj.bias
-    return {
-        "mamba.in_proj.weight": projection,
-        "mamba.in_proj.bias": bias,
+    own = {
+        "mamba.in_proj.weight": split(mixer.in_proj.weight, "z x B C dt"),
         "mamba.conv1d.weight": split(_conv(mixer).weight, "x B C"),
         "mamba.conv1d.bias": split(cast(Tensor, _conv(mixer).bias), "x B C"),
         "mamba.dt_bias": mixer.dt_bias,
@@ -229,8 +228,14 @@ def _native_mixer(mixer: Mamba2Mixer) -> dict[str, Tensor]:
         "mamba.D": mixer.D,
         "mamba.norm.weight": cast(Tensor, cast(nn.Module, mixer.norm).weight),
         "mamba.out_proj.weight": mixer.out_proj.weight,
-        "mamba.out_proj.bias": bias.new_zeros(mixer.out_proj.out_features) if out_bias is None else out_bias,
     }
+    if config.mamba_proj_bias:  # both or none
+        for name, held in (("in_proj", mixer.z_bias), ("out_proj", mixer.out_proj.bias)):
+            weight = own[f"mamba.{name}.weight"]
+            bias = own[f"mamba.{name}.bias"] = weight.new_zeros(len(weight))
+            if held is not None:
+                bias[: len(held)] = held  # z comes first
+    return own
 
 
 def _mlp(layer: nn.Module) -> tuple[nn.Linear, nn.Linear, nn.Linear]:

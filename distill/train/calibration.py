@@ -4,7 +4,8 @@ Weights carry over from attention, but attention has no decay, and its softmax f
 lacks. Both are found against what the teacher's heads read (before o_proj): for each head, the half-life out of a grid
 whose output explains the teacher's best (`fit`), or the one whose mean look-back is the teacher's,
 E[sum_s a(t,s) (t-s)] (`lookback`); and with it the scale, by least squares. docs/results/calibrate.md compares the two.
-Where a mixer has more beside its state, the share of that is found together with the scale.
+Where a mixer has more beside its state, the share of that is found together with the scale. A gate that has no bias is
+opened first, by least squares on its inputs.
 """
 
 import math
@@ -19,6 +20,7 @@ from ...students.modeling.documents import Documents, document_index
 from ...teachers import AttentionView, attention_view
 from ..objectives import attention_pairs
 
+RIDGE = 1e-4  # of the mean square of an input
 HALF_LIVES = tuple(2.0**i for i in range(-1, 12))  # tokens
 
 
@@ -46,7 +48,8 @@ def calibrate(
 ) -> dict[str, dict]:
     """Sets the decay and scale of every mixer that has them; returns what was found, by layer.
 
-    Mixers with TransPoints are to be at 0: it is their state-space form that has these parameters.
+    A gate that has no bias is opened first. Mixers with TransPoints are to be at 0: it is their state-space form that
+    has these parameters.
 
     Args:
         batches: each {"input_ids", "position_ids"}, (B, L).
@@ -60,6 +63,7 @@ def calibrate(
     layers = enumerate(student.mixer_layers())
     mixers = {layer: mixer for layer, mixer in layers if mixer is not None and mixer.has_decay}
     views = [view for view in attention_view(teacher, check=False) if view.layer in mixers]
+    _open_gates(teacher, [view for view in views if mixers[view.layer].gate_shut], mixers, batches)
     sums: dict[int, _Sums] = {}
     for batch in batches:
         pairs = attention_pairs(teacher, views, batch)
@@ -68,6 +72,21 @@ def calibrate(
         for view in views:
             _accumulate(sums, view, mixers[view.layer], pairs[view.layer], seq_idx, documents, half_lives)
     return {f"layer_{layer}": _settle(mixer, sums[layer], decay, half_lives) for layer, mixer in mixers.items()}
+
+
+def _open_gates(teacher: PreTrainedModel, views: list[AttentionView], mixers: dict[int, Mixer], batches: list) -> None:
+    """Gives each gate the row of weights u that leaves least of (u.h - 1)^2 over the layer's inputs h."""
+    if not views:
+        return
+    sums: dict[int, tuple[Tensor, Tensor]] = {}
+    for batch in batches:
+        for layer, (hidden, *_) in attention_pairs(teacher, views, batch).items():
+            h = hidden.flatten(0, 1).double()
+            products, total = sums.get(layer, (0, 0))
+            sums[layer] = (products + h.T @ h, total + h.sum(0))
+    for layer, (products, total) in sums.items():
+        products.diagonal().add_(RIDGE * products.diagonal().mean())
+        mixers[layer].open_gate(torch.linalg.solve(products, total).float())
 
 
 def _accumulate(

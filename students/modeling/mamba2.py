@@ -31,6 +31,7 @@ class Mamba2Mixer(StateSpace):
         conv_kernel: taps of the convolution (1: a scale and a bias).
         conv_activation: "silu" or None, after the convolution.
         gate: whether the output is gated by SiLU(z).
+        gate_bias: whether z has a bias, by which the gate starts open; else it is shut until `calibrate` opens it.
         norm: whether the gated output is RMS-normalised, one head at a time.
         rope: whether B and C take the teacher's rotary embedding.
         qk_norm: whether B and C take the teacher's k/q norms, where it has them.
@@ -51,6 +52,7 @@ class Mamba2Mixer(StateSpace):
         conv_kernel: int = 4,
         conv_activation: str | None = "silu",
         gate: bool = True,
+        gate_bias: bool = True,
         norm: bool = True,
         rope: bool = False,
         qk_norm: bool = True,
@@ -65,7 +67,7 @@ class Mamba2Mixer(StateSpace):
         self.sizes = {"z": H * P if gate else 0, "x": K * P, "B": K * N, "C": H * N, "dt": H}
 
         self.in_proj = WidenedLinear(geometry.hidden_size, sum(self.sizes.values()), bias=False)
-        self.z_bias = nn.Parameter(torch.full((H * P,), GATE_OPEN)) if gate else None
+        self.z_bias = nn.Parameter(torch.full((H * P,), GATE_OPEN)) if gate and gate_bias else None
         self.add_recurrence(conv_kernel, norm)
         norms = qk_norm and geometry.norm_over is not None
         self.q_norm = attention.get_submodule("q_norm") if norms else None
@@ -117,7 +119,9 @@ class Mamba2Mixer(StateSpace):
         if memory is not None:
             counts = zip(*by_row(memory.tokens, pads), strict=True)
             memory.advance(conv_state, ssm_state, length, [seen + length - pad for seen, pad in counts])
-        y = self._gate_and_norm(y.flatten(2), z + self.z_bias if self.gate else None)
+        if self.z_bias is not None:
+            z = z + self.z_bias
+        y = self._gate_and_norm(y.flatten(2), z if self.gate else None)
         return self.out_proj(y.to(hidden_states.dtype)), None
 
     def _project(self, hidden: Tensor, position_embeddings, memory=None, stepping=False, padding=None, seq_idx=None):
@@ -182,12 +186,20 @@ class Mamba2Mixer(StateSpace):
                 if getattr(view, projection).bias is None
                 else Transfer.taken(bias, view, projection, "bias", channels, part, factor=factor * tap, heads=heads),
             ]
-        if self.gate:
+        if self.z_bias is not None:
             found.append(Transfer(named("z_bias"), "constant", value=GATE_OPEN))
         found += self.recurrence_transfers(view.name)
         for parameter in ("weight",) if view.o_proj.bias is None else ("weight", "bias"):
             found.append(Transfer.taken(named("out_proj", parameter), view, "o_proj", parameter))
         return found
+
+    @property
+    def gate_shut(self) -> bool:
+        return self.gate and self.z_bias is None
+
+    @torch.no_grad()
+    def open_gate(self, row: Tensor) -> None:
+        self.in_proj.weight[: self.sizes["z"]] = GATE_OPEN * row
 
     def drops(self, view) -> list[str]:
         return ["q_norm.", "k_norm."] if self.q_norm is None else []

@@ -280,6 +280,10 @@ class Mixer(nn.Module):
         scale: (H, P) where `scales_channels`, else (H, 1)."""
         raise NotImplementedError
 
+    def open_gate(self, row: Tensor) -> None:
+        """Where its `gate_shut`: opens the gate by the inputs h themselves, of which row.h is about 1."""
+        raise NotImplementedError
+
     def beside(self, hidden_states: Tensor, position_embeddings, seq_idx: Tensor, documents: Any) -> Tensor | None:
         """Where `has_decay`: what it adds to what its state gives, whatever decay and scale (B,L,H*P); None: nothing.
         Arguments as in `forward`."""
@@ -292,6 +296,11 @@ class Mixer(nn.Module):
     def attends(self) -> int | float:
         """Up to which token of a document it takes attention."""
         return self.trans_point
+
+    @property
+    def gate_shut(self) -> bool:
+        """Where `has_decay`: whether it starts with a gate that `calibrate` has to open."""
+        return False
 
     @property
     def scales_channels(self) -> bool:

@@ -75,6 +75,9 @@ NATIVE = {
     "llama-one-kv-head": {"num_key_value_heads": 1},
     "llama-wide": {"head_dim": 32},
     "llama-own-heads": {"options": {"expand_kv": True}},
+    "llama-no-gate-bias": {"options": {"gate_bias": False, "conv_kernel": 2}},
+    "qwen2-no-gate-bias": {"family": "qwen2", "options": {"gate_bias": False}},
+    "llama-biases-no-gate-bias": {"attention_bias": True, "options": {"gate_bias": False}},
     "llama-large-state": {"options": {"state_factor": 2}},
     "qwen2-own-heads-large-state": {"family": "qwen2", "options": {"expand_kv": True, "state_factor": 2}},
     "llama-biases": {"attention_bias": True},
@@ -124,6 +127,10 @@ def test_native_is_the_student_in_plain_transformers(case, tmp_path, unverified)
         config["rope_theta"] == config["rope_parameters"]["rope_theta"] == student.config.rope_parameters["rope_theta"]
     )
     assert config["model_type"] == "granitemoehybrid" and config["num_local_experts"] == 0
+    biased = any(
+        mixer.z_bias is not None or mixer.out_proj.bias is not None for mixer in filter(None, student.mixer_layers())
+    )
+    assert config["mamba_proj_bias"] == biased
     assert "auto_map" not in config and not list(folder.glob("*.py"))
 
 

@@ -9,10 +9,16 @@ from transpoint.distill.train import calibration as module
 from transpoint.distill.train.calibration import HALF_LIVES, calibrate
 from transpoint.students import StudentConfig, build_student
 from transpoint.students.modeling.documents import Documents
+from transpoint.students.modeling.state_space import GATE_OPEN
 from transpoint.teachers.random import random_teacher
 
 GRID = tuple(2.0**i for i in range(-1, 7))
-VARIANTS = [{}, {"norm": False}, {"norm": False, "gate": False, "rope": True, "conv_activation": None}]
+VARIANTS = [
+    {},
+    {"norm": False},
+    {"norm": False, "gate": False, "rope": True, "conv_activation": None},
+    {"gate_bias": False},
+]
 
 
 def make(family="llama", **options):
@@ -63,7 +69,7 @@ def test_a_decay_is_set(half_life, step):
     torch.testing.assert_close(decay**half_life, torch.full((4,), 0.5), rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize("options", VARIANTS)
+@pytest.mark.parametrize("options", VARIANTS[:3])
 def test_known_half_lives_and_scales_are_recovered(options, monkeypatch):
     """The target is what a mixer of known decay and scale reads."""
     teacher, student = make(**options)
@@ -193,6 +199,27 @@ def test_decay_from_the_lookback(lookback, monkeypatch):
     for layer in found.values():
         assert layer["half_life"] == [nearest] * 4
         assert layer["lookback"] == pytest.approx([lookback] * 4)
+
+
+def test_a_gate_without_a_bias_is_opened_by_its_inputs():
+    teacher, student = make(gate_bias=False)
+    mixer = student.mixer_layers()[1]
+    assert mixer.z_bias is None and not any("z_bias" in name for name in student.state_dict())
+    assert torch.count_nonzero(mixer.in_proj.weight[:64]) == 0
+    taken = []
+    handle = teacher.model.layers[1].self_attn.register_forward_pre_hook(
+        lambda module, args, kwargs: taken.append(kwargs["hidden_states"]), with_kwargs=True
+    )
+    batches = batches_of(40, 56) + batches_of(96, seed=1)
+    calibrate(teacher, student, batches)
+    handle.remove()
+    h = torch.cat([hidden[0] for hidden in taken[:2]])
+    z = h @ mixer.in_proj.weight[:64].T
+    assert torch.equal(z, z[:, :1].expand(-1, 64))
+    # The residual of least squares is perpendicular to what it is of.
+    residual = z[:, 0] - GATE_OPEN
+    assert residual.square().mean() < 0.5 * GATE_OPEN**2
+    assert (h.T @ residual / len(h)).abs().max() < 1e-2
 
 
 def test_only_decay_step_and_norm_change():
