@@ -540,9 +540,10 @@ def _latest_student(root: Path) -> Path:
 def _export_folder(path: str) -> Path:
     """An exported folder, or the one a run's export stage wrote."""
     from .errors import RunError
+    from .export.formats import has_model
     from .stages.inputs import lineage
 
-    if (Path(path) / "config.json").is_file():
+    if has_model(Path(path)):
         return Path(path)
     root = _run_folder(path)
     if (done := lineage(root).get("export")) and done.folder:

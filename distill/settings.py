@@ -316,7 +316,8 @@ class SynthesizeConfig:
 class ExportConfig:
     format: str = setting(
         "native",
-        "native (loads in plain transformers, vLLM, llama.cpp) or custom (any student; needs trust_remote_code)",
+        "native (loads in plain transformers, vLLM), gguf (one file for llama.cpp) or custom (any student; needs "
+        "trust_remote_code)",
         choices=FORMATS,
     )
     dtype: str = setting("float32", "of the exported weights", choices=("float32", "bfloat16", "float16"))

@@ -42,7 +42,7 @@ def write_card(
     front = ModelCardData(
         license=teacher.license or "unknown",
         base_model=teacher.hub_id,
-        library_name="transformers",
+        library_name=format.library,
         pipeline_tag="text-generation",
         tags=["transpoint", *kinds, "hybrid", "distillation"],
     )
@@ -68,6 +68,7 @@ def write_card(
         quality=facts.quality,
         measures=rows_beside(facts.measures),
         note=format.note,
+        library=format.library,
         figures=figures,
         recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).strip() if recipe is not None else None,
         load=format.snippet("FOLDER_OR_HUB_ID"),
@@ -233,9 +234,10 @@ state-space form of a layer whose TransPoint is that or more.
 
 ## Verification
 
-Loaded in a fresh process with transformers alone, in float32, its logits (largest {{ "%.1f" | format(figures.scale) }})
-differ from the trained student's by at most {{ "%.1e" | format(figures.logits) }}, and decoding token by token from a
-cache from the full forward pass by at most {{ "%.1e" | format(figures.decode) }}.
+Loaded in a fresh process with {{ library }} alone, in float32, its logits (largest
+{{ "%.1f" | format(figures.scale) }}) differ from the trained student's by at most
+{{ "%.1e" | format(figures.logits) }}, and decoding token by token from a cache
+from the full forward pass by at most {{ "%.1e" | format(figures.decode) }}.
 {% if recipe %}
 
 ## Recipe

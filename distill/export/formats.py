@@ -30,7 +30,8 @@ class Format:
         why_no_student: takes a student's config; why the format can hold no such student, whatever the teacher, or
             None.
         why_not: takes a student; why it cannot hold that one, or None. Weights are not read.
-        write: takes a student, an empty folder and the dtype of weights; writes all but the tokenizer and the card.
+        write: takes a student, a folder with nothing but the tokenizer in it, and the dtype of weights; writes all but
+            the card.
         check: takes the student, the folder as it will be, the dtype and the tokenizer (or None); loads what was
             written by the format's own means and returns the figures {"logits": largest difference of logits, "decode":
             the same of decoding token by token, "scale": the largest logit}. Raises ExportError where they are not
@@ -40,6 +41,8 @@ class Format:
         note: what the card says of the format, in Markdown.
         snippet: takes a path or a hub id; lines of code that load it.
         load: takes the folder; the model in it. None where transformers loads it.
+        loads: whether torch can run what it writes; else `evaluate` measures the student that it is equal to.
+        library: what `check` loads it with, for people.
     """
 
     name: str
@@ -51,10 +54,17 @@ class Format:
     note: str
     snippet: Callable[[str], str]
     load: "Callable[[Path], PreTrainedModel] | None" = None
+    loads: bool = True
+    library: str = "transformers"
 
 
 # By name, a format or where it is: "MODULE.NAME", a module beside this one.
-FORMATS: dict[str, Format | str] = {"native": "native.NATIVE", "custom": "custom.CUSTOM"}
+FORMATS: dict[str, Format | str] = {"native": "native.NATIVE", "custom": "custom.CUSTOM", "gguf": "gguf.GGUF"}
+
+
+def has_model(folder: Path) -> bool:
+    """Whether there is a model in a folder, of any format."""
+    return (folder / "config.json").is_file() or any(folder.glob("*.gguf"))
 
 
 def find_format(name: str) -> Format:

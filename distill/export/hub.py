@@ -5,6 +5,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 
 from ..errors import RunError
+from .formats import has_model
 
 
 def push(folder: Path, repo_id: str, private: bool = False) -> str:
@@ -13,9 +14,9 @@ def push(folder: Path, repo_id: str, private: bool = False) -> str:
     Raises:
         RunError: the folder is no finished export, the hub refuses, or it cannot be reached. One line.
     """
-    for name in ("config.json", "README.md"):
-        if not (folder / name).is_file():
-            raise RunError(f"'{folder}' is no exported folder: it has no {name}")
+    for found, what in ((has_model(folder), "model"), ((folder / "README.md").is_file(), "README.md")):
+        if not found:
+            raise RunError(f"'{folder}' is no exported folder: it has no {what}")
     if repo_id.count("/") != 1 or not all(repo_id.split("/")):
         raise RunError(f"'{repo_id}' is no repository; expected OWNER/NAME")
     api = HfApi(library_name="transpoint")

@@ -28,6 +28,11 @@ _ONE_FORM = "a layer of it is attention or Mamba-2, not one up to a TransPoint a
 
 def why_no_student(config: StudentConfig) -> str | None:
     """Why this format can hold no student of this config, whatever the teacher; None if it may."""
+    return why_no_granite_student(config) or _too_old()
+
+
+def why_no_granite_student(config: StudentConfig) -> str | None:
+    """Why no GraniteMoeHybrid can be a student of this config, whatever runs it."""
     if config.kind.trans_points:
         return f"{_ONE_FORM}; use export.format=custom"
     if config.mixer != "mamba2":
@@ -40,14 +45,17 @@ def why_no_student(config: StudentConfig) -> str | None:
     ]
     if lacking:
         return f"its Mamba-2 layer is fixed in {', '.join(lacking)}; use export.format=custom"
-    return _too_old()
+    return None
 
 
 def why_not(student: HybridForCausalLM) -> str | None:
     """Why this format cannot hold this student; None if it can."""
+    return _too_old() or why_no_granite(student)
+
+
+def why_no_granite(student: HybridForCausalLM) -> str | None:
+    """Why no GraniteMoeHybrid can be this student, whatever runs it."""
     config, mixers = student.config, [mixer for mixer in student.mixer_layers() if mixer is not None]
-    if reason := _too_old():
-        return reason
     if have_trans_points(config.mixers):
         return f"{_ONE_FORM}; use format custom"
     if config.base_model_type not in NATIVE_FAMILIES:

@@ -121,13 +121,18 @@ json.dump(figures, open(scratch + "/figures.json", "w"))
 )
 
 
+def as_written(student: HybridForCausalLM, dtype: torch.dtype) -> HybridForCausalLM:
+    """The student in float32, on the CPU, its weights rounded as they are written."""
+    model = type(student)._from_config(copy.deepcopy(student.config), dtype=torch.float32).eval()
+    model.load_state_dict({name: tensor.cpu().float() for name, tensor in rounded(student, dtype).items()})
+    return model
+
+
 @torch.no_grad()
 def _logits_as_written(
     student: HybridForCausalLM, ids: Tensor, dtype: torch.dtype, trans_points: int | None = None
 ) -> Tensor:
-    """The student's logits in float32, on the CPU, its weights rounded as they are written."""
-    model = type(student)._from_config(copy.deepcopy(student.config), dtype=torch.float32).eval()
-    model.load_state_dict({name: tensor.cpu().float() for name, tensor in rounded(student, dtype).items()})
+    model = as_written(student, dtype)
     if trans_points is not None:
         model.set_trans_points(trans_points, warn=False)
     return model(ids, use_cache=False).logits.contiguous()

@@ -11,7 +11,7 @@ from ...students import HybridForCausalLM
 from ...students.build import hybrid_generation_config
 from ..tokenizers import save_tokenizer
 from .card import CardFacts, write_card
-from .formats import ExportError, find_format
+from .formats import ExportError, find_format, has_model
 
 
 def export(
@@ -48,8 +48,8 @@ def export(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        kind.write(student, partial, dtype)
         save_tokenizer(tokenizer, partial)
+        kind.write(student, partial, dtype)
         figures = kind.check(student, partial, dtype, tokenizer)
         write_card(partial, student, kind, figures, facts or CardFacts())
     except BaseException:
@@ -63,4 +63,4 @@ def export(
 def is_export(folder: Path) -> bool:
     """Whether a folder was written by `export`."""
     card = folder / "README.md"
-    return (folder / "config.json").is_file() and card.is_file() and "transpoint" in card.read_text(encoding="utf-8")
+    return has_model(folder) and card.is_file() and "transpoint" in card.read_text(encoding="utf-8")

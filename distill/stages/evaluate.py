@@ -1,4 +1,5 @@
-"""*evaluate*: the exported checkpoint itself is measured, at each schedule, and answers."""
+"""*evaluate*: the exported checkpoint itself is measured, at each schedule, and answers; the student in its place where
+torch cannot run it."""
 
 from typing import TYPE_CHECKING, Any, cast
 
@@ -29,8 +30,9 @@ def run(session: "Session", folder: "StageFolder") -> dict:
     exported = session.folder("export").record
     kind = find_format(exported.folder or session.recipe.export.format)
     path = session.folder("export") / kind.name
-    load = kind.load or load_model
-    model = load(path).to(session.accelerator.device).eval()
+    before = session.folder(student_before(session.recipe, "evaluate")) / "student"
+    model = (kind.load or load_model)(path) if kind.loads else load_model(before)
+    model = model.to(session.accelerator.device).eval()
     late = None
     if has_trans_points(model):  # where no layer takes attention any more, or at least the layers that documents reach
         late = max((point for point in model.trans_points if point < session.held_out.longest), default=None)
@@ -56,11 +58,11 @@ def run(session: "Session", folder: "StageFolder") -> dict:
         write_json(folder / "results.json", results)
         if "schedules" in results:
             # So that whoever loads it at another schedule is told what was measured.
-            for place in (path, session.folder(student_before(session.recipe, "evaluate")) / "student"):
+            for place in (path, before):
                 config = read_json(place / "config.json") | {"measured_trans_points": results["schedules"]}
                 write_json(place / "config.json", config)
         facts = dataclasses.replace(card_facts(session.root), measures=results["measures"])
-        student = load_model(session.folder(student_before(session.recipe, "evaluate")) / "student")  # its config
+        student = load_model(before)  # its config
         write_card(path, cast("HybridForCausalLM", student), kind, exported.verified, facts)
     return results
 

@@ -77,7 +77,7 @@ def test_help_of_a_command(command, say):
         (["run", "a.yaml", "--util", "align"], "unrecognized arguments: --util align"),
         (["run", "a.yaml", "--until", "align", "b"], "unrecognized arguments: b"),
         (["status", "run", "a=1"], "unrecognized arguments: a=1"),
-        (["export", "run", "--format", "gguf"], "argument --format: invalid choice: 'gguf'"),
+        (["export", "run", "--format", "onnx"], "argument --format: invalid choice: 'onnx'"),
         (["eval", "model", "--length", "0"], "is not a whole number of at least 1"),
         (["push", "run"], "the following arguments are required: REPO_ID"),
     ],

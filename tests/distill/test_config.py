@@ -93,7 +93,7 @@ REFUSED = {
     "align.betas=[0.9]": "align.betas is [0.9]; expected 2 numbers",
     "align.betas=[0.9,2]": "align.betas is 2.0; expected at most 1",
     # choices
-    "export.format=nativ": "export.format is 'nativ'; expected one of native, custom; did you mean 'native'?",
+    "export.format=nativ": "export.format is 'nativ'; expected one of native, custom, gguf; did you mean 'native'?",
     "run.device=tpu": "run.device is 'tpu'; expected one of auto, cpu, cuda; did you mean 'cpu'?",
     "teacher.dtype=int8": "teacher.dtype is 'int8'; expected one of float32, bfloat16, float16",
     "calibrate.decay=none": "calibrate.decay is 'none'; expected one of fit, lookback",

@@ -224,13 +224,13 @@ def test_what_the_client_is_asked(private, run, calls):
     assert not any("token" in kwargs for _, _, kwargs in calls)
 
 
-@pytest.mark.parametrize("name", ["config.json", "README.md"])
-def test_a_folder_that_is_no_export(name, run, calls):
+@pytest.mark.parametrize("name, what", [("config.json", "model"), ("README.md", "README.md")])
+def test_a_folder_that_is_no_export(name, what, run, calls):
     folder = run / "export" / "native"
     (folder / name).unlink()
     with pytest.raises(RunError) as caught:
         hub.push(folder, "owner/name")
-    assert str(caught.value) == f"'{folder}' is no exported folder: it has no {name}" and calls == []
+    assert str(caught.value) == f"'{folder}' is no exported folder: it has no {what}" and calls == []
 
 
 @pytest.mark.parametrize("repo_id", ["name", "owner/", "/name", "a/b/c", ""])

@@ -1,5 +1,6 @@
 """What evaluate measures besides: the same of teacher and student, said in record, card and page."""
 
+import dataclasses
 import io
 
 import pytest
@@ -10,6 +11,8 @@ from transpoint.distill.data.corpus import tokenize_corpus
 from transpoint.distill.data.packed import PackedDataset
 from transpoint.distill.data.sources import DataError
 from transpoint.distill.errors import RunError
+from transpoint.distill.export.formats import FORMATS
+from transpoint.distill.export.native import NATIVE
 from transpoint.distill.measure.held_out import HeldOut
 from transpoint.distill.models import load_model, load_tokenizer
 from transpoint.distill.report.summary import summary
@@ -50,6 +53,13 @@ def test_by_source_and_by_length(tiny_copy, run_tiny, sources):
         Console(file=shown, width=120).print(part)
     (row,) = [line for line in shown.getvalue().splitlines() if "KL from teacher (second.txt, 64 tokens)" in line]
     assert [cell.strip() for cell in row.split("│")[2:4]] == ["0.0000", f"{kl:.4f}"]
+
+
+def test_the_student_is_measured_where_torch_cannot_run_the_export(tiny_copy, run_tiny, monkeypatch):
+    unread = dataclasses.replace(NATIVE, load=lambda folder: pytest.fail("it was loaded"), loads=False)
+    monkeypatch.setitem(FORMATS, "native", unread)
+    run_tiny(tiny_copy, "evaluate.recall=[]", "evaluate.max_new_tokens=4")
+    assert done(tiny_copy, "evaluate")["quality"] == done(tiny_copy, "distill")["quality"]
 
 
 def test_less_text_than_a_sequence_is_left_out_and_said(tiny_copy, run_tiny, tmp_path, sources):

@@ -1,0 +1,225 @@
+"""Exports to GGUF: what llama.cpp makes of the file is what was trained, and what it cannot hold is refused."""
+
+import dataclasses
+import importlib.util
+import json
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, normalizers
+from transformers import PreTrainedTokenizerFast
+
+from transpoint.distill.export import gguf, native
+from transpoint.distill.export.formats import FORMATS, ExportError
+from transpoint.distill.export.write import export, is_export
+from transpoint.students import StudentConfig, build_student
+from transpoint.teachers.random import byte_tokenizer, random_teacher
+
+MERGES = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("1", "2"), ("i", "s"), ("Ġ", "is")]
+
+llama_cpp = pytest.mark.skipif(
+    importlib.util.find_spec("xllamacpp") is None, reason="needs llama.cpp: pip install 'transpoint[gguf]'"
+)
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Whatever is refused is refused for another reason than that llama.cpp is not installed."""
+    monkeypatch.setattr(gguf, "_no_llama_cpp", lambda: None)
+
+
+def tokenizer_with(**changes):
+    """A few merges of bytes; changes: of what tokenizer.json has."""
+    bytes_alone = byte_tokenizer()
+    told = json.loads(bytes_alone.backend_tokenizer.to_str())
+    for pair in MERGES:
+        told["model"]["vocab"].setdefault("".join(pair), len(told["model"]["vocab"]))
+    told["model"]["merges"] = [list(pair) for pair in MERGES]
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(told | changes)), **bytes_alone.special_tokens_map
+    )
+    made.chat_template = bytes_alone.chat_template
+    return made
+
+
+def sentencepiece_like():
+    """Merges of characters, spaces as marks, bytes for what is not in the vocabulary: as Llama 2 has it."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *"▁theabn"]
+    merges = [("t", "h"), ("th", "e"), ("▁", "the"), ("a", "n")]
+    vocabulary = {piece: i for i, piece in enumerate([*pieces, *("".join(pair) for pair in merges)])}
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    made = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    made.chat_template = "{% for message in messages %}[{{ message['content'] }}]{% endfor %}"
+    return made
+
+
+def make(family="llama", keep=(1, 3), options=None, **sizes):
+    """A student none of whose mixer parameters is zero, one, or the same in two places."""
+    sizes = {"vocab_size": len(tokenizer_with()) + 3} | sizes
+    teacher, _ = random_teacher(f"random-{family}", **sizes)
+    config = StudentConfig(keep_attention=list(keep), **{"gate_bias": False, **(options or {})})
+    student = build_student(teacher, config)
+    generator = torch.Generator().manual_seed(7)
+    size = {"in_proj.weight": 0.08, "A_log": 0.8, "dt_bias": 0.8, "D": 0.5, "norm.weight": 0.3}
+    with torch.no_grad():
+        for mixer in filter(None, student.mixer_layers()):
+            for name, parameter in mixer.named_parameters():
+                parameter.add_(size.get(name, 0.1) * torch.randn(parameter.shape, generator=generator))
+    return student.eval()
+
+
+STUDENTS = {
+    "llama": {},
+    "llama-no-attention-untied": {"keep": [], "tie_word_embeddings": False},
+    "llama-wide-conv2": {"head_dim": 32, "options": {"conv_kernel": 2}},
+    "llama-three-heads": {"hidden_size": 48, "num_attention_heads": 3, "num_key_value_heads": 1},
+    "mistral-own-heads-large-state": {
+        "family": "mistral",
+        "sliding_window": None,
+        "options": {"expand_kv": True, "state_factor": 2},
+    },
+    "qwen2": {"family": "qwen2"},
+}
+
+
+@llama_cpp
+@pytest.mark.parametrize("case", STUDENTS)
+def test_it_is_the_student_in_llama_cpp(case, tmp_path):
+    student = make(**STUDENTS[case])
+    figures = export(student, tokenizer_with(), tmp_path / "out", "gguf")
+    assert 0 < figures["logits"] < 1e-4 * figures["scale"] and 0 < figures["decode"] < 1e-4 * figures["scale"]
+    assert figures["scale"] > 2
+    assert is_export(tmp_path / "out") and (tmp_path / "out" / gguf.FILE).stat().st_size > 1e5
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "library_name: llama.cpp" in card and "Loaded in a fresh process with llama.cpp alone" in card
+
+
+@llama_cpp
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_halves_are_the_student_as_far_as_llama_cpp_rounds(dtype, tmp_path):
+    figures = export(make(), tokenizer_with(), tmp_path / "out", "gguf", dtype)
+    assert 1e-4 < figures["decode"] / figures["scale"] < 5e-2 and figures["kl"] < 1e-2
+
+
+@llama_cpp
+def test_another_model_is_refused(tmp_path, monkeypatch):
+    """With the half of a layer's skip, say: a wrong reading of one small part shows."""
+    real = native.native_state
+
+    def wrong(student):
+        state = real(student)
+        return state | {name: tensor / 2 for name, tensor in state.items() if name == "model.layers.2.mamba.D"}
+
+    monkeypatch.setattr(native, "native_state", wrong)
+    with pytest.raises(ExportError, match="is not equal to the student in llama.cpp: log-probabilities differ by"):
+        export(make(), tokenizer_with(), tmp_path / "out", "gguf")
+    assert not (tmp_path / "out").exists()
+
+
+@llama_cpp
+def test_a_file_that_llama_cpp_does_not_load_is_refused_in_one_line(tmp_path):
+    (tmp_path / gguf.FILE).write_bytes(b"GGUF" + bytes(60))
+    with pytest.raises(ExportError, match="^what was written does not load in llama.cpp: .+$"):
+        gguf._in_llama_cpp(tmp_path / gguf.FILE, tokenizer_with(), [])
+
+
+# Tokenizers
+
+LLAMA3, QWEN2 = gguf._SPLITS
+
+
+def split_by(pattern):
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    rest = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    return {"type": "Sequence", "pretokenizers": [split, rest]}
+
+
+DIGITS = {
+    "type": "Sequence",
+    "pretokenizers": [
+        {"type": "Digits", "individual_digits": True},
+        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+    ],
+}
+
+
+@llama_cpp
+@pytest.mark.parametrize(
+    "tokenizer",
+    [
+        tokenizer_with(pre_tokenizer=DIGITS),
+        tokenizer_with(pre_tokenizer=split_by(LLAMA3)),
+        tokenizer_with(pre_tokenizer=split_by(QWEN2), normalizer={"type": "NFC"}),
+        sentencepiece_like(),
+    ],
+    ids=["smollm", "llama-3", "qwen2", "llama-2"],
+)
+def test_tokenizers_are_themselves_in_llama_cpp(tokenizer):
+    gguf.check_tokenizer(make(vocab_size=300), tokenizer)
+
+
+@llama_cpp
+def test_a_tokenizer_that_would_be_another_is_refused():
+    other = tokenizer_with(normalizer={"type": "Lowercase"})
+    with pytest.raises(ExportError, match="the tokenizer is another one in llama.cpp, of 'The capital of France"):
+        gguf.check_tokenizer(make(), other)
+
+
+@pytest.mark.parametrize(
+    "tokenizer, reason",
+    [
+        (byte_tokenizer(), "it holds BPE with merges, not BPE without"),
+        (tokenizer_with(pre_tokenizer={"type": "Whitespace"}), r"how it splits text \(Whitespace\) has no name"),
+        (tokenizer_with(pre_tokenizer=None), r"how it splits text \(not at all\) has no name"),
+    ],
+)
+def test_a_tokenizer_without_a_like_is_refused(tokenizer, reason):
+    with pytest.raises(ExportError, match=f"^gguf cannot hold this tokenizer: {reason}.*; use another format$"):
+        gguf.check_tokenizer(make(), tokenizer)
+
+
+# What it cannot hold
+
+
+@pytest.mark.parametrize(
+    "config, reason",
+    [
+        ({"gate_bias": True}, "its Mamba-2 layer has no bias in the gate; set student.gate_bias=false"),
+        ({"rope": True}, "student.rope"),
+        ({"mixer": "transmamba"}, "a layer of it is attention or Mamba-2"),
+    ],
+)
+def test_students_are_refused_before_there_is_one(config, reason, installed):
+    assert reason in gguf.why_no_student(StudentConfig(**config))
+    assert gguf.why_no_student(StudentConfig(gate_bias=False)) is None
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({"options": {"gate_bias": True}}, "no bias in the gate; make the student with student.gate_bias=false"),
+        ({"attention_bias": True}, "no bias in the output projection"),
+        ({"head_dim": 48}, "into which 4 heads of 48 do not go"),
+        ({"family": "qwen2", "head_dim": 32}, "only where all heads are as wide as a hidden state"),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+            r"not scaled as here (linear)",
+        ),
+        ({"family": "qwen3"}, "not qwen3"),
+    ],
+)
+def test_students_are_refused(changes, reason, installed):
+    assert reason in gguf.why_not(make(**changes))
+
+
+def test_without_llama_cpp_it_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    reason = "what is written is checked in llama.cpp, which is not installed: pip install 'transpoint[gguf]'"
+    assert gguf.why_no_student(StudentConfig(gate_bias=False)) == reason
+    with pytest.raises(ExportError, match="^gguf cannot hold this student: what is written is checked in llama.cpp"):
+        export(make(), tokenizer_with(), tmp_path / "out", "gguf")
+
+
+def test_a_line_in_formats_finds_it():
+    assert FORMATS["gguf"] == "gguf.GGUF" and dataclasses.is_dataclass(gguf.GGUF) and not gguf.GGUF.loads
