@@ -9,6 +9,7 @@ import torch
 from tokenizers import Tokenizer, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
+from run_files import done
 from transpoint.distill.export import gguf, native
 from transpoint.distill.export.formats import FORMATS, ExportError
 from transpoint.distill.export.write import export, is_export
@@ -100,6 +101,20 @@ def test_it_is_the_student_in_llama_cpp(case, tmp_path):
 def test_halves_are_the_student_as_far_as_llama_cpp_rounds(dtype, tmp_path):
     figures = export(make(), tokenizer_with(), tmp_path / "out", "gguf", dtype)
     assert 1e-4 < figures["decode"] / figures["scale"] < 5e-2 and figures["kl"] < 1e-2
+
+
+@llama_cpp
+def test_a_run_ends_with_a_file_for_llama_cpp(tmp_path, run_tiny):
+    teacher, _ = random_teacher("random-llama", vocab_size=len(tokenizer_with()))
+    for part in (teacher, tokenizer_with()):
+        part.save_pretrained(tmp_path / "teacher")
+    settings = ["student.gate_bias=false", "export.format=gguf", "evaluate.recall=[]", "align.steps=10"]
+    said = run_tiny(tmp_path / "run", f"teacher.source={tmp_path / 'teacher'}", *settings)
+    folder = tmp_path / "run" / "export" / "gguf"
+    assert f"export: {folder} loads without Transpoint" in said and (folder / gguf.FILE).is_file()
+    evaluated = done(tmp_path / "run", "evaluate")
+    assert evaluated["quality"] == done(tmp_path / "run", "distill")["quality"]
+    assert "Beside its teacher" in (folder / "README.md").read_text()
 
 
 @llama_cpp
