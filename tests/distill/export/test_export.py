@@ -467,7 +467,7 @@ def test_transformers_that_would_compute_something_else(tmp_path, monkeypatch):
 
 
 def test_an_unknown_format(tmp_path):
-    assert refusal(make(), tmp_path, "gguf") == "format 'gguf' is not known; expected one of native, custom"
+    assert refusal(make(), tmp_path, "onnx") == "format 'onnx' is not known; expected one of native, custom, gguf"
 
 
 @pytest.mark.slow
