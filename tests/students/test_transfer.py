@@ -112,6 +112,7 @@ def test_a_mixer_without_decay_is_the_teachers_attention_without_softmax(case, r
         assert layer_difference(teacher, student, layer, rope=rope) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"expand_kv": True}, {"state_factor": 2}, {"expand_kv": True, "state_factor": 2}])
 @pytest.mark.parametrize("case", ["4 heads over 2", "biases", "q and k norms, head_dim 32 of hidden 64"])
 def test_heads_of_its_own_and_a_larger_state_change_nothing_at_the_start(case, options):

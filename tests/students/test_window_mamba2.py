@@ -155,6 +155,7 @@ def test_what_lies_between_sinks_and_window_reaches_a_token_through_the_state_al
 # Decoding
 
 
+@pytest.mark.slow
 @students
 @settings(max_examples=6, deadline=None)
 @given(cuts=st.lists(st.integers(1, LENGTH - 1), max_size=5, unique=True))

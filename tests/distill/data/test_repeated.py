@@ -3,6 +3,7 @@
 import copy
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
@@ -62,6 +63,7 @@ def test_which_sequences_follows_from_seed_step_and_slot():
     assert data.state_dict(range(2)) == {"slots": [0, 1]} and not hasattr(data, "load_state_dict")
 
 
+@pytest.mark.slow
 def test_a_run_trains_on_them(tiny_copy, run_tiny):
     for stage in ("align", "distill"):  # where nothing is repeated, runs of versions without the setting still hold
         assert "repeats" not in read_json(tiny_copy / stage / "stage.json")[stage]

@@ -84,6 +84,7 @@ STUDENTS = {
 }
 
 
+@pytest.mark.slow
 @llama_cpp
 @pytest.mark.parametrize("case", STUDENTS)
 def test_it_is_the_student_in_llama_cpp(case, tmp_path):
@@ -96,6 +97,7 @@ def test_it_is_the_student_in_llama_cpp(case, tmp_path):
     assert "library_name: llama.cpp" in card and "Loaded in a fresh process with llama.cpp alone" in card
 
 
+@pytest.mark.slow
 @llama_cpp
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_halves_are_the_student_as_far_as_llama_cpp_rounds(dtype, tmp_path):
@@ -103,6 +105,7 @@ def test_halves_are_the_student_as_far_as_llama_cpp_rounds(dtype, tmp_path):
     assert 1e-4 < figures["decode"] / figures["scale"] < 5e-2 and figures["kl"] < 1e-2
 
 
+@pytest.mark.slow
 @llama_cpp
 def test_a_run_ends_with_a_file_for_llama_cpp(tmp_path, run_tiny):
     teacher, _ = random_teacher("random-llama", vocab_size=len(tokenizer_with()))

@@ -136,6 +136,7 @@ def test_other_questions_are_asked_again(tiny_copy, run_tiny, tmp_path):
     assert len(done(tiny_copy, "evaluate")["measures"]["student"]["questions"]) == 2
 
 
+@pytest.mark.slow
 def test_the_teacher_is_measured_once_for_runs_that_reuse_each_other(tiny_copy, run_tiny, tmp_path):
     kept = tiny_copy / "teacher_measures.json"
     found = read_json(kept)

@@ -124,6 +124,7 @@ def test_the_teachers_parameters_are_frozen_without_a_learning_rate(teacher_lr, 
         assert torch.equal(before[name], after[name]) == (not mixer and teacher_lr == 0), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streaming", [[], ["data.streaming=true", "data.max_train_tokens=null"]])
 def test_stages_take_sequences_of_lengths_of_their_own(streaming, tiny_copy, run_tiny):
     more = ["align.steps=3", "align.length=16", "distill.steps=2", "distill.length=96", *streaming]

@@ -152,6 +152,7 @@ def test_what_was_the_teachers_stays_as_it_is(tuned):
     assert {name.split(".")[2] for name in changed} == {"0", "2"}  # every second layer keeps attention
 
 
+@pytest.mark.slow
 def test_interrupted_and_resumed_equals_uninterrupted(tuned, chats, run_tiny, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(tuned[0], folder, ignore=shutil.ignore_patterns("tune"))
@@ -168,6 +169,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(tuned, chats, run_tiny, tm
     assert metrics(folder, "tune") == metrics(tuned[0], "tune")
 
 
+@pytest.mark.slow
 def test_cross_entropy_on_the_runs_own_chats(tuned, chats, run_tiny, tmp_path):
     """On attention as well, and with micro-batches."""
     folder = tmp_path / "run"
