@@ -128,7 +128,22 @@ class Orientation(nn.Module):
         return cast(Tensor, sum(metrics.values())) / len(views), metrics
 
 
-class Distillation(nn.Module):
+class EndToEnd(nn.Module):
+    """What objectives of a student as a whole share."""
+
+    student: HybridForCausalLM
+
+    def models(self) -> list[PreTrainedModel]:
+        raise NotImplementedError
+
+    def compilable(self) -> list[tuple[object, str]]:
+        return compilable_layers(*self.models())
+
+    def kind(self) -> tuple:
+        return trans_point_pattern(self.student)
+
+
+class Distillation(EndToEnd):
     """End to end: a divergence of the student's next-token distributions from the teacher's, mean per token, and what
     the settings add to it.
 
@@ -150,12 +165,6 @@ class Distillation(nn.Module):
     def models(self) -> list[PreTrainedModel]:
         return [*self.beside, self.student]
 
-    def compilable(self) -> list[tuple[object, str]]:
-        return compilable_layers(*self.models())
-
-    def kind(self) -> tuple:
-        return trans_point_pattern(self.student)
-
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         (teacher,), settings = self.beside, self.settings
         inputs = decoder_inputs(batch, *self.models())
@@ -172,7 +181,7 @@ class Distillation(nn.Module):
         return loss, metrics | attention_share(self.student, batch)
 
 
-class CachedDistillation(nn.Module):
+class CachedDistillation(EndToEnd):
     """What `Distillation` is, from what `data.teacher_cache.CachedTargets` adds to a batch in place of the teacher.
 
     With the teacher's k most likely tokens its divergence is `cached_kl`, a lower bound. With its last hidden states,
@@ -195,12 +204,6 @@ class CachedDistillation(nn.Module):
     def models(self) -> list[PreTrainedModel]:
         return [self.student]
 
-    def compilable(self) -> list[tuple[object, str]]:
-        return compilable_layers(self.student)
-
-    def kind(self) -> tuple:
-        return trans_point_pattern(self.student)
-
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         (head,), settings = self.beside, self.settings
         hidden = self.student.get_decoder()(**decoder_inputs(batch, self.student)).last_hidden_state
@@ -216,7 +219,7 @@ class CachedDistillation(nn.Module):
         return loss, metrics | attention_share(self.student, batch)
 
 
-class AnswerTuning(nn.Module):
+class AnswerTuning(EndToEnd):
     """End to end, on answers alone: a divergence of the student's next-token distributions from the teacher's, or
     cross-entropy, in nats per token of an answer.
 
@@ -236,12 +239,6 @@ class AnswerTuning(nn.Module):
 
     def models(self) -> list[PreTrainedModel]:
         return [model for model in (*self.beside, self.student) if model is not None]
-
-    def compilable(self) -> list[tuple[object, str]]:
-        return compilable_layers(*self.models())
-
-    def kind(self) -> tuple:
-        return trans_point_pattern(self.student)
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         (teacher,), settings = self.beside, self.settings

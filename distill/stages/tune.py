@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import RunError
 from ..settings import EndToEndConfig, setting
+from .distill import operations
 from .stage import Stage
 
 if TYPE_CHECKING:
@@ -59,12 +60,6 @@ def groups(student, recipe) -> "list[ParameterGroup]":
     settings = TUNE.of(recipe)
     attach(student, settings.lora, "tune")
     return distill_groups(student, settings)
-
-
-def operations(teacher, student, length: int) -> float:
-    from ..train.flops import distill_flops
-
-    return distill_flops(teacher, student, length)
 
 
 def check(recipe: "Recipe") -> None:

@@ -33,6 +33,10 @@ class StateLayer(CacheLayerMixin):
         self.tokens = tokens if len(set(tokens)) > 1 else tokens[:1]
         self.is_initialized = True
 
+    def tokens_after(self, columns: int, pads: list[int]) -> list[int]:
+        """`tokens` after `columns` more columns; `pads`: how many of these are padding in each row."""
+        return [seen + columns - pad for seen, pad in zip(*by_row(self.tokens, pads), strict=True)]
+
     def get_seq_length(self) -> int:
         return self.seen
 

@@ -8,7 +8,6 @@ heads. This file travels with exported checkpoints: it imports torch only.
 import torch
 from torch import Tensor, nn
 
-from .cache_layers import by_row
 from .errors import StudentError
 from .modeling_mixer import Geometry, Heads, Transfer
 from .state_space import GATE_OPEN, PADDING_STEP, SILU_INPUT, StateSpace, WidenedLinear
@@ -117,8 +116,7 @@ class Mamba2Mixer(StateSpace):
         state = None if memory is None else memory.ssm_state
         y, ssm_state = self._recur(x, dt, B, C, state, stepping, memory is not None, seq_idx)
         if memory is not None:
-            counts = zip(*by_row(memory.tokens, pads), strict=True)
-            memory.advance(conv_state, ssm_state, length, [seen + length - pad for seen, pad in counts])
+            memory.advance(conv_state, ssm_state, length, memory.tokens_after(length, pads))
         if self.z_bias is not None:
             z = z + self.z_bias
         y = self._gate_and_norm(y.flatten(2), z if self.gate else None)

@@ -139,7 +139,7 @@ class TransMambaMixer(SharedProjections):
 
     def mixing(self, hidden_states: Tensor, position_embeddings, seq_idx: Tensor) -> dict[str, Tensor]:
         q, k, v = self._project(hidden_states)
-        B, C = (self.place(t, norm, position_embeddings) for t, norm in ((k, self.k_norm), (q, self.q_norm)))
+        C, B = self._placed(q, k, position_embeddings)
         if not self.shared:
             _, B, C, _ = self._inputs(q, k, v, position_embeddings, seq_idx=seq_idx)
         A, dt = -torch.exp(self.A_log.float()), self.dt_proj(hidden_states)
@@ -184,15 +184,13 @@ class TransMambaMixer(SharedProjections):
             ValueError: the cache was filled with another TransPoint; documents are packed and there is a cache; or
                 they come without seq_idx.
         """
-        padding_mask, seq_idx, documents, span = self.told(attention_mask, padding_mask, seq_idx, documents, span)
+        told = self.told(attention_mask, padding_mask, seq_idx, documents, span)
+        padding_mask, seq_idx, documents, span = told
         batch = hidden_states.shape[0]
         memory = self.memory(cache, others, packed=seq_idx is not None)
+        self._check_packed(told, memory)
         if seq_idx is None:
-            if documents is not None or span is not None:
-                raise ValueError("documents and span are those of seq_idx: give it, too")
             y = self._rows(hidden_states, position_embeddings, memory, padding_mask)
-        elif memory is not None or padding_mask is not None:
-            raise ValueError("packed documents take neither a cache nor padding: leave out seq_idx, or the others")
         elif span is not None:
             y = self._spanned(hidden_states, position_embeddings, seq_idx.expand(batch, -1), span)
         else:
@@ -226,7 +224,7 @@ class TransMambaMixer(SharedProjections):
             last = min(length, max(some and some + pad for some, pad in zip(left, pads, strict=True)))
 
         q, k, v = self._project(hidden)
-        queries, keys = (self.place(t, norm, position_embeddings) for t, norm in ((q, self.q_norm), (k, self.k_norm)))
+        queries, keys = self._placed(q, k, position_embeddings)
         attended = None
         if last > 0:
             memory.hold_real(None if padding is None else ~padding[:, :last, 0], batch=len(hidden), columns=last)
@@ -276,7 +274,7 @@ class TransMambaMixer(SharedProjections):
         scan over all tokens, whose outputs past a TransPoint do not depend on it."""
         T, (batch, length) = self.trans_point, seq_idx.shape
         q, k, v = self._project(hidden)
-        queries, keys = (self.place(t, norm, position_embeddings) for t, norm in ((q, self.q_norm), (k, self.k_norm)))
+        queries, keys = self._placed(q, k, position_embeddings)
         attended = None
         if T > 0:
             # A row wider than its document reads on into the next one, which the causal mask keeps from its own tokens.
@@ -295,17 +293,9 @@ class TransMambaMixer(SharedProjections):
 
     def _spanned(self, hidden: Tensor, position_embeddings, seq_idx: Tensor, span: Span) -> Tensor:
         """What `_packed` computes, by the span."""
-        from torch.nn.attention.flex_attention import flex_attention
-
         q, k, v = self._project(hidden)
-        queries, keys = (self.place(t, norm, position_embeddings) for t, norm in ((q, self.q_norm), (k, self.k_norm)))
-        attended = None
-        if span.mask is not None:
-            query, key, value = (t.to(v.dtype).transpose(1, 2) for t in (queries, keys, v))
-            attended = flex_attention(  # type: ignore[call-overload]  # its options are a TypedDict
-                query, key, value, block_mask=span.mask, scale=self.scale, enable_gqa=True, kernel_options=span.options
-            )
-            attended = attended.transpose(1, 2).flatten(2)
+        queries, keys = self._placed(q, k, position_embeddings)
+        attended = None if span.mask is None else self._flex(queries, keys, v, span)
         if span.point is None:
             return attended  # type: ignore[return-value]  # T > 0
         read = self._read(hidden, (q, k, v), (queries, keys), position_embeddings, seq_idx)
@@ -328,24 +318,11 @@ class TransMambaMixer(SharedProjections):
             mask = (column <= row) & (column > row - (self.window or held))
             if real is not None:  # padding sees itself, as a softmax over nothing would be no number
                 mask = (mask & real[:, None, None]) | (column == row)
-        groups = self.num_heads // self.num_kv_heads
         if queries == 1:  # query heads that share a key are as queries of one head
-            q = q.view(len(q), self.num_kv_heads, groups, -1)
+            q = q.view(len(q), self.num_kv_heads, self.num_heads // self.num_kv_heads, -1)
             y = F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2), mask, scale=self.scale)
             return y.reshape(len(q), 1, -1)
-        if mask is not None and groups > 1:  # with a mask, the fused kernels of CUDA know no groups
-            k, v = (t.repeat_interleave(groups, dim=2) for t in (k, v))
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=self.scale,
-            enable_gqa=mask is None and groups > 1,
-        )
-        return y.transpose(1, 2).flatten(2)
+        return self._softmax(q, k, v, mask)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, trans_point={self.trans_point}, window={self.window}"

@@ -6,9 +6,11 @@ This file travels with exported checkpoints: it imports torch only.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .modeling_mixer import Geometry, Transfer
+from .documents import Span
+from .modeling_mixer import Geometry, MixerMask, Transfer
 from .state_space import GATE_OPEN, SILU_INPUT, StateSpace, WidenedLinear
 
 
@@ -110,6 +112,46 @@ class SharedProjections(StateSpace):
     def _project(self, hidden: Tensor) -> list[Tensor]:
         """Queries (B,L,H,P), keys and values (B,L,K,P), as they leave the projections."""
         return [p(hidden).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj)]
+
+    def _placed(self, q: Tensor, k: Tensor, position_embeddings) -> tuple[Tensor, Tensor]:
+        """Queries and keys as attention reads them."""
+        return self.place(q, self.q_norm, position_embeddings), self.place(k, self.k_norm, position_embeddings)
+
+    def _check_packed(self, told: MixerMask, memory) -> None:
+        """Raises ValueError for packed documents with a cache or padding, and for what is said of them without them."""
+        if told.seq_idx is None:
+            if told.documents is not None or told.span is not None:
+                raise ValueError("documents and span are those of seq_idx: give it, too")
+        elif memory is not None or told.padding_mask is not None:
+            raise ValueError("packed documents take neither a cache nor padding: leave out seq_idx, or the others")
+
+    def _softmax(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Softmax attention (B,Q,H*P) of queries (B,Q,H,P) to keys and values (B,S,K,P) where `mask`, which broadcasts
+        to (B,H,Q,S), is true; None: causal, with Q = S."""
+        groups = self.num_heads // self.num_kv_heads
+        if mask is not None and groups > 1:  # with a mask, the fused kernels of CUDA know no groups
+            k, v = (t.repeat_interleave(groups, dim=2) for t in (k, v))
+        q, k, v = (t.to(v.dtype).transpose(1, 2) for t in (q, k, v))
+        y = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=self.scale,
+            enable_gqa=mask is None and groups > 1,
+        )
+        return y.transpose(1, 2).flatten(2)
+
+    def _flex(self, q: Tensor, k: Tensor, v: Tensor, span: Span) -> Tensor:
+        """The same (B,L,H*P) within packed documents, by flex_attention."""
+        from torch.nn.attention.flex_attention import flex_attention
+
+        q, k, v = (t.to(v.dtype).transpose(1, 2) for t in (q, k, v))
+        y = flex_attention(  # type: ignore[call-overload]  # its options are a TypedDict
+            q, k, v, block_mask=span.mask, scale=self.scale, enable_gqa=True, kernel_options=span.options
+        )
+        return y.transpose(1, 2).flatten(2)
 
     def _inputs(self, q, k, v, position_embeddings, memory=None, stepping=False, padding=None, seq_idx=None):
         """x (B,L,K,P), B (B,L,K,N), C (B,L,H,N) where they are not those of attention, and the convolution's tail."""

@@ -10,10 +10,9 @@ import math
 from typing import NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .cache_layers import StateLayer, by_row
+from .cache_layers import StateLayer
 from .documents import Documents, Span, token_position
 from .modeling_mixer import Geometry, Transfer, attention_flops
 from .shared_projections import SharedProjections
@@ -174,20 +173,18 @@ class WindowMamba2Mixer(SharedProjections):
         **others,
     ) -> tuple[Tensor, None]:
         """Mixes hidden states (B,L,hidden) along L; arguments, results and errors as `TransMambaMixer.forward`."""
-        padding_mask, seq_idx, documents, span = self.told(attention_mask, padding_mask, seq_idx, documents, span)
+        told = self.told(attention_mask, padding_mask, seq_idx, documents, span)
+        padding_mask, seq_idx, documents, span = told
         batch, length, _ = hidden_states.shape
         memory = self.memory(cache, others, packed=seq_idx is not None)
+        self._check_packed(told, memory)
         q, k, v = self._project(hidden_states)
-        queries, keys = (self.place(t, norm, position_embeddings) for t, norm in ((q, self.q_norm), (k, self.k_norm)))
+        queries, keys = self._placed(q, k, position_embeddings)
         if seq_idx is not None:
-            if memory is not None or padding_mask is not None:
-                raise ValueError("packed documents take neither a cache nor padding: leave out seq_idx, or the others")
             seq_idx = seq_idx.expand(batch, -1)
             attended = self._packed(queries, keys, v, seq_idx, documents, span)
             read = self._read(hidden_states, (q, k, v), (queries, keys), position_embeddings, seq_idx)
             return self.o_proj(self._mix(hidden_states, attended, read).to(hidden_states.dtype)), None
-        if documents is not None or span is not None:
-            raise ValueError("documents and span are those of seq_idx: give it, too")
 
         remember = memory is not None
         layer = WindowLayer() if memory is None else cast("WindowLayer", memory)
@@ -203,15 +200,14 @@ class WindowMamba2Mixer(SharedProjections):
         read, state = self._recur(x, dt, B, C, layer.ssm_state, stepping, remember)
         if remember:
             layer.keep(held, self.window, self.sinks)
-            before, pads = by_row(layer.tokens, pads)
-            layer.advance(tail, state, length, [seen + length - pad for seen, pad in zip(before, pads, strict=True)])
+            layer.advance(tail, state, length, layer.tokens_after(length, pads))
         z = None if self.z_proj is None else self.z_proj(hidden_states)
         y = self._mix(hidden_states, attended, self._gate_and_norm(read.flatten(2), z))
         return self.o_proj(y.to(hidden_states.dtype)), None
 
     def beside(self, hidden_states: Tensor, position_embeddings, seq_idx: Tensor, documents: Documents) -> Tensor:
         q, k, v = self._project(hidden_states)
-        queries, keys = (self.place(t, norm, position_embeddings) for t, norm in ((q, self.q_norm), (k, self.k_norm)))
+        queries, keys = self._placed(q, k, position_embeddings)
         return self._mix(hidden_states, self._packed(queries, keys, v, seq_idx, documents, None))
 
     def _mix(self, hidden: Tensor, attended: Tensor, read: Tensor | None = None) -> Tensor:
@@ -231,15 +227,9 @@ class WindowMamba2Mixer(SharedProjections):
                 own, before = slice(begin, begin + BLOCK), slice(begin + BLOCK)
                 seen = (seq_idx[:, own, None] == seq_idx[:, None, before]) & (column[before] <= column[own, None])
                 seen &= self._near(position[:, own], position[:, before])
-                parts.append(self._softmax(q[:, own], k[:, before], v[:, before], seen))
+                parts.append(self._softmax(q[:, own], k[:, before], v[:, before], seen[:, None]))
             return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-        from torch.nn.attention.flex_attention import flex_attention
-
-        queries, keys, values = (t.to(v.dtype).transpose(1, 2) for t in (q, k, v))
-        y = flex_attention(  # type: ignore[call-overload]  # its options are a TypedDict
-            queries, keys, values, block_mask=span.mask, scale=self.scale, enable_gqa=True, kernel_options=span.options
-        )
-        return y.transpose(1, 2).flatten(2)
+        return self._flex(q, k, v, span)
 
     def _rows(self, q: Tensor, held: Keys) -> Tensor:
         """Attention (B,Q,H*P) of queries (B,Q,H,P), which are the last columns of `held`, one document in each row."""
@@ -258,21 +248,13 @@ class WindowMamba2Mixer(SharedProjections):
             # Padding sees itself, as a softmax over nothing would be no number.
             alone = torch.arange(seen.position.shape[1] - (end - begin), seen.position.shape[1], device=q.device)
             mask[:, torch.arange(end - begin, device=q.device), alone] = True
-            parts.append(self._softmax(q[:, begin:end], seen.keys, seen.values, mask))
+            parts.append(self._softmax(q[:, begin:end], seen.keys, seen.values, mask[:, None]))
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def _near(self, query: Tensor, key: Tensor) -> Tensor:
         """(B,Q,S): which keys are in the window or sinks, by positions (B,Q) and (B,S)."""
         key = key[:, None, :]
         return (query[:, :, None] - key < self.window) | (key < self.sinks)
-
-    def _softmax(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        groups = self.num_heads // self.num_kv_heads
-        if groups > 1:  # with a mask, the fused kernels of CUDA know no groups
-            k, v = (t.repeat_interleave(groups, dim=2) for t in (k, v))
-        q, k, v = (t.to(v.dtype).transpose(1, 2) for t in (q, k, v))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], scale=self.scale)
-        return y.transpose(1, 2).flatten(2)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, window={self.window}, sinks={self.sinks}"

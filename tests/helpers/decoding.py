@@ -1,4 +1,4 @@
-"""Tokens, and the logits of students that get them at once or in pieces."""
+"""Students that do something, tokens, and the logits of students that get them at once or in pieces."""
 
 import torch
 
@@ -32,3 +32,14 @@ def in_pieces(student, ids, sizes, mask=None, cache=None):
 def assert_near(found, expected, tolerance=1e-9):
     assert found.shape == expected.shape
     assert (found - expected).norm() <= tolerance * expected.norm()
+
+
+@torch.no_grad()
+def stirred(student, seed=0):
+    """What only the state-space form has is set at random: as transferred, much of it does nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    for mixer in filter(None, student.mixer_layers()):
+        for name, parameter in mixer.state_space_parameters().items():
+            size = 0.05 if "proj" in name else 0.3
+            parameter.add_(size * torch.randn(parameter.shape, generator=generator))
+    return student

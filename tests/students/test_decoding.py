@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from decoding import LENGTH, logits, tokens
 
 pytestmark = pytest.mark.stack
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
 KEEP = {"hybrid": (1,), "attention first": (0, 2), "all mixers": ()}
-LENGTH = 24  # longer than the window of the tiny Mistral
 SHIFTED = 1e-5  # between a row and itself at other positions: rotary tables are float32
 PAD = 7  # not that of the config: its embedding is zero, which needs no mask
 
@@ -19,15 +19,6 @@ hybrids = pytest.mark.parametrize("keep", KEEP.values(), ids=KEEP.keys())
 def make_student(make_student):
     """In float64, where a difference is a mistake and not rounding."""
     return lambda *args, **kwargs: make_student(*args, **kwargs).double()
-
-
-def tokens(batch=2, length=LENGTH, seed=0):
-    return torch.randint(3, 250, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
-@torch.no_grad()
-def logits(student, ids, **kwargs):
-    return student(ids, use_cache=False, **kwargs).logits
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+from decoding import stirred
 from hypothesis import given, settings, strategies as st
 
 from transpoint.kernels.ssd import ssd_scan
@@ -52,17 +53,6 @@ OPTIONS = {
 def teacher_of(case):
     family, fields = TEACHERS[case]
     return random_teacher(f"random-{family}", 3, **fields)[0]
-
-
-@torch.no_grad()
-def stirred(student, seed=0):
-    """What only the state-space form has is set at random: as transferred, much of it does nothing."""
-    generator = torch.Generator().manual_seed(seed)
-    for mixer in student.mixer_layers():
-        for name, parameter in mixer.state_space_parameters().items() if mixer is not None else ():
-            size = 0.05 if "proj" in name else 0.3
-            parameter.add_(size * torch.randn(parameter.shape, generator=generator))
-    return student
 
 
 def build(case, points, double=True, **options):

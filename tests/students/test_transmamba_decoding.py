@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from decoding import LENGTH, assert_near, in_pieces, logits, tokens
+from decoding import LENGTH, assert_near, in_pieces, logits, stirred, tokens
 from hypothesis import given, settings, strategies as st
 
 from transpoint.students import StudentConfig, build_student
@@ -25,13 +25,7 @@ def build(family, points="inf", sizes=None, **options):
     teacher, _ = random_teacher(f"random-{family}", **(sizes or {}))
     options = {"keep_attention": [], **options}
     student = build_student(teacher, StudentConfig(mixer="transmamba", trans_points=points, **options))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for mixer in filter(None, student.mixer_layers()):
-            for name, parameter in mixer.state_space_parameters().items():
-                size = 0.05 if "proj" in name else 0.3
-                parameter.add_(size * torch.randn(parameter.shape, generator=generator))
-    return student.double()
+    return stirred(student).double()
 
 
 @pytest.fixture(scope="module", params=STUDENTS.values(), ids=STUDENTS.keys())

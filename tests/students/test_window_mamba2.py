@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from decoding import LENGTH, assert_near, in_pieces, logits, tokens
+from decoding import LENGTH, assert_near, in_pieces, logits, stirred, tokens
 from hypothesis import given, settings, strategies as st
 
 from transpoint.distill.train.calibration import calibrate
@@ -29,13 +29,7 @@ def build(family, window=5, sinks=2, keep_attention=(), seed=0, **options):
     teacher, _ = random_teacher(f"random-{family}", seed)
     config = StudentConfig("window_mamba2", list(keep_attention), window=window, sinks=sinks, **options)
     student = build_student(teacher, config)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for mixer in filter(None, student.mixer_layers()):
-            for name, parameter in mixer.state_space_parameters().items():
-                size = 0.05 if "proj" in name else 0.3
-                parameter.add_(size * torch.randn(parameter.shape, generator=generator))
-    return student.double()
+    return stirred(student).double()
 
 
 def of(case):
