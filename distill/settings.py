@@ -154,9 +154,6 @@ class TrainConfig:
     keep_checkpoints: int = setting(2, "how many checkpoints to keep", minimum=1, result=False)
 
 
-REPEATS = "share of the sequences in which passages of the text come again, which teaches to recall"
-
-
 @dataclass
 class AlignConfig(TrainConfig):
     copied_lr: float | None = setting(
@@ -165,7 +162,6 @@ class AlignConfig(TrainConfig):
         above=0,
         added=True,
     )
-    repeats: float = setting(0.0, REPEATS, minimum=0, maximum=1, added=True)
 
 
 @dataclass
@@ -251,7 +247,6 @@ class EndToEndConfig(TrainConfig):
 
 @dataclass
 class DistillConfig(EndToEndConfig):
-    repeats: float = setting(0.0, REPEATS, minimum=0, maximum=1, added=True)
     ce_weight: float = setting(
         0.0, "of the cross-entropy on the text itself that is added, in nats per token of text", minimum=0
     )

@@ -97,11 +97,6 @@ class CachedTargets(torch.utils.data.Dataset):
 
         `head`: the teacher's.
         """
-        if recipe.distill.repeats > 0:
-            raise RunError(
-                "distill.repeats changes sequences, and a cache holds predictions on those of the text: set it to 0, "
-                "or distill.teacher_cache=null"
-            )
         if recipe.distill.hidden_weight > 0:
             raise RunError(
                 "distill.hidden_weight needs the hidden states of all layers, which no cache has: set it to 0, or "

@@ -7,7 +7,6 @@ import torch
 from transformers import PreTrainedModel
 
 from ...students import HybridForCausalLM
-from ..data.repeated import Repeated
 from ..data.streaming import StreamedDataset
 from ..errors import RunError
 from ..run.folder import StageFolder
@@ -69,7 +68,6 @@ def trained(
     only_these_train(student, groups)
     use = _look_ahead(session, folder, student, groups, takes_teacher)
     dataset = session.text_of(folder.stage) if data is None else data
-    repeats = getattr(settings, "repeats", 0.0)
     tracking = Tracking(accelerator, session.recipe, folder.stage, folder)
 
     def log(metrics: dict) -> None:
@@ -85,7 +83,7 @@ def trained(
             objective(session.teacher),  # held by nothing here: it goes with the teacher that training has
             groups,
             settings,
-            Repeated(dataset, repeats) if repeats else dataset,
+            dataset,
             folder,
             accelerator,
             session.console,

@@ -340,10 +340,6 @@ def test_distill_depends_on_the_targets_of_the_cache_not_on_its_place(cached_run
     "overrides, told",
     [
         (["data.max_train_tokens=1300"], "a cache of another text: set distill.teacher_cache to another folder"),
-        (
-            ["distill.repeats=0.1"],
-            "distill.repeats changes sequences, and a cache holds predictions on those of the text",
-        ),
         (["distill.hidden_weight=0.1"], "distill.hidden_weight needs the hidden states of all layers, which no cache"),
         (["data.length=16"], r"a cache of another data.length \(32, not 16\)"),
         (["distill.temperature=2"], r"a cache of another distill.temperature \(1.0, not 2.0\)"),
@@ -358,7 +354,7 @@ def test_a_cache_of_something_else_is_refused(write, folder, overrides, told):
     with pytest.raises(RunError, match=told):
         run_recipe(session.recipe, console=Console(quiet=True))
     assert not (session.root / "transfer").exists()
-    if "hidden_weight" not in told and "repeats" not in told:  # nor is it written to
+    if "hidden_weight" not in told:  # nor is it written to
         with pytest.raises(RunError, match=told):
             cache_teacher(*parts(session))
     assert shards(folder) == before
