@@ -103,8 +103,10 @@ def plan(options) -> None:
     from ..students.modeling.configuration_mixers import have_trans_points, names_with_trans_points
     from ..teachers import load_teacher
     from .config import load_recipe
+    from .models import load_config
     from .stages.preflight import gpu_name, what_will_run
     from .stages.select import as_far_as_known
+    from .stages.transfer import start_folder
     from .train.groups import only_these_train
     from .trans_points import check_schedules, never_distilled
 
@@ -116,7 +118,8 @@ def plan(options) -> None:
     longest = getattr(teacher.config, "max_position_embeddings", None)
     check_schedules(recipe, teacher.config.num_hidden_layers, longest)
     config, not_yet = as_far_as_known(recipe, teacher.config.num_hidden_layers)
-    student, transfers = plan_student(teacher, config)
+    start = start_folder(recipe)
+    student, transfers = plan_student(teacher, config, None if start is None else load_config(start))
     mixers = student.config.mixers
     points = student.trans_points if have_trans_points(mixers) else None
     table = Table("layer", "mixer", *(["TransPoint"] if points else []), title="layer plan")
@@ -187,9 +190,10 @@ def export(options) -> None:
     from .export.write import export as write
     from .models import load_model, load_tokenizer
     from .report.summary import card_facts
+    from .stages.inputs import latest_student
 
     root = _run_folder(options.run)
-    student = _latest_student(root)
+    student = latest_student(root)
     # Not in the export stage's own folder: its records vouch for what is there.
     target = Path(options.out) if options.out else root / "exports" / f"{options.format}-{options.dtype}"
     dtype = getattr(torch, options.dtype)
@@ -526,17 +530,6 @@ def _run_folder(path: str) -> Path:
     return Path(path)
 
 
-def _latest_student(root: Path) -> Path:
-    from .errors import RunError
-    from .stages.inputs import lineage
-
-    done = lineage(root)
-    for stage in reversed(names(lambda stage: stage.makes_student)):
-        if stage in done:
-            return root / stage / "student"
-    raise RunError(f"'{root}' has no finished student yet; run `transpoint run {root / 'recipe.yaml'}`")
-
-
 def _export_folder(path: str) -> Path:
     """An exported folder, or the one a run's export stage wrote."""
     from .errors import RunError
@@ -556,7 +549,9 @@ def _export_folder(path: str) -> Path:
 
 def _model_folder(path: str) -> str | Path:
     """What to load for MODEL: a run's latest student, a folder, or a hub id as it is."""
-    return _latest_student(Path(path)) if (Path(path) / "recipe.yaml").is_file() else path
+    from .stages.inputs import latest_student
+
+    return latest_student(Path(path)) if (Path(path) / "recipe.yaml").is_file() else path
 
 
 def _device() -> str:

@@ -25,6 +25,7 @@ from ..students.modeling.documents import Documents, Spans, document_index, docu
 from ..teachers import OutputHead, attention_view, output_head
 from .settings import DistillConfig
 from .train.compiled import FLEX
+from .train.groups import trained_mixers
 
 if TYPE_CHECKING:
     from ..students.modeling.documents import Spanned
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class Alignment(nn.Module):
-    """Each mixer alone, all layers at once: the teacher's attention output from the teacher's own input.
+    """Each mixer that trains alone, all layers at once: the teacher's attention output from the teacher's own input.
 
     The loss is the mean over layers and sequences of ||mixer(h) - attention(h)||^2 / ||attention(h)||^2: relative L2,
     as in MOHAWK's second stage (arXiv 2408.10189), which takes whole blocks. Figures: one `layer_N` for each mixer.
@@ -45,7 +46,7 @@ class Alignment(nn.Module):
 
     def __init__(self, teacher: PreTrainedModel, student: HybridForCausalLM):
         super().__init__()
-        layers = {layer: mixer for layer, mixer in enumerate(student.mixer_layers()) if mixer is not None}
+        layers = trained_mixers(student)
         self.mixers = nn.ModuleDict({str(layer): mixer for layer, mixer in layers.items()})
         self.beside: tuple[Any, ...] = (
             teacher,
@@ -86,7 +87,7 @@ class Alignment(nn.Module):
 
 
 class Orientation(nn.Module):
-    """Each mixer alone, all layers at once: the teacher's attention matrix by the matrix of the state-space form.
+    """Each mixer that trains alone, all layers at once: the teacher's attention matrix by that of the state-space form.
 
     The loss is the mean over layers and heads of ||mixer's matrix - attention's||_F^2 / ||attention's||_F^2, from the
     teacher's own input: MOHAWK's first stage, matrix orientation (arXiv 2408.10189), squared, and relative as
@@ -95,8 +96,7 @@ class Orientation(nn.Module):
 
     def __init__(self, teacher: PreTrainedModel, student: HybridForCausalLM):
         super().__init__()
-        layers = enumerate(student.mixer_layers())
-        mixers = {layer: mixer for layer, mixer in layers if mixer is not None and mixer.matrix}
+        mixers = {layer: mixer for layer, mixer in trained_mixers(student).items() if mixer.matrix}
         self.mixers = nn.ModuleDict({str(layer): mixer for layer, mixer in mixers.items()})
         self.beside: tuple[Any, ...] = (
             teacher,

@@ -19,19 +19,25 @@ from .transfer import TransferPlan, transfer_plan
 logger = logging.getLogger(__name__)
 
 
-def build_student(teacher: PreTrainedModel, config: StudentConfig) -> HybridForCausalLM:
+def build_student(
+    teacher: PreTrainedModel, config: StudentConfig, start: HybridForCausalLM | None = None
+) -> HybridForCausalLM:
     """A student with the teacher's weights transferred, on its device and in its dtype (A_log, dt_bias, D in float32).
 
     The teacher stays as it is. `student.transfer_plan` is the `TransferPlan` that was executed; print it.
 
+    Args:
+        start: another student of this teacher, to go on from: its mixers stay as they are, and what is transferred to
+            the others is its own attention. (Mamba in the Llama calls it progressive distillation, arXiv 2408.15237.)
+
     Raises:
-        StudentError: the config is impossible for this teacher.
+        StudentError: the config is impossible for this teacher, or to go on to from `start`.
         TeacherError: the teacher's attention, or how its logits come about, is not understood.
     """
-    student, plan = plan_student(teacher, config)
+    student, plan = plan_student(teacher, config, None if start is None else start.config)
     student = student.to_empty(device=teacher.device)
     student.tie_weights()
-    plan.execute(teacher, student)
+    plan.execute(teacher, student, start)
     _restore_buffers(student, teacher)
     student.generation_config = hybrid_generation_config(teacher.generation_config)
     student.transfer_plan = plan
@@ -65,8 +71,14 @@ _SAMPLING = {"temperature", "top_k", "top_p", "top_h", "min_p", "typical_p", "ep
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def plan_student(teacher: PreTrainedModel, config: StudentConfig) -> tuple[HybridForCausalLM, TransferPlan]:
-    """The student on the meta device (no memory, no weights), and the plan that would fill it."""
+def plan_student(
+    teacher: PreTrainedModel, config: StudentConfig, start: HybridConfig | None = None
+) -> tuple[HybridForCausalLM, TransferPlan]:
+    """The student on the meta device (no memory, no weights), and the plan that would fill it.
+
+    Args:
+        start: of the student that it goes on from.
+    """
     config.check()
     views = attention_view(teacher)
     output_head(teacher)  # refused now rather than when it is first measured or trained
@@ -103,7 +115,31 @@ def plan_student(teacher: PreTrainedModel, config: StudentConfig) -> tuple[Hybri
         if name.endswith(tuple(student._keep_in_fp32_modules_strict or ())):
             parameter.data = parameter.data.float()
     student.windows_given_up = windows
-    return student, transfer_plan(teacher, student)
+    if start is not None:
+        _check_start(start, hybrid)
+    return student, transfer_plan(teacher, student, start)
+
+
+def _check_start(start: HybridConfig, hybrid: HybridConfig) -> None:
+    """Raises StudentError where a student cannot go on from another one."""
+    sizes = "num_hidden_layers hidden_size intermediate_size vocab_size num_attention_heads num_key_value_heads"
+    if other := [
+        name
+        for name in ("base_model_type", *sizes.split())
+        if getattr(start, name, None) != getattr(hybrid, name, None)
+    ]:
+        raise StudentError(f"the student to start from is not one of this teacher: its {other[0]} is another")
+    for layer, (was, mixer) in enumerate(zip(start.mixers, hybrid.mixers, strict=True)):
+        if was not in ("attention", mixer):
+            is_now = "keeps attention" if mixer == "attention" else f"is to be {mixer}"
+            raise StudentError(
+                f"layer {layer} {is_now}, and is {was} in the student to start from: leave it so in "
+                "student.keep_attention and student.mixer, or name another transfer.start"
+            )
+    had = start.mixer_options if set(start.mixers) != {"attention"} else {}
+    for name, value in hybrid.mixer_options.items():
+        if name in had and had[name] != value:
+            raise StudentError(f"student.{name} is {value}, and {had[name]} in the student to start from")
 
 
 def _check_memory(teacher: PreTrainedModel) -> None:

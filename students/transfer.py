@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..teachers import attention_view
+from .modeling.configuration_hybrid import HybridConfig
 from .modeling.errors import StudentError
 from .modeling.modeling_hybrid import HybridForCausalLM
 from .modeling.modeling_mixer import Transfer
@@ -27,16 +28,20 @@ class TransferPlan:
     """The transfers of a whole student, in order."""
 
     transfers: list[Transfer] = field(default_factory=list)
-    kept: int = 0  # how many further tensors are the teacher's own
+    kept: int = 0  # how many further tensors are the teacher's own, or those of the student that this one goes on from
 
     @torch.no_grad()
-    def execute(self, teacher: nn.Module, student: nn.Module) -> None:
+    def execute(self, teacher: nn.Module, student: nn.Module, start: nn.Module | None = None) -> None:
         """Fills the student's parameters: the planned ones as planned, all others with the teacher's.
+
+        Args:
+            start: another student of this teacher; what it has comes from it, what it lacks from the teacher.
 
         Raises:
             StudentError: a tensor is missing or has another shape than planned.
         """
         source = {**dict(teacher.named_parameters()), **dict(teacher.named_buffers())}
+        source |= dict(start.named_parameters()) if start is not None else {}
         planned = {transfer.target for transfer in self.transfers}
         targets = dict(student.named_parameters())
         for name, parameter in targets.items():
@@ -69,14 +74,22 @@ class TransferPlan:
         return capture.get()
 
 
-def transfer_plan(teacher: PreTrainedModel, student: HybridForCausalLM) -> TransferPlan:
+def transfer_plan(
+    teacher: PreTrainedModel, student: HybridForCausalLM, start: HybridConfig | None = None
+) -> TransferPlan:
     """The plan that turns this teacher into this student (of `hybrid_model_class`, weights not read).
+
+    Args:
+        start: of the student that it goes on from: what are mixers there are the same here.
 
     Raises StudentError where something of the teacher would be in no tensor of the student.
     """
     plan, dropped = TransferPlan(), []
-    for view, mixer in zip(attention_view(teacher, check=False), student.mixer_layers(), strict=True):
-        if mixer is not None:
+    before = ["attention"] * len(student.config.mixers) if start is None else start.mixers
+    for view, mixer, was in zip(attention_view(teacher, check=False), student.mixer_layers(), before, strict=True):
+        if mixer is not None and was != "attention":
+            dropped.append(f"{view.name}.")
+        elif mixer is not None:
             plan.transfers += mixer.transfers(view)
             dropped += [f"{view.name}.{name}" for name in mixer.drops(view)]
     planned = {transfer.target for transfer in plan.transfers}

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from .stage import Stage
+from .transfer import new_mixers
 
 if TYPE_CHECKING:
     from ..run.folder import StageFolder
@@ -21,12 +22,13 @@ def run(session: "Session", folder: "StageFolder") -> dict:
 
 
 def groups(student, recipe) -> "list[ParameterGroup]":
-    from ..train.groups import copied_parameters, mixer_parameters
+    from ..train.groups import mixer_parameters
 
-    settings, parameters = recipe.align, mixer_parameters(student)
-    if settings.copied_lr is None:
-        return [{"name": "mixers", "parameters": parameters, "lr": settings.lr}]
-    copied = copied_parameters(student)
+    settings, layers = recipe.align, new_mixers(student, recipe)
+    parameters = mixer_parameters(student, layers)
+    copied = {} if settings.copied_lr is None else mixer_parameters(student, layers, only="copied")
+    if not copied:
+        return [{"name": "mixers", "parameters": parameters, "lr": settings.lr}] if parameters else []
     new = {name: parameter for name, parameter in parameters.items() if name not in copied}
     groups: list[ParameterGroup] = [
         {"name": "new in mixers", "parameters": new, "lr": settings.lr},

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from .stage import Stage
+from .transfer import new_mixers
 
 if TYPE_CHECKING:
     from ..run.folder import StageFolder
@@ -17,7 +18,8 @@ def run(session: "Session", folder: "StageFolder") -> dict:
     student = session.student_before("calibrate")
     batches = session.calibration_batches()
     with at_trans_points(student, "mamba"):  # the state-space form is what is missing its decay and scale
-        found = calibrate(session.teacher, student, batches, session.recipe.calibrate.decay)
+        layers = new_mixers(student, session.recipe)
+        found = calibrate(session.teacher, student, batches, session.recipe.calibrate.decay, layers=layers)
     session.save(student, folder)
     return {"layers": found, "quality": session.measure(student, "calibrate")}
 

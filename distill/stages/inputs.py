@@ -5,11 +5,13 @@ from typing import Any
 
 from ..config import ConfigError, Recipe, load_recipe
 from ..data.sources import DataError, source_identity
+from ..errors import RunError
 from ..run.files import sha256
 from ..run.folder import StageFolder
 from ..run.identity import file_identity, identity, without_resultless
 from ..run.records import StageRecord, read_record
-from .pipeline import pipeline_of
+from .pipeline import names, pipeline_of
+from .transfer import TRANSFER, start_folder
 from .tune import TUNE
 
 
@@ -53,6 +55,8 @@ def stage_inputs(recipe: Recipe) -> dict[str, dict]:
         if "evaluate" in own and recipe.evaluate.tasks and recipe.evaluate.tasks_folder:
             files = sorted(Path(recipe.evaluate.tasks_folder).glob("*.*"))
             own["evaluate"]["tasks_folder"] = [[file.name, sha256(file)] for file in files if file.is_file()]
+        if TRANSFER.name in own:
+            own[TRANSFER.name]["start"] = file_identity(str(start_folder(recipe)))
         if "teacher" in own:
             own["teacher"]["files"] = file_identity(recipe.teacher.source)
             del own["teacher"]["training_dtype"]  # which counts where something is trained
@@ -86,6 +90,15 @@ def lineage(root: Path) -> dict[str, StageRecord]:
         found[stage.name] = read_record(StageRecord, done)
         before = {stage.name: identity(started)}
     return found
+
+
+def latest_student(root: Path) -> Path:
+    """The folder of the last student that a run has finished. Raises RunError where there is none."""
+    done = lineage(root)
+    for stage in reversed(names(lambda stage: stage.makes_student)):
+        if stage in done:
+            return root / stage / "student"
+    raise RunError(f"'{root}' has no finished student yet; run `transpoint run {root / 'recipe.yaml'}`")
 
 
 def _cache_identity(folder: str):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..settings import TrainConfig, setting
 from .stage import Stage
+from .transfer import new_mixers
 
 if TYPE_CHECKING:
     from ..config import Recipe
@@ -31,9 +32,10 @@ def run(session: "Session", folder: "StageFolder") -> dict:
 
 
 def groups(student, recipe) -> "list[ParameterGroup]":
-    from ..train.groups import matrix_parameters
+    from ..train.groups import mixer_parameters
 
-    return [{"name": "matrices", "parameters": matrix_parameters(student), "lr": recipe.orient.lr}]
+    parameters = mixer_parameters(student, new_mixers(student, recipe), only="matrix")
+    return [{"name": "matrices", "parameters": parameters, "lr": recipe.orient.lr}] if parameters else []
 
 
 def check(recipe: "Recipe") -> None:

@@ -59,6 +59,10 @@ def trained(
         trans_points: the schedule of each step; the student is saved at its own.
     """
     settings, accelerator = getattr(session.recipe, folder.stage), session.accelerator
+    if not groups:
+        session.say(f"{folder.stage}: every mixer is one of transfer.start: there is none to train")
+        session.save(student.eval(), folder)
+        return {"quality": session.measure(student, folder.stage)}
     takes_teacher = stage_of(folder.stage).takes_teacher(session.recipe)
 
     def before_step(step: int) -> None:

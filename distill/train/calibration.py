@@ -45,6 +45,7 @@ def calibrate(
     batches: list[dict[str, Tensor]],
     decay: str = "fit",
     half_lives: tuple[float, ...] = HALF_LIVES,
+    layers: set[int] | None = None,
 ) -> dict[str, dict]:
     """Sets the decay and scale of every mixer that has them; returns what was found, by layer.
 
@@ -55,13 +56,17 @@ def calibrate(
         batches: each {"input_ids", "position_ids"}, (B, L).
         decay: `fit` or `lookback`.
         half_lives: the grid, in tokens.
+        layers: whose mixers; None: all.
 
     Returns:
         {layer: {"error": mean over heads of ||scaled output - attention's||^2 / ||attention's||^2,
         "half_life": tokens by head, "lookback": the teacher's, tokens by head}}.
     """
-    layers = enumerate(student.mixer_layers())
-    mixers = {layer: mixer for layer, mixer in layers if mixer is not None and mixer.has_decay}
+    mixers = {
+        layer: mixer
+        for layer, mixer in enumerate(student.mixer_layers())
+        if mixer is not None and mixer.has_decay and (layers is None or layer in layers)
+    }
     views = [view for view in attention_view(teacher, check=False) if view.layer in mixers]
     _open_gates(teacher, [view for view in views if mixers[view.layer].gate_shut], mixers, batches)
     sums: dict[int, _Sums] = {}

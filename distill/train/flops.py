@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from ...students import Geometry, HybridForCausalLM, Mixer
 from ...students.modeling.modeling_mixer import attention_flops
 from ...teachers import attention_view
+from .groups import trained_mixers
 
 # Dense peaks in TFLOP/s: bfloat16 with float32 accumulation on tensor cores, and float32 without TF32. From NVIDIA's
 # and AMD's data sheets, half of the figures "with sparsity". The first pattern found in a device's name counts.
@@ -68,13 +69,11 @@ def distill_flops(teacher: PreTrainedModel | None, student: HybridForCausalLM, l
 def align_flops(teacher: PreTrainedModel, student: HybridForCausalLM, length: int) -> float:
     """Operations per token of a step of alignment, on sequences of `length` tokens that are one document each.
 
-    The teacher forward without its head, and each mixer, in each of its forms, forward and backward: gradients flow
-    back to its first projections, whose input is the teacher's and needs none.
+    The teacher forward without its head, and each mixer that trains, in each of its forms, forward and backward:
+    gradients flow back to its first projections, whose input is the teacher's and needs none.
     """
     total = _forward(teacher, length) - 2 * _weights(teacher.get_output_embeddings())
-    for mixer in student.mixer_layers():
-        if mixer is None:
-            continue
+    for mixer in trained_mixers(student).values():
         for form in mixer.forms():
             products = _weights(mixer) - sum(_weights(getattr(mixer, name, None)) for name in form.unused)
             with mixer.at(form.trans_point):
@@ -85,12 +84,12 @@ def align_flops(teacher: PreTrainedModel, student: HybridForCausalLM, length: in
 def orient_flops(teacher: PreTrainedModel, student: HybridForCausalLM, length: int) -> float:
     """Operations per token of a step of orientation, on sequences of `length` tokens that are one document each.
 
-    The teacher forward without its head; the first projections of each mixer that has a matrix, forward and backward,
+    The teacher forward without its head; the first projections of each mixer that trains, forward and backward,
     but not to their input; and of each head two matrices, entry by entry, and the gradients of one.
     """
     total = _forward(teacher, length) - 2 * _weights(teacher.get_output_embeddings())
-    for mixer in student.mixer_layers():
-        if mixer is not None and mixer.matrix:
+    for mixer in trained_mixers(student).values():
+        if mixer.matrix:
             matrices = 2 * attention_flops(mixer.num_heads * mixer.head_dim, length, None) / 2
             total += 4 * (_weights(mixer) - _weights(mixer.out)) + 2 * matrices
     return total

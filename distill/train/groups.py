@@ -4,7 +4,7 @@ from typing import NotRequired, TypedDict
 
 from torch import nn
 
-from ...students import HybridForCausalLM
+from ...students import HybridForCausalLM, Mixer
 from ..settings import EndToEndConfig, GroupsConfig
 from .protocols import Objective
 
@@ -52,31 +52,30 @@ def only_these_train(module: nn.Module | Objective, groups: list[ParameterGroup]
             parameter.requires_grad_(True)
 
 
-def mixer_parameters(student: HybridForCausalLM) -> dict[str, nn.Parameter]:
-    """The parameters of the layers that replaced attention, by name."""
-    return {name: p for name, p in student.named_parameters() if group_of(name, student) == "mixers"}
+def mixer_parameters(
+    student: HybridForCausalLM, layers: set[int] | None = None, only: str | None = None
+) -> dict[str, nn.Parameter]:
+    """The parameters of the layers that replaced attention, by name.
 
-
-def matrix_parameters(student: HybridForCausalLM) -> dict[str, nn.Parameter]:
-    """The parameters that the matrices of the mixers between tokens depend on, by name."""
-    return _of_mixers(student, "matrix")
-
-
-def copied_parameters(student: HybridForCausalLM) -> dict[str, nn.Parameter]:
-    """The parameters of the mixers that came from the teacher, by name."""
-    return _of_mixers(student, "copied")
-
-
-def _of_mixers(student: HybridForCausalLM, kind: str) -> dict[str, nn.Parameter]:
-    """Those whose names begin as an attribute of their mixer says."""
+    Args:
+        layers: of these; None: of all.
+        only: what their matrices between tokens depend on ("matrix"), or what came from the teacher ("copied"): those
+            whose names begin as this attribute of their mixer says.
+    """
     names = {id(parameter): name for name, parameter in student.named_parameters()}
     return {
         names[id(parameter)]: parameter
-        for mixer in student.mixer_layers()
-        if mixer is not None
+        for layer, mixer in enumerate(student.mixer_layers())
+        if mixer is not None and (layers is None or layer in layers)
         for name, parameter in mixer.named_parameters()
-        if name.startswith(getattr(mixer, kind))
+        if only is None or name.startswith(getattr(mixer, only))
     }
+
+
+def trained_mixers(student: HybridForCausalLM) -> dict[int, Mixer]:
+    """The mixers that train, by layer."""
+    mixers = {layer: mixer for layer, mixer in enumerate(student.mixer_layers()) if mixer is not None}
+    return {layer: mixer for layer, mixer in mixers.items() if any(p.requires_grad for p in mixer.parameters())}
 
 
 def group_of(name: str, student: HybridForCausalLM) -> str:

@@ -495,3 +495,62 @@ def test_a_teacher_that_is_not_understood_is_refused_before_anything_is_built():
     teacher.model.layers[2].self_attn.sinks = nn.Parameter(torch.zeros(4))
     with pytest.raises(TeacherError, match=r"model.layers.2.self_attn \(LlamaAttention\) is not understood"):
         build_student(teacher, StudentConfig())
+
+
+# Going on from another student
+
+
+@torch.no_grad()
+def stirred(model):
+    """The same model with other weights."""
+    torch.manual_seed(5)
+    for parameter in model.parameters():
+        parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.mark.parametrize("mixer", ["mamba2", "window_mamba2"])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_a_student_goes_on_from_another(family, mixer):
+    teacher = random_teacher(f"random-{family}", 3)[0]
+    start = stirred(build_student(teacher, StudentConfig(mixer=mixer, keep_attention=[0, 2, 3])))
+    same = build_student(teacher, StudentConfig(mixer=mixer, keep_attention=[0, 2, 3]), start)
+    ids = torch.arange(24)[None] + 3
+    with torch.no_grad():
+        torch.testing.assert_close(same(ids).logits, start(ids).logits, rtol=0, atol=0)
+    further = build_student(teacher, StudentConfig(mixer=mixer, keep_attention=[2, 3]), start)
+    # What becomes a mixer now is made of the attention that the student has, not of the teacher's.
+    own = dict(start.named_parameters())
+    with torch.no_grad():
+        for name, parameter in teacher.named_parameters():
+            if name in own and own[name].shape == parameter.shape:
+                parameter.copy_(own[name])
+    wanted = dict(build_student(teacher, StudentConfig(mixer=mixer, keep_attention=[2, 3])).named_parameters())
+    for name, parameter in further.named_parameters():
+        torch.testing.assert_close(parameter, (own if ".layers.1." in name else wanted)[name], rtol=0, atol=0)
+    assert len(further.transfer_plan.transfers) == len(start.transfer_plan.transfers)
+
+
+@pytest.mark.parametrize(
+    "options, told",
+    [
+        ({"keep_attention": [1]}, "layer 0 is to be window_mamba2, and is mamba2 in the student to start from"),
+        ({"keep_attention": [0], "mixer": "mamba2"}, "layer 0 keeps attention, and is mamba2 in the student"),
+        ({"keep_attention": [1], "mixer": "mamba2", "rope": True}, "student.rope is True, and False in the student"),
+    ],
+)
+def test_what_a_student_cannot_go_on_to_is_refused(options, told):
+    teacher = random_teacher("random-llama", 2)[0]
+    start = build_student(teacher, StudentConfig(keep_attention=[1]))
+    with pytest.raises(StudentError, match=told):
+        build_student(teacher, StudentConfig(**{"mixer": "window_mamba2", **options}), start)
+
+
+def test_a_student_of_another_teacher_is_refused():
+    start = build_student(random_teacher("random-llama", 2)[0], StudentConfig(keep_attention=[1]))
+    for teacher, told in (
+        (random_teacher("random-llama", num_hidden_layers=3)[0], "num_hidden_layers"),
+        (random_teacher("random-qwen2", 2)[0], "base_model_type"),
+    ):
+        with pytest.raises(StudentError, match=f"not one of this teacher: its {told} is another"):
+            build_student(teacher, StudentConfig(keep_attention=[]), start)

@@ -12,7 +12,7 @@ from transpoint.distill.objectives import Orientation, attention_pairs
 from transpoint.distill.stages import stage_inputs
 from transpoint.distill.stages.inputs import lineage
 from transpoint.distill.train.flops import orient_flops
-from transpoint.distill.train.groups import matrix_parameters, only_these_train
+from transpoint.distill.train.groups import mixer_parameters, only_these_train
 from transpoint.kernels.ssd import ssd_matrix
 from transpoint.students import MIXERS, MixerKind, StudentConfig, build_student
 from transpoint.students.modeling.documents import document_index
@@ -78,7 +78,7 @@ def test_the_loss_is_the_distance_of_the_matrices_themselves(family, options):
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
 def test_it_trains_what_the_matrix_depends_on_and_nothing_else(options):
     teacher, student = make("qwen3", **options)
-    trained = matrix_parameters(student)
+    trained = mixer_parameters(student, only="matrix")
     only_these_train(student, [{"parameters": trained}])
     Orientation(teacher, student)(batch_of(30))[0].backward()
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in trained.values())
@@ -117,7 +117,7 @@ def test_plan_says_what_orient_will_train(capsys):
 
 def test_attention_of_a_transmamba_student_stays_the_teachers():
     teacher, student = make("qwen3", mixer="transmamba", trans_points="inf", keep_attention=[])
-    trained = matrix_parameters(student)
+    trained = mixer_parameters(student, only="matrix")
     with torch.no_grad():
         for parameter in trained.values():
             parameter.add_(0.3)
@@ -136,7 +136,7 @@ def test_a_mixer_without_a_matrix_is_refused(run_tiny, tmp_path, monkeypatch):
 def test_operations():
     """Of one mixer: in_proj forward and backward but to its input, two matrices, and the gradients of one."""
     teacher, student = make(keep_attention=[1, 2, 3])
-    only_these_train(student, [{"parameters": matrix_parameters(student)}])
+    only_these_train(student, [{"parameters": mixer_parameters(student, only="matrix")}])
     length, mixer = 32, student.mixer_layers()[0]
     forward = orient_flops(teacher, student, length)
     entries = 2 * 2 * mixer.num_heads * mixer.head_dim * (length + 1) / 2

@@ -90,12 +90,14 @@ def test_distillation_is_what_torch_counts(train):
 
 def test_alignment_trains_each_mixer_in_each_form():
     teacher, student = models(keep_attention=[0, 2, 3])
+    mixers_train(student)
     mixer = student.mixer_layers()[1]
     forward = 2 * weights(teacher.get_decoder()) + 4 * 4 * 64 * (LENGTH + 1) / 2
     state = 4 * mixer.num_heads * mixer.head_dim**2 + 8 * (mixer.num_heads + 2 * mixer.num_kv_heads) * mixer.head_dim
     own = 4 * weights(mixer) + 2 * weights(mixer.out) + 3 * state
     assert align_flops(teacher, student, LENGTH) == pytest.approx(forward + own)
     teacher, student = models("transmamba", keep_attention=[0, 2, 3])
+    mixers_train(student)
     mixer = student.mixer_layers()[1]
     state = 4 * mixer.num_heads * mixer.head_dim**2
     own = 4 * weights(mixer) + 2 * weights(mixer.out) + 3 * state
@@ -107,6 +109,7 @@ def test_a_token_passes_the_feature_maps_of_all_heads():
     found = []
     for feature_map in (None, "softmax"):
         teacher, student = models("window_mamba2", keep_attention=[0, 2, 3], feature_map=feature_map)
+        mixers_train(student)
         found.append(align_flops(teacher, student, LENGTH))
     mixer = student.mixer_layers()[1]
     state = 4 * mixer.num_heads * mixer.head_dim**2  # as large again
