@@ -8,6 +8,7 @@ Where a mixer has more beside its state, the share of that is found together wit
 opened first, by least squares on its inputs.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -22,6 +23,7 @@ from ..objectives import attention_pairs
 
 RIDGE = 1e-4  # of the mean square of an input
 HALF_LIVES = tuple(2.0**i for i in range(-1, 12))  # tokens
+_Candidate = tuple[float, float | None]  # half-life and, where a mixer has some, strength
 
 
 @dataclass
@@ -69,14 +71,18 @@ def calibrate(
     }
     views = [view for view in attention_view(teacher, check=False) if view.layer in mixers]
     _open_gates(teacher, [view for view in views if mixers[view.layer].gate_shut], mixers, batches)
+    candidates = {
+        layer: list(itertools.product(half_lives, mixer.strengths or (None,))) for layer, mixer in mixers.items()
+    }
     sums: dict[int, _Sums] = {}
     for batch in batches:
         pairs = attention_pairs(teacher, views, batch)
         seq_idx = document_index(batch["position_ids"])
         documents = Documents(seq_idx)  # once for all mixers and half-lives, as it waits for the device
         for view in views:
-            _accumulate(sums, view, mixers[view.layer], pairs[view.layer], seq_idx, documents, half_lives)
-    return {f"layer_{layer}": _settle(mixer, sums[layer], decay, half_lives) for layer, mixer in mixers.items()}
+            where = (pairs[view.layer], seq_idx, documents)
+            _accumulate(sums, view, mixers[view.layer], *where, candidates[view.layer])
+    return {f"layer_{layer}": _settle(mixer, sums[layer], decay, candidates[layer]) for layer, mixer in mixers.items()}
 
 
 def _open_gates(teacher: PreTrainedModel, views: list[AttentionView], mixers: dict[int, Mixer], batches: list) -> None:
@@ -101,13 +107,13 @@ def _accumulate(
     pair: tuple,
     seq_idx: Tensor,
     documents: Documents,
-    half_lives: tuple,
+    candidates: list[_Candidate],
 ) -> None:
     hidden, _, position_embeddings = pair
     target, lookback = _attention_heads(view, hidden, position_embeddings, seq_idx)
     channels, heads = target.shape[-1], mixer.num_heads
     if view.layer not in sums:
-        zeros = target.new_zeros(len(half_lives), channels)
+        zeros = target.new_zeros(len(candidates), channels)
         uo, uu, uw = (zeros.clone() for _ in range(3))
         oo, wo, ww = (zeros[0].clone() for _ in range(3))
         sums[view.layer] = _Sums(uo, uu, oo, uw, wo, ww, target.new_zeros(heads))
@@ -118,8 +124,10 @@ def _accumulate(
     read: list[Tensor] = []
     handle = mixer.out.register_forward_pre_hook(lambda module, args: read.append(args[0].float()))
     try:
-        for i, half_life in enumerate(half_lives):
+        for i, (half_life, strength) in enumerate(candidates):
             mixer.set_decay(half_life * ones[:, 0], ones)
+            if strength is not None:
+                mixer.set_strength(strength * ones[:, 0])
             mixer(hidden, position_embeddings, seq_idx=seq_idx, documents=documents)
             output = read.pop()
             if beside is not None:
@@ -148,9 +156,9 @@ def _attention_heads(view: AttentionView, hidden, position_embeddings, seq_idx) 
     return view.attend(weights, v).flatten(2).float(), (weights * distance).sum((0, 2, 3))
 
 
-def _settle(mixer: Mixer, sums: _Sums, decay: str, half_lives: tuple[float, ...]) -> dict:
-    """Chooses each head's half-life and scale from the sums, and sets the parameters."""
-    by_head = (len(half_lives), mixer.num_heads, mixer.head_dim)
+def _settle(mixer: Mixer, sums: _Sums, decay: str, candidates: list[_Candidate]) -> dict:
+    """Chooses each head's half-life, strength and scale from the sums, and sets the parameters."""
+    by_head = (len(candidates), mixer.num_heads, mixer.head_dim)
     uo, uu, uw = (of.view(by_head) for of in (sums.uo, sums.uu, sums.uw))
     oo, wo, ww = (of.view(by_head[1:]).sum(-1) for of in (sums.oo, sums.wo, sums.ww))  # one for a head
     if not mixer.scales_channels:  # one for a head
@@ -167,17 +175,20 @@ def _settle(mixer: Mixer, sums: _Sums, decay: str, half_lives: tuple[float, ...]
     # What both take off the squared error.
     gain = (scales * (2 * rest - scales * uu)).sum(-1) + 2 * share * wo - share**2 * ww
     lookback = sums.lookback / sums.tokens
-    grid = torch.tensor(half_lives, device=uo.device)
-    if decay == "fit":
-        best = gain.argmax(0)
-    else:  # weights that fall by d a token look back d / (1 - d) tokens on average
+    grid = torch.tensor([half_life for half_life, _ in candidates], device=uo.device)
+    among = gain
+    if decay == "lookback":  # weights that fall by d a token look back d / (1 - d) tokens on average
         wanted = math.log(2) / (1 / lookback.clamp(min=1e-3)).log1p()
-        best = (grid[:, None].log() - wanted.log()).abs().argmin(0)
+        away = (grid[:, None].log() - wanted.log()).abs()
+        among = gain.masked_fill(away > away.min(0).values, -math.inf)
+    best = among.argmax(0)
     heads = torch.arange(mixer.num_heads, device=uo.device)
     scale = scales[best, heads]
     half_life = grid[best]
     error = 1 - gain[best, heads] / oo
     mixer.set_decay(half_life, scale)
+    if mixer.strengths:
+        mixer.set_strength(torch.tensor([strength for _, strength in candidates], device=uo.device)[best])
     if (ww > 0).any():
         mixer.set_share(share[best, heads])
     return {

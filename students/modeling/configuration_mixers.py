@@ -90,13 +90,15 @@ def _state_factor(options: dict) -> str | None:
     return None
 
 
-def _state_space(least: int, kernel: int, activation: str | None, gate: bool, norm: bool, rope: bool) -> dict:
-    """The options of mixers with a state, with these defaults, and at least so many taps of the convolution."""
+def _state_space(least: int, kernel: int, activation: str | None, gate: bool, norm: bool | None, rope: bool) -> dict:
+    """The options of mixers with a state, with these defaults, and at least so many taps of the convolution; a norm of
+    None is always there."""
+    norms = {"norm": Option(norm, "whether the gated output is RMS-normalised, head by head")}
     return {
         "conv_kernel": Option(kernel, f"taps of the causal convolution over x, B and C, {least} to 4", least, 4),
         "conv_activation": Option(activation, "after the convolution: silu or null", choices=("silu", None)),
         "gate": Option(gate, "whether the output is gated by SiLU(z)"),
-        "norm": Option(norm, "whether the gated output is RMS-normalised, head by head"),
+        **({} if norm is None else norms),
         "rope": Option(rope, "whether B and C take the teacher's rotary embedding (no native format has it)"),
         "qk_norm": Option(True, "whether B and C take the teacher's k/q norms, where it has them"),
     }
@@ -124,6 +126,17 @@ MIXERS: dict[str, MixerKind] = {
         _state_space(least=0, kernel=0, activation=None, gate=False, norm=False, rope=True),
         keep_attention=[],
         trans_points=True,
+        check=_convolution,
+    ),
+    # As the native formats of gated DeltaNet have it.
+    "gdn": MixerKind(
+        "gated DeltaNet",
+        "D",
+        "gated_delta.GatedDeltaMixer",
+        {
+            **_state_space(least=1, kernel=4, activation="silu", gate=True, norm=None, rope=False),
+            "gate_bias": Option(False, "whether gate and beta have a bias"),
+        },
         check=_convolution,
     ),
     "window_mamba2": MixerKind(

@@ -202,9 +202,5 @@ class Mamba2Mixer(StateSpace):
     def drops(self, view) -> list[str]:
         return ["q_norm.", "k_norm."] if self.q_norm is None else []
 
-    def state_space_parameters(self) -> dict[str, nn.Parameter]:
-        """Parameters by name that only the state-space form has: here all, for there is no other form."""
-        return dict(self.named_parameters())
-
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rope={self.rope}"

@@ -215,6 +215,7 @@ class Mixer(nn.Module):
         matrix: beginnings of the names of parameters that the matrix between tokens depends on, and that `orient`
             trains; none where it has no such matrix, see `mixing`.
         copied: beginnings of the names of parameters that come from the teacher.
+        strengths: with which a token may write; `calibrate` chooses one for each head. None where there is no choice.
         trans_point: at which token of a document attention ends, where that can be chosen: see `set_trans_point`.
         spanned: whether it takes attention, and so a `Span` of packed documents.
         apart: child modules whose parameters `forward` reads without calling the module.
@@ -226,6 +227,7 @@ class Mixer(nn.Module):
     matrix: ClassVar[tuple[str, ...]] = ()
     copied: ClassVar[tuple[str, ...]] = ()
     has_decay: ClassVar[bool] = False  # whether `calibrate` finds it a half-life and a scale
+    strengths: ClassVar[tuple[float, ...]] = ()
     spanned: ClassVar[bool] = False
     trans_point: int | float = 0
 
@@ -278,6 +280,10 @@ class Mixer(nn.Module):
     def set_decay(self, half_life: Tensor, scale: Tensor) -> None:
         """Where `has_decay`: gives each head (H) this half-life in tokens, when no input moves it, and its output this
         scale: (H, P) where `scales_channels`, else (H, 1)."""
+        raise NotImplementedError
+
+    def set_strength(self, strength: Tensor) -> None:
+        """Where it has `strengths`: how strongly a token of each head (H) writes, when no input moves it."""
         raise NotImplementedError
 
     def open_gate(self, row: Tensor) -> None:

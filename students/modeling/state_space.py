@@ -4,6 +4,7 @@ This file travels with exported checkpoints: it imports torch only.
 """
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -47,10 +48,10 @@ class WidenedLinear(nn.Linear):
 class StateSpace(Mixer):
     """What mixers with a state, and a decay for each head, share.
 
-    All have dt_bias, A_log and D, conv1d and norm (or None for these), and q_norm and k_norm (or None).
+    All have dt_bias and A_log, D, conv1d and norm (or None for these), and q_norm and k_norm (or None).
     """
 
-    exact = ("A_log", "dt_bias", "D")
+    exact: ClassVar[tuple[str, ...]] = ("A_log", "dt_bias", "D")
     apart = ("conv1d", "norm")
     has_decay = True
     conv1d: nn.Conv1d | None
@@ -76,14 +77,16 @@ class StateSpace(Mixer):
         self.state_heads = self.num_kv_heads  # of x and B
         self.state_factor = 1
 
-    def add_recurrence(self, conv_kernel: int, norm: bool) -> None:
+    def add_recurrence(self, conv_kernel: int, norm: bool, skip: bool = True, conv_bias: bool = True) -> None:
         """Makes what any state has. The parameters of a depthwise convolution: the convolution is `causal_conv1d`."""
         P, H, N = self.head_dim, self.num_heads, self.state_size
         channels = self.state_heads * (P + N) + H * N
-        self.conv1d = nn.Conv1d(channels, channels, conv_kernel, groups=channels) if conv_kernel else None
+        self.conv1d = (
+            nn.Conv1d(channels, channels, conv_kernel, groups=channels, bias=conv_bias) if conv_kernel else None
+        )
         self.dt_bias = nn.Parameter(torch.full((H,), STEP_ONE))
         self.A_log = nn.Parameter(torch.zeros(H))
-        self.D = nn.Parameter(torch.zeros(H))
+        self.D = nn.Parameter(torch.zeros(H)) if skip else None  # type: ignore[assignment]
         self.norm = nn.Module() if norm else None
         if self.norm is not None:
             self.norm.weight = nn.Parameter(torch.ones(H * P))
@@ -91,7 +94,8 @@ class StateSpace(Mixer):
     def recurrence_transfers(self, name: str) -> list[Transfer]:
         """Of what no attention has: step, decay, skip, and the norm of what the recurrence reads."""
         decay = 0.5 ** (1 / HALF_LIFE)  # of the state in one token
-        constants = {"dt_bias": STEP_ONE, "A_log": math.log(-math.log(decay)), "D": 0.0}
+        constants = {"dt_bias": STEP_ONE, "A_log": math.log(-math.log(decay))}
+        constants |= {} if self.D is None else {"D": 0.0}
         constants |= {} if self.norm is None else {"norm.weight": 1.0}
         return [Transfer(f"{name}.{part}", "constant", value=value) for part, value in constants.items()]
 
@@ -103,6 +107,10 @@ class StateSpace(Mixer):
         self.A_log.copy_((math.log(2) / (half_life * step)).log())
         if self.norm is not None:
             self.norm.get_parameter("weight").copy_(scale.expand(-1, self.head_dim).flatten())
+
+    def state_space_parameters(self) -> dict[str, nn.Parameter]:
+        """Parameters by name that only the state-space form has: all, where there is no other form."""
+        return dict(self.named_parameters())
 
     @property
     def scales_channels(self) -> bool:

@@ -8,6 +8,7 @@ STUDENTS = {
     "hybrid": {"family": "llama", "keep_attention": (1,)},
     "hybrid with rope": {"family": "qwen3", "keep_attention": (1,), "rope": True},
     "window": {"family": "mistral", "keep_attention": (0,)},
+    "gated delta rule": {"family": "qwen3", "keep_attention": (1,), "mixer": "gdn"},
     "all mixers": {"family": "qwen2", "keep_attention": ()},
 }
 

@@ -230,8 +230,9 @@ save_file({name: tensor.contiguous() for name, tensor in found.items()}, scratch
         ("qwen3", {"mixer": "transmamba", "trans_points": [0, "inf", 14, 30]}),
         ("mistral", {"mixer": "transmamba", "trans_points": 20, **ALL_PARTS}),
         ("qwen2", {"mixer": "window_mamba2", "window": 6, "feature_map": "softmax"}),
+        ("qwen2", {"mixer": "gdn", "gate_bias": True}),
     ],
-    ids=["plain", "qwen3", "transmamba", "transmamba, all parts", "window"],
+    ids=["plain", "qwen3", "transmamba", "transmamba, all parts", "window", "gated delta rule"],
 )
 def test_custom_goes_with_its_own_code_and_is_saved_with_it(family, options, tmp_path, unverified):
     student = make(family, options=options)
