@@ -64,7 +64,10 @@ def causal_conv1d_step(x, conv_state, weight, bias=None, *, activation=None, bac
     Args:
         x: (B, C).
         conv_state: (B, C, W-1), the last inputs, oldest first; updated in place.
-        weight, bias, activation, backend: as in causal_conv1d.
+        weight: as in causal_conv1d.
+        bias: likewise.
+        activation: likewise.
+        backend: likewise.
 
     Returns:
         y (B, C) in x.dtype.

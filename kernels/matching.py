@@ -45,9 +45,13 @@ def mixing_distance(
     Args:
         q: (B, L, H, P) queries, normed and rotated.
         k: (B, L, K, P) keys, likewise. Query head h reads key head h // (H/K).
-        dt: (B, L, H); A: (H,); B: (B, L, Hb, N); C: (B, L, Hc, N): as in ssd_scan.
+        dt: (B, L, H), as in ssd_scan.
+        A: (H,), likewise.
+        B: (B, L, Hb, N), likewise.
+        C: (B, L, Hc, N), likewise.
         scale: of q.k before the softmax, positive; None takes P**-0.5.
-        dt_bias, dt_softplus: as in ssd_scan.
+        dt_bias: as in ssd_scan.
+        dt_softplus: likewise.
         seq_idx: (B, L) integers, the document of each token: a new one begins wherever the value changes. Both matrices
             are zero across documents.
         window: how many last tokens a query attends to, itself included; None is all. It does not cut the state-space
