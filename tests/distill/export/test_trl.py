@@ -16,7 +16,7 @@ from transpoint.teachers.random import random_teacher
 pytest.importorskip("trl", reason="needs TRL: pip install 'transpoint[trl]'")
 # What TRL and transformers say to each other.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:'pin_memory'")]
-GUIDE = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
+GUIDE = (ROOT / "docs" / "guide" / "last-stages.md").read_text(encoding="utf-8")
 REMOTE = '"trust_remote_code": True'
 
 
