@@ -71,9 +71,7 @@ def calibrate(
     }
     views = [view for view in attention_view(teacher, check=False) if view.layer in mixers]
     _open_gates(teacher, [view for view in views if mixers[view.layer].gate_shut], mixers, batches)
-    candidates = {
-        layer: list(itertools.product(half_lives, mixer.strengths or (None,))) for layer, mixer in mixers.items()
-    }
+    candidates = {layer: _candidates(mixer, half_lives) for layer, mixer in mixers.items()}
     sums: dict[int, _Sums] = {}
     for batch in batches:
         pairs = attention_pairs(teacher, views, batch)
@@ -83,6 +81,13 @@ def calibrate(
             where = (pairs[view.layer], seq_idx, documents)
             _accumulate(sums, view, mixers[view.layer], *where, candidates[view.layer])
     return {f"layer_{layer}": _settle(mixer, sums[layer], decay, candidates[layer]) for layer, mixer in mixers.items()}
+
+
+def _candidates(mixer: Mixer, half_lives: tuple[float, ...]) -> list[_Candidate]:
+    """What is tried for each head. With strengths, every other half-life: each is tried with each."""
+    if not mixer.strengths:
+        return [(half_life, None) for half_life in half_lives]
+    return list(itertools.product(half_lives[::2], mixer.strengths))
 
 
 def _open_gates(teacher: PreTrainedModel, views: list[AttentionView], mixers: dict[int, Mixer], batches: list) -> None:

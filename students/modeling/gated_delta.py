@@ -50,7 +50,7 @@ class GatedDeltaMixer(StateSpace):
 
     copied = ("in_proj.", "out_proj.", "q_norm.", "k_norm.")
     exact: ClassVar[tuple[str, ...]] = ("A_log", "dt_bias")
-    strengths: ClassVar[tuple[float, ...]] = (0.03, 0.1, 0.3, 0.6, 0.95)
+    strengths: ClassVar[tuple[float, ...]] = (0.03, 0.1, 0.3, 0.8)
 
     def __init__(
         self,
