@@ -114,7 +114,9 @@ def plan(options) -> None:
     recipe = load_recipe(options.config, options.overrides)
     source = recipe.teacher
     gpu = gpu_name(torch.device("cpu" if recipe.run.device == "cpu" else _device()))
-    teacher, _ = load_teacher(source.source, source.dtype, trust_remote_code=source.trust_remote_code)
+    teacher, _ = load_teacher(
+        source.source, source.dtype, trust_remote_code=source.trust_remote_code, revision=source.revision
+    )
     longest = getattr(teacher.config, "max_position_embeddings", None)
     check_schedules(recipe, teacher.config.num_hidden_layers, longest)
     config, not_yet = as_far_as_known(recipe, teacher.config.num_hidden_layers)
@@ -240,7 +242,10 @@ def evaluate(options) -> None:
         raise RunError("there is no text to measure on: name some with --text")
     teacher = None
     if options.teacher:
-        teacher, tokenizer = load_teacher(options.teacher, device=device, trust_remote_code=options.trust_remote_code)
+        revision = recipe.teacher.revision if options.teacher == recipe.teacher.source else None  # of a run: as it was
+        teacher, tokenizer = load_teacher(
+            options.teacher, device=device, trust_remote_code=options.trust_remote_code, revision=revision
+        )
     own = load_tokenizer(path, options.trust_remote_code)
     tokenizer = tokenizer if teacher else own
     with _saying_warnings():
@@ -331,7 +336,9 @@ def figure(options) -> None:
     if Path(path).is_file():
         recipe = load_recipe(path)
         settings = recipe.teacher
-        teacher, _ = load_teacher(settings.source, settings.dtype, trust_remote_code=settings.trust_remote_code)
+        teacher, _ = load_teacher(
+            settings.source, settings.dtype, trust_remote_code=settings.trust_remote_code, revision=settings.revision
+        )
         student, not_yet = as_far_as_known(recipe, teacher.config.num_hidden_layers)
         if not_yet is not None:
             print(not_yet)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 # What figures of two runs have to share if they are to be compared.
 ALIKE = (
     "teacher.source",
+    "teacher.revision",
     "teacher.dtype",
     "data.heldout",
     "data.max_heldout_tokens",

@@ -172,6 +172,11 @@ def load_recipe(
         ):
             if value is not None:
                 raise ConfigError(f"{key} is {value}; expected null with data.streaming=true: {reason}")
+    if recipe.teacher.revision is not None and not is_hub_id(recipe.teacher.source):
+        raise ConfigError(
+            f"teacher.revision is '{recipe.teacher.revision}'; expected null: teacher.source '{recipe.teacher.source}' "
+            "is not from the hub"
+        )
     if not recipe.student.kind.trans_points:
         who = names_with_trans_points()
         for key, asked in (

@@ -54,6 +54,10 @@ class RunConfig:
 @dataclass
 class TeacherConfig:
     source: str = setting("smollm2-135m", "registry name, random-FAMILY, hub id, folder, or .gguf file", path="teacher")
+    # The commit that it stands for is what counts: `run.identity.file_identity`.
+    revision: str | None = setting(
+        None, "branch, tag or commit of a hub teacher; null: its default branch", result=False
+    )
     dtype: str = setting("float32", "of the teacher's weights", choices=("float32", "bfloat16", "float16"))
     training_dtype: str = setting(
         "auto",

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from .errors import TeacherError
 from .gguf_files import complete, open_gguf, read_once, refuse_part
+from .hub import TIMEOUT, teacher_commit
 from .names import REGISTRY, TeacherInfo, is_hub_id
 from .random import RANDOM_FAMILIES, random_teacher
 
@@ -35,6 +36,7 @@ def load_teacher(
     dtype: torch.dtype | str = torch.float32,
     device: torch.device | str = "cpu",
     trust_remote_code: bool = False,
+    revision: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads a causal language model and its tokenizer.
 
@@ -44,6 +46,7 @@ def load_teacher(
         dtype: of the weights (`torch.bfloat16` or `"bfloat16"`).
         device: where the weights go.
         trust_remote_code: whether code that travels with the checkpoint may run.
+        revision: branch, tag or commit of a hub teacher (None: its default branch). All its files are of one commit.
 
     Returns:
         The model, in eval mode, and the tokenizer. A model from a GGUF file is dequantised and can be saved again.
@@ -52,6 +55,7 @@ def load_teacher(
         TeacherError: nothing is found under that name, or what is found cannot be loaded.
     """
     dtype, source = _dtype(dtype), str(source)
+    commit = teacher_commit(source, revision)
     tokenizer: PreTrainedTokenizerBase
     if source.startswith("random-"):
         model, tokenizer = random_teacher(source)
@@ -60,6 +64,7 @@ def load_teacher(
         return model.to(device).eval(), tokenizer  # type: ignore[arg-type]  # transformers wraps `to`
     folder, gguf = _locate(source)
     kwargs = {"trust_remote_code": trust_remote_code} | ({"gguf_file": gguf} if gguf else {})
+    kwargs |= {"revision": commit} if commit else {}
     try:
         if gguf:
             refuse_part(Path(folder) / gguf)
@@ -114,8 +119,8 @@ def incomplete(model: PreTrainedModel, info: dict) -> str | None:
     )
 
 
-def teacher_info(source: str) -> TeacherInfo:
-    """What is known of a teacher without loading its weights: name, licence, hub id.
+def teacher_info(source: str, commit: str | None = None) -> TeacherInfo:
+    """What is known of a teacher without loading its weights: name, licence, hub id; `commit`: of a hub teacher.
 
     Nothing cosmetic is an error: of a card that cannot be read, a warning says so, and the licence is unknown.
     """
@@ -138,10 +143,10 @@ def teacher_info(source: str) -> TeacherInfo:
     try:
         from huggingface_hub import model_info
 
-        card = model_info(source, timeout=10).card_data
-        return TeacherInfo(source, _licence(card.license if card else None), source)
+        card = model_info(source, revision=commit, timeout=TIMEOUT).card_data
+        return TeacherInfo(source, _licence(card.license if card else None), source, commit)
     except Exception:  # offline, private, or no card: the licence is then unknown, which the card says
-        return TeacherInfo(source, None, source)
+        return TeacherInfo(source, None, source, commit)
 
 
 def _licence(stated: object) -> str | None:

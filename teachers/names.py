@@ -17,11 +17,13 @@ REGISTRY = {
 
 @dataclass(frozen=True)
 class TeacherInfo:
-    """What a model card says of a teacher: a readable name, a licence identifier (None if unknown), a hub id."""
+    """What a model card says of a teacher: a readable name, a licence identifier (None if unknown), a hub id, and the
+    commit of it."""
 
     name: str
     license: str | None = None
     hub_id: str | None = None
+    commit: str | None = None
 
 
 def is_hub_id(source: str) -> bool:

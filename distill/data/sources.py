@@ -4,7 +4,8 @@ A *source* is one of
 - a file .jsonl, .jsonl.zst, .jsonl.gz, .parquet (rows), .txt or .txt.zst (one document),
 - a glob of such files, or a folder of them (subfolders included),
 - a folder written by `datasets.Dataset.save_to_disk`,
-- a hub dataset `hub:OWNER/NAME` (its split train), `hub:OWNER/NAME:SPLIT` or `hub:OWNER/NAME:CONFIG:SPLIT`.
+- a hub dataset `hub:OWNER/NAME` (its split train), `hub:OWNER/NAME:SPLIT` or `hub:OWNER/NAME:CONFIG:SPLIT`; a branch,
+  tag or commit of it is named by `hub:OWNER/NAME@REVISION`, as in `hub:OWNER/NAME@v2:test`.
 """
 
 import difflib
@@ -22,6 +23,7 @@ from typing import Any, cast
 
 import zstandard
 
+from ...teachers.hub import HubError, hub_commit
 from ..errors import DistillError
 from ..run.files import one_line, read_json, write_json
 
@@ -43,7 +45,7 @@ class Item:
     kind: str
     source: str  # as the user wrote it
     path: Path = Path()
-    hub: tuple[str, str | None, str, str | None] = ("", None, "", None)  # name, config, split, commit
+    hub: tuple[str, str | None, str, str] = ("", None, "", "")  # name, config, split, commit
     shard: int | None = None  # of a hub dataset: one of its files, counted from 0; None: all of them
 
     def __str__(self) -> str:
@@ -90,23 +92,19 @@ def _suffix(path: Path) -> str | None:
 
 
 def _hub_item(source: str) -> Item:
-    name, *rest = source.removeprefix("hub:").split(":")
-    if len(rest) > 2 or not all([name, *rest]):
-        raise DataError(f"{source} is not hub:OWNER/NAME, hub:OWNER/NAME:SPLIT or hub:OWNER/NAME:CONFIG:SPLIT")
+    named, *rest = source.removeprefix("hub:").split(":")
+    name, at, revision = named.partition("@")
+    if len(rest) > 2 or not all([name, *rest]) or (at and not revision):
+        raise DataError(
+            f"{source} is not hub:OWNER/NAME, hub:OWNER/NAME:SPLIT or hub:OWNER/NAME:CONFIG:SPLIT, where NAME may be "
+            "NAME@REVISION"
+        )
     config = rest[0] if len(rest) == 2 else None
     split = rest[-1] if rest else "train"
-    return Item("hub", source, hub=(name, config, split, _hub_commit(name)))
-
-
-def _hub_commit(name: str) -> str | None:
-    """The dataset's present commit, so that it can be pinned and told from later ones; None where it cannot be had."""
-    import huggingface_hub
-
     try:
-        return huggingface_hub.HfApi().dataset_info(name, timeout=10).sha
-    except Exception as error:  # offline, or no such dataset: reading says so, with the remedy
-        logger.debug("no commit for %s: %s", name, error)
-        return None
+        return Item("hub", source, hub=(name, config, split, hub_commit(name, revision or None, "dataset")))
+    except HubError as error:
+        raise DataError(f"dataset '{name}' {error}") from error
 
 
 # Things to read -> rows
@@ -185,7 +183,7 @@ class HubDatasets:
     def __init__(self):
         self._opened: dict[tuple, Any] = {}
 
-    def __getitem__(self, hub: tuple[str, str | None, str, str | None]):
+    def __getitem__(self, hub: tuple[str, str | None, str, str]):
         """The `datasets.IterableDataset` of an item's `hub`. Raises what `datasets.load_dataset` raises."""
         import datasets
 
@@ -320,12 +318,11 @@ def _reading_error(item: Item, rows: int, error: Exception) -> DataError:
 
 
 def source_identity(source: str, sampled: bool = False) -> list:
-    """Stands for a source in what a stage depends on: hashes of its files, or the hub dataset's name.
+    """Stands for a source in what a stage depends on: hashes of its files, or of a hub dataset name, config, split and
+    commit.
 
     `sampled`: of files too large to be read before training, size and some pieces stand for the whole.
     """
-    if source.startswith("hub:"):
-        return [source]
     return [content_hash(item, sampled) for item in resolve(source)]
 
 

@@ -267,7 +267,7 @@ def _begin(folder: Path, recipe: Recipe, begin: list[int], write: bool) -> dict:
     depends_on = {
         "teacher": {
             "source": recipe.teacher.source,
-            "files": file_identity(recipe.teacher.source),
+            "files": file_identity(recipe.teacher.source, recipe.teacher.revision),
             "dtype": recipe.teacher.dtype,
         },
         "seed": recipe.run.seed,

@@ -195,7 +195,7 @@ def targets_of(recipe: Recipe, dataset: PackedDataset, head: OutputHead) -> dict
     # Of a teacher without, caches of earlier versions are right, and of one with, they are wrong.
     extras = {"teacher.logits": head.extras} if head.extras else {}
     return extras | {
-        "teacher.source": file_identity(recipe.teacher.source),
+        "teacher.source": file_identity(recipe.teacher.source, recipe.teacher.revision),
         "teacher.dtype": recipe.teacher.dtype,
         "data.length": recipe.length_in("distill"),
         "distill.temperature": recipe.distill.temperature,

@@ -154,5 +154,9 @@ def _differences(old: Any, new: Any, key: str = "") -> list[str]:
         return found
     if old == new:
         return []
-    short = [text if len(text := json.dumps(value)) <= 40 else "..." for value in (old, new)]
+    short = [text if len(text := json.dumps(value)) <= 42 else "..." for value in (old, new)]  # a commit, quoted
+    if "..." in short and isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = [pair for pair in zip(old, new, strict=True) if pair[0] != pair[1]]
+        if len(pairs) == 1:  # too long to be shown, but what differs may not be
+            return _differences(*pairs[0], key)
     return [f"{key} ({short[0]} -> {short[1]})"]

@@ -9,7 +9,11 @@ from pathlib import Path
 from typing import Any, cast
 
 from ...students.config import StudentConfig
+from ...teachers.errors import TeacherError
+from ...teachers.hub import teacher_commit
+from ...teachers.names import is_hub_id
 from ..config import Recipe
+from ..data.sources import DataError, source_identity
 from ..settings import resultless
 from .files import read_json, sha256
 
@@ -26,9 +30,14 @@ def identity(depends_on: dict) -> str:
     return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def file_identity(source: str) -> Any:
-    """Stands for a model's file or folder in an identity: names and contents of what loading it reads. For anything
-    else, the name itself."""
+def file_identity(source: str, revision: str | None = None) -> Any:
+    """Stands for a teacher's files in an identity: names and contents of what loading it reads; of one from the hub,
+    its commit. For anything else, the name itself.
+
+    Raises TeacherError where the commit cannot be found out.
+    """
+    if commit := teacher_commit(source, revision):
+        return {"hub": source, "commit": commit}
     path = Path(source).expanduser()
     if not path.exists():
         return source
@@ -37,7 +46,10 @@ def file_identity(source: str) -> Any:
 
 
 def model_files(files: Any) -> Any:
-    """Of a `file_identity`, what counts: those of earlier versions have all files of a folder."""
+    """Of a `file_identity`, what counts: those of earlier versions have all files of a folder, and of a hub teacher no
+    commit, which is taken for the present one."""
+    if isinstance(files, str) and is_hub_id(files):
+        return _present(files)
     if not isinstance(files, list):
         return files
     return [[name, content] for name, content in files if _MODEL_FILE.fullmatch(name)]
@@ -64,13 +76,13 @@ def without_resultless(needs: dict) -> dict:
 def started(run: Path, stage: str) -> dict | None:
     """What the stage.json of a run's stage holds, as today's version writes it; None where there is none.
 
-    Earlier versions kept what changes no result, too, and began no text.
+    Earlier versions kept what changes no result, too, began no text, and knew no commits.
     """
     found = read_json(run / stage / "stage.json")
     if not isinstance(found, dict):
         return None
     try:
-        today = without_resultless(found)
+        today = _with_commits(without_resultless(found))
     except (AttributeError, KeyError, TypeError, ValueError):  # not of this form: it will differ, and says so
         return found
     if "data" in today and "bos" not in today["data"]:
@@ -82,6 +94,26 @@ def started(run: Path, stage: str) -> dict | None:
         if isinstance(own, dict) and identity(own) == recorded:
             today["after"] = {before: identity(cast(dict, started(run, before)))}
     return today
+
+
+def _with_commits(needs: Any) -> Any:
+    """What a stage depends on with the commits of its text from the hub; where there are none, the present ones."""
+    if isinstance(needs, dict):
+        return {name: _with_commits(value) for name, value in needs.items()}
+    if isinstance(needs, list):
+        old = len(needs) == 1 and isinstance(needs[0], str) and needs[0].startswith("hub:")
+        return _present(needs[0]) if old else [_with_commits(value) for value in needs]
+    return needs
+
+
+@lru_cache
+def _present(source: str) -> Any:
+    """The identity of a teacher or text from the hub now; what earlier versions had in its place where that cannot be
+    found out."""
+    try:
+        return source_identity(source) if source.startswith("hub:") else file_identity(source)
+    except (DataError, TeacherError):
+        return [source] if source.startswith("hub:") else source
 
 
 @lru_cache(maxsize=8)

@@ -58,7 +58,7 @@ def stage_inputs(recipe: Recipe) -> dict[str, dict]:
         if TRANSFER.name in own:
             own[TRANSFER.name]["start"] = file_identity(str(start_folder(recipe)))
         if "teacher" in own:
-            own["teacher"]["files"] = file_identity(recipe.teacher.source)
+            own["teacher"]["files"] = file_identity(recipe.teacher.source, recipe.teacher.revision)
             del own["teacher"]["training_dtype"]  # which counts where something is trained
         if stage.trains:
             own["run"] = {"seed": recipe.run.seed, "precision": recipe.run.precision}

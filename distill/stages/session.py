@@ -71,7 +71,11 @@ class Session:
         if self._loaded is None:
             settings = self.recipe.teacher
             model, tokenizer = load_teacher(
-                settings.source, settings.dtype, self.accelerator.device, settings.trust_remote_code
+                settings.source,
+                settings.dtype,
+                self.accelerator.device,
+                settings.trust_remote_code,
+                settings.revision,
             )
             check_vocabulary(tokenizer, model, "teacher")
             self._loaded = model.requires_grad_(False), tokenizer

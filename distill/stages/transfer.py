@@ -30,7 +30,7 @@ def run(session: "Session", folder: "StageFolder") -> dict:
     import dataclasses
 
     from ...students import build_student
-    from ...teachers import teacher_info
+    from ...teachers import teacher_commit, teacher_info
     from ..errors import RunError
     from ..export.formats import find_format
     from ..models import load_model
@@ -56,7 +56,9 @@ def run(session: "Session", folder: "StageFolder") -> dict:
     session.save(student, folder)
     if session.accelerator.is_main_process:
         (folder / "transfer_plan.txt").write_text(str(student.transfer_plan), encoding="utf-8")
-    facts = {"mixers": student.config.mixers, "teacher": dataclasses.asdict(teacher_info(recipe.teacher.source))}
+    source = recipe.teacher.source
+    teacher = teacher_info(source, teacher_commit(source, recipe.teacher.revision))
+    facts = {"mixers": student.config.mixers, "teacher": dataclasses.asdict(teacher)}
     return facts | {"quality": session.measure(student, "transfer")}
 
 

@@ -121,6 +121,16 @@ def test_what_is_refused_and_how(override):
     assert message(TINY, override) == REFUSED[override]
 
 
+@pytest.mark.parametrize("source", ["random-llama", "smollm2-135m", "./folder", "model.gguf"])
+def test_only_a_teacher_from_the_hub_has_revisions(source):
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(TINY, [f"teacher.source={source}", "teacher.revision=v1"])
+    assert str(caught.value) == (
+        f"teacher.revision is 'v1'; expected null: teacher.source '{source}' is not from the hub"
+    )
+    assert load_recipe(TINY, ["teacher.source=owner/name", "teacher.revision=12"]).teacher.revision == "12"
+
+
 @pytest.mark.parametrize("override", [o for o in REFUSED if "." in o.partition("=")[0] and "=" in o])
 def test_a_file_is_refused_as_an_override_is(override, tmp_path):
     key, _, value = override.partition("=")

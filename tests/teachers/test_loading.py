@@ -538,12 +538,14 @@ def test_a_folder_without_one_teacher_is_refused(tmp_path, files, found):
 
 
 def test_a_hub_that_cannot_be_reached_gives_one_line(monkeypatch):
-    def unreachable(name, **kwargs):
-        assert name == "nobody/nothing" and kwargs["use_safetensors"] is True and not kwargs["trust_remote_code"]
+    def unreachable(name, revision, **kwargs):
+        assert (name, revision) == ("nobody/nothing", "0" * 40)
+        assert kwargs["use_safetensors"] is True and not kwargs["trust_remote_code"]
         raise OSError("\n  We couldn't connect.\nCheck your connection.")
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", unreachable)
-    assert fails("nobody/nothing") == "teacher 'nobody/nothing' cannot be loaded: OSError: We couldn't connect."
+    told = fails("nobody/nothing", revision="0" * 40)
+    assert told == "teacher 'nobody/nothing' cannot be loaded: OSError: We couldn't connect."
 
 
 def test_a_registered_teacher_without_its_package_names_the_command(monkeypatch):
@@ -637,7 +639,7 @@ def test_info_of_what_cannot_be_read_says_so(tmp_path, caplog, monkeypatch):
 
 @pytest.mark.parametrize("card, license", [({"license": "mit"}, "mit"), ({}, None), (None, None)])
 def test_info_asks_the_hub_for_a_licence(monkeypatch, card, license):
-    def model_info(hub_id, timeout):
+    def model_info(hub_id, revision, timeout):
         assert hub_id == "someone/model" and timeout <= 30
         return SimpleNamespace(card_data=None if card is None else huggingface_hub.ModelCardData(**card))
 
@@ -648,7 +650,7 @@ def test_info_asks_the_hub_for_a_licence(monkeypatch, card, license):
 def test_info_of_a_hub_that_cannot_be_reached_has_no_licence(monkeypatch):
     asked = []
 
-    def unreachable(hub_id, timeout):
+    def unreachable(hub_id, revision, timeout):
         asked.append(hub_id)
         raise OSError("offline")
 

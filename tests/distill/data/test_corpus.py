@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import datasets
-import huggingface_hub
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -194,27 +193,34 @@ def hub(monkeypatch):
         calls.append((args, kwargs))
         return datasets.Dataset.from_list(rows_of(TEXTS)).to_iterable_dataset()
 
-    info = huggingface_hub.DatasetInfo(id="o/n", sha="abc", private=False, downloads=0, likes=0, tags=[])
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, name, timeout=None: info)
+    monkeypatch.setattr(sources, "hub_commit", lambda name, revision, kind: {None: "abc"}.get(revision, revision))
     return calls
 
 
 @pytest.mark.parametrize(
     "source, config, split",
-    [("hub:o/n", None, "train"), ("hub:o/n:test", None, "test"), ("hub:o/n:small:test", "small", "test")],
+    [
+        ("hub:o/n", None, "train"),
+        ("hub:o/n:test", None, "test"),
+        ("hub:o/n:small:test", "small", "test"),
+        ("hub:o/n@v2", None, "train"),
+        ("hub:o/n@refs/pr/1:small:test", "small", "test"),
+    ],
 )
 def test_hub_datasets_stream_at_a_pinned_commit(source, config, split, hub, tokenizer):
     corpus = tokenize_corpus([source], tokenizer)
     assert documents(corpus, tokenizer) == [text + "<eos>" for text in TEXTS]
-    assert hub == [(("o/n", config), {"split": split, "revision": "abc", "streaming": True})]
+    revision = source.partition("@")[2].partition(":")[0] or "abc"
+    assert hub == [(("o/n", config), {"split": split, "revision": revision, "streaming": True})]
 
 
 def test_hub_cache_follows_the_commit(hub, tokenizer, tmp_path, monkeypatch):
     first = tokenize_corpus(["hub:o/n"], tokenizer, cache=tmp_path)
     again = tokenize_corpus(["hub:o/n"], tokenizer, cache=tmp_path)
     assert len(hub) == 1 and first.fingerprint == again.fingerprint
-    monkeypatch.setattr(sources, "_hub_commit", lambda name: "later")
+    assert tokenize_corpus(["hub:o/n@abc"], tokenizer, cache=tmp_path).fingerprint == first.fingerprint
+    monkeypatch.setattr(sources, "hub_commit", lambda *of: "later")
     assert tokenize_corpus(["hub:o/n"], tokenizer, cache=tmp_path).fingerprint != first.fingerprint
 
 
@@ -223,14 +229,14 @@ def test_hub_that_cannot_be_reached(monkeypatch, tokenizer):
         raise ConnectionError("Couldn't reach 'o/n' on the Hub (timeout)\nand more")
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
-    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", fail)
+    monkeypatch.setattr(sources, "hub_commit", lambda *of: "abc")
     assert message(["hub:o/n"], tokenizer) == (
         "hub:o/n: reading failed after 0 rows (Couldn't reach 'o/n' on the Hub (timeout)): check the name and the "
         "network (a private dataset needs HF_TOKEN), or give a local file"
     )
 
 
-@pytest.mark.parametrize("source", ["hub:", "hub:a/b:c:d:e", "hub:a/b:"])
+@pytest.mark.parametrize("source", ["hub:", "hub:a/b:c:d:e", "hub:a/b:", "hub:a/b@", "hub:@v2"])
 def test_hub_sources_of_another_form(source, tokenizer):
     assert message([source], tokenizer).startswith(f"{source} is not hub:OWNER/NAME, hub:OWNER/NAME:SPLIT or")
 

@@ -7,7 +7,6 @@ from collections import Counter
 from pathlib import Path
 
 import datasets
-import huggingface_hub
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -366,11 +365,8 @@ def hub(monkeypatch):
         calls.append((args, kwargs))
         return datasets.IterableDataset.from_generator(rows, gen_kwargs={"shards": [0, 1, 2]})
 
-    def info(self, name, timeout=None):
-        return huggingface_hub.DatasetInfo(id=name, sha=commit[0], private=False, downloads=0, likes=0, tags=[])
-
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", info)
+    monkeypatch.setattr(sources, "hub_commit", lambda name, revision, kind: commit[0])
     return calls, commit
 
 
@@ -428,7 +424,7 @@ def test_hub_that_cannot_be_reached(monkeypatch):
         raise ConnectionError("Couldn't reach 'o/n' on the Hub (timeout)\nand more")
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
-    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", fail)
+    monkeypatch.setattr(sources, "hub_commit", lambda *of: "abc")
     with pytest.raises(DataError) as caught:
         streamed(["hub:o/n"])
     assert str(caught.value) == (

@@ -1,18 +1,16 @@
 """Uploading, against a hub of our own on the loopback: what arrives there, and that the token stays between the two."""
 
-import base64
 import hashlib
 import json
 import os
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from huggingface_hub import HfApi
 
+from fake_hub import FakeHub
 from run_files import STAGES
 from transpoint.distill.errors import RunError
 from transpoint.distill.export import hub
@@ -20,93 +18,6 @@ from transpoint.distill.run.folder import StageFolder
 from transpoint.distill.run.identity import identity
 
 TOKEN = "hf_" + "MarkerThatMustNotLeak"
-
-
-class FakeHub(ThreadingHTTPServer):
-    """As much of the hub's protocol as an upload needs. `refuse` answers every request with that status."""
-
-    def __init__(self, refuse=None):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.refuse = refuse
-        self.authorizations: dict[str, str | None] = {}  # of each address that was asked
-        self.created: list[dict] = []
-        self.objects: dict[str, bytes] = {}  # large files, by their SHA-256
-        self.files: dict[str, bytes] = {}  # what the commit names
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.server_port}"
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def do_any(self):
-        hub = self.server
-        body = self.body()
-        hub.authorizations[self.path.partition("?")[0]] = self.headers.get("Authorization")
-        if hub.refuse:
-            return self.answer({"error": "You don't have the rights to create a model"}, hub.refuse)
-        path = self.path.partition("?")[0]
-        if path == "/api/repos/create":
-            hub.created.append(json.loads(body))
-            return self.answer({"url": f"{hub.url}/owner/name", "id": "owner/name"})
-        if "/preupload/" in path:
-            modes = [
-                {
-                    "path": file["path"],
-                    "uploadMode": "lfs" if file["path"].endswith(".safetensors") else "regular",
-                    "shouldIgnore": False,
-                }
-                for file in json.loads(body)["files"]
-            ]
-            return self.answer({"files": modes})
-        if path.endswith("/info/lfs/objects/batch"):
-            objects = [
-                {**one, "actions": {"upload": {"href": f"{hub.url}/lfs-object/{one['oid']}"}}}
-                for one in json.loads(body)["objects"]
-            ]
-            return self.answer({"transfer": "basic", "objects": objects})
-        if path.startswith("/lfs-object/"):
-            hub.objects[path.rpartition("/")[2]] = body
-            return self.answer({})
-        if "/commit/" in path:
-            for line in body.splitlines():
-                entry = json.loads(line)
-                value = entry["value"]
-                if entry["key"] == "file":
-                    hub.files[value["path"]] = base64.b64decode(value["content"])
-                elif entry["key"] == "lfsFile":
-                    hub.files[value["path"]] = hub.objects[value["oid"]]
-            return self.answer({"commitUrl": f"{hub.url}/owner/name/commit/abc", "commitOid": "abc", "success": True})
-        if path == "/api/validate-yaml":
-            return self.answer({"errors": [], "warnings": []})
-        return self.answer({"siblings": [], "id": "owner/name", "sha": "abc", "private": False, "tags": []})
-
-    do_GET = do_POST = do_PUT = do_HEAD = do_any
-
-    def body(self):
-        if self.headers.get("Transfer-Encoding") != "chunked":
-            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        parts = []
-        while size := int(self.rfile.readline(), 16):
-            parts.append(self.rfile.read(size))
-            self.rfile.readline()
-        self.rfile.readline()
-        return b"".join(parts)
-
-    def answer(self, value, status=200):
-        raw = json.dumps(value).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(raw)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(raw)
-
-    def log_message(self, *args):
-        pass
 
 
 @pytest.fixture
@@ -119,8 +30,7 @@ def start_hub():
 
     yield start
     for server in started:
-        server.shutdown()
-        server.server_close()
+        server.stop()
 
 
 @pytest.fixture
@@ -175,7 +85,7 @@ def test_push_uploads_the_export_and_keeps_the_token(run, start_hub, tmp_path):
     done = push(server.url, tmp_path, run, "owner/name", "--private", "--debug")
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{server.url}/owner/name\n"
-    assert server.files == contents(run / "export" / "native")
+    assert server.files() == contents(run / "export" / "native")
     ((digest, large),) = server.objects.items()
     assert hashlib.sha256(large).hexdigest() == digest
     (created,) = server.created
@@ -187,18 +97,17 @@ def test_push_uploads_the_export_and_keeps_the_token(run, start_hub, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("status, told", [(403, "403 Forbidden"), (None, "")])
-def test_a_hub_that_refuses_or_is_not_there(status, told, run, start_hub, tmp_path):
-    server = start_hub(refuse=status)
-    if status is None:
-        server.shutdown()
-        server.server_close()
+@pytest.mark.parametrize("refuse, told", [((403, {}), "403 Forbidden"), (None, "")])
+def test_a_hub_that_refuses_or_is_not_there(refuse, told, run, start_hub, tmp_path):
+    server = start_hub(refuse=refuse)
+    if refuse is None:
+        server.stop()
     done = push(server.url, tmp_path, run, "owner/name")
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
     assert done.stderr.startswith("transpoint: error: 'owner/name' could not be uploaded: ") and told in done.stderr
     assert done.stderr.endswith("; `hf auth login` or HF_TOKEN gives access\n")
-    assert leaks(done, tmp_path) == [] and server.files == {}
+    assert leaks(done, tmp_path) == [] and server.files() == {}
 
 
 # Without a hub

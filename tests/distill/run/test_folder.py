@@ -48,7 +48,9 @@ def test_identity_tells_changes_apart(other):
 
 
 def test_file_identity(tmp_path, monkeypatch):
-    assert file_identity("owner/name") == "owner/name"
+    commit = "0" * 40
+    assert file_identity("owner/name", commit) == {"hub": "owner/name", "commit": commit}
+    assert file_identity("random-llama") == "random-llama"
     file = tmp_path / "teacher" / "config.json"
     file.parent.mkdir()
     file.write_text("{}")
