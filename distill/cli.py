@@ -386,9 +386,11 @@ def synthesize(options) -> None:
 
 
 def push(options) -> None:
+    from .export.formats import has_model
     from .export.hub import push as upload
 
-    print(upload(_export_folder(options.run), options.repo_id, private=options.private))
+    run = None if has_model(Path(options.run)) else Path(options.run)
+    print(upload(_export_folder(options.run), options.repo_id, private=options.private, run=run))
 
 
 def keys(options) -> None:
@@ -520,7 +522,10 @@ def _parser() -> argparse.ArgumentParser:
         command("synthesize", "sample text from the teacher itself, with seed and settings recorded, for data.train")
     )
 
-    sub = command("push", "upload the export of a run to the hub (log in with `hf auth login`, or set HF_TOKEN)")
+    sub = command(
+        "push",
+        "upload the export of a run, its report and results to the hub (first `hf auth login`, or set HF_TOKEN)",
+    )
     sub.add_argument("run", metavar="RUN", help="a run folder, or an exported folder")
     sub.add_argument("repo_id", metavar="REPO_ID", help="OWNER/NAME")
     sub.add_argument("--private", action="store_true", help="make the repository private if it is new")

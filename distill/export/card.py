@@ -46,10 +46,6 @@ def write_card(
         pipeline_tag="text-generation",
         tags=["transpoint", *kinds, "hybrid", "distillation"],
     )
-    recipe = for_others(facts.recipe) if facts.recipe is not None else None
-    if recipe is not None:  # where this run lay, and kept its tokens, is of no use to anybody else
-        recipe["run"].pop("dir", None)
-        recipe["data"].pop("cache", None)
     known = getattr(student.config, "measured_trans_points", None) or ()
     measured = [read_record(ScheduleRecord, record) for record in known]
     text = _TEMPLATE.render(
@@ -70,10 +66,18 @@ def write_card(
         note=format.note,
         library=format.library,
         figures=figures,
-        recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).strip() if recipe is not None else None,
+        recipe=recipe_text(facts.recipe).strip() if facts.recipe is not None else None,
         load=format.snippet("FOLDER_OR_HUB_ID"),
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def recipe_text(recipe: dict) -> str:
+    """A run's recipe, as `to_dict` gives it, as YAML that others run: it names no place on this machine."""
+    recipe = for_others(recipe)  # where this run lay, and kept its tokens, is of no use to anybody else
+    recipe["run"].pop("dir", None)
+    recipe["data"].pop("cache", None)
+    return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
 
 
 def kinds_in(mixers: list[str]) -> dict[str, str]:
@@ -145,6 +149,7 @@ _TEMPLATE = _ENVIRONMENT.from_string(
 {{ converted }} of the {{ layers }} attention layers of
 {{ "[%s](https://huggingface.co/%s)" | format(teacher.name | escaped, teacher.hub_id)
    if teacher.hub_id else teacher.name | escaped }}
+{{- " (commit `%s`)" | format(teacher.commit) if teacher.commit else "" }}
 are {{ kinds | join(" or ") | escaped }} layers here, made with Transpoint: their weights were transferred from the
 attention they replace
 {%- if "align" in tokens %}, aligned layer by layer{% endif %}

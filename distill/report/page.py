@@ -38,8 +38,10 @@ _OTHER = re.compile(
 )
 
 
-def write_report(root: Path, out: Path | None = None) -> Path:
+def write_report(root: Path, out: Path | None = None, recipe: str | None = None) -> Path:
     """Writes the page of the run folder `root` to `out` (RUN/report.html), and returns where it is.
+
+    recipe: the text that it shows as the run's recipe, if not the run's own.
 
     Raises:
         RunError: `root` is no run folder, matplotlib is missing, or `out` cannot be written.
@@ -63,7 +65,7 @@ def write_report(root: Path, out: Path | None = None) -> Path:
         "short": _short,
         "duration": _duration,
     }
-    page = environment.get_template("page.html.jinja").render(_contents(root))
+    page = environment.get_template("page.html.jinja").render(_contents(root, recipe))
     try:
         handle, aside = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.")
         try:
@@ -121,9 +123,9 @@ class _Plan:
     trans_points: list = field(default_factory=list)
 
 
-def _contents(root: Path) -> dict:
-    """What the template shows."""
-    text = (root / "recipe.yaml").read_text(encoding="utf-8", errors="replace")
+def _contents(root: Path, text: str | None) -> dict:
+    """What the template shows; `text`: of the recipe, if not the run's own."""
+    text = (root / "recipe.yaml").read_text(encoding="utf-8", errors="replace") if text is None else text
     try:
         recipe = yaml.safe_load(text)
     except yaml.YAMLError:

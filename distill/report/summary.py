@@ -25,6 +25,8 @@ def card_facts(root: Path) -> CardFacts:
     # Read when the run began, or now where an earlier version did not.
     known = done["transfer"].teacher
     info = TeacherInfo(**known) if known else teacher_info(recipe["teacher"]["source"])
+    if info.commit is not None:  # whoever runs the recipe gets the same teacher
+        recipe = {**recipe, "teacher": {**recipe["teacher"], "revision": info.commit}}
     return CardFacts(info, recipe, tokens, quality_rows(root), lineage(root).get("evaluate", StageRecord()).measures)
 
 

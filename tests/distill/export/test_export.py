@@ -527,7 +527,7 @@ def facts_of(tmp_path, license="mit"):
     recipe.teacher.source = str(tmp_path / "secret" / "teacher-1b")
     quality = {"tokens": 12345, "perplexity": 21.957, "bits_per_byte": 1.0239, "kl": 0.0, "same_top": 1.0}
     return CardFacts(
-        TeacherInfo("owner/teacher-1b", license, "owner/teacher-1b"),
+        TeacherInfo("owner/teacher-1b", license, "owner/teacher-1b", "0123abc"),
         recipe.to_dict(),
         {"align": 6_000_000, "distill": 12_000_000},
         [
@@ -550,7 +550,7 @@ def test_the_card_says_where_it_comes_from_and_what_was_measured(format, tmp_pat
     front = yaml.safe_load(text.split("---\n")[1])
     assert front["license"] == "mit" and front["base_model"] == "owner/teacher-1b"
     assert front["library_name"] == "transformers" and "transpoint" in front["tags"]
-    assert "[owner/teacher-1b](https://huggingface.co/owner/teacher-1b)" in text
+    assert "[owner/teacher-1b](https://huggingface.co/owner/teacher-1b) (commit `0123abc`)\nare" in text
     assert "Licence: that of the teacher, mit." in text
     assert "first layer to last: `MAMA`" in text and "2 of the 4 attention layers" in " ".join(text.split())
     rows = [line for line in text.splitlines() if line.startswith("|")]

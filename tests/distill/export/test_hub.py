@@ -8,16 +8,22 @@ import sys
 from pathlib import Path
 
 import pytest
-from huggingface_hub import HfApi
+import torch
+import yaml
+from huggingface_hub import HfApi, ModelCard
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fake_hub import FakeHub
-from run_files import STAGES
+from fake_hub import GATED, FakeHub, as_the_hub
+from run_files import STAGES, TINY
+from transpoint.distill.cli import main
+from transpoint.distill.config import Recipe, load_recipe
 from transpoint.distill.errors import RunError
 from transpoint.distill.export import hub
 from transpoint.distill.run.folder import StageFolder
 from transpoint.distill.run.identity import identity
 
 TOKEN = "hf_" + "MarkerThatMustNotLeak"
+TEACHER = {"name": "owner/teacher", "license": "mit", "hub_id": "owner/teacher", "commit": "0" * 40}
 
 
 @pytest.fixture
@@ -40,12 +46,14 @@ def run(tmp_path):
     folder = root / "export" / "native"
     folder.mkdir(parents=True)
     (root / "recipe.yaml").write_text("run: {seed: 0}\n")
+    recipe = Recipe().to_dict()
+    recipe["data"]["train"] = [str(tmp_path / "secret" / "train.jsonl")]
     before = {}
     for stage in STAGES[: STAGES.index("export") + 1]:  # each names the one before it, as the pipeline writes them
         depends_on = {"after": before} if before else {}
         (root / stage).mkdir(exist_ok=True)
         (root / stage / "stage.json").write_text(json.dumps(depends_on))
-        (root / stage / "done.json").write_text('{"folder": "native"}')
+        (root / stage / "done.json").write_text(json.dumps({"folder": "native", "recipe": recipe, "teacher": TEACHER}))
         before = {stage: identity(depends_on)}
     (folder / "config.json").write_text('{"model_type": "granitemoehybrid"}')
     (folder / "README.md").write_text("---\nlicense: mit\n---\n# A model\n")
@@ -85,7 +93,11 @@ def test_push_uploads_the_export_and_keeps_the_token(run, start_hub, tmp_path):
     done = push(server.url, tmp_path, run, "owner/name", "--private", "--debug")
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{server.url}/owner/name\n"
-    assert server.files() == contents(run / "export" / "native")
+    files = server.files()
+    recipe, page = yaml.safe_load(files.pop("recipe.yaml")), files.pop("report.html").decode()
+    assert files == contents(run / "export" / "native")
+    assert recipe["data"]["train"] == ["train.jsonl"] and recipe["teacher"]["revision"] == "0" * 40
+    assert "train.jsonl" in page and "secret" not in page and str(tmp_path) not in page
     ((digest, large),) = server.objects.items()
     assert hashlib.sha256(large).hexdigest() == digest
     (created,) = server.created
@@ -108,6 +120,91 @@ def test_a_hub_that_refuses_or_is_not_there(refuse, told, run, start_hub, tmp_pa
     assert done.stderr.startswith("transpoint: error: 'owner/name' could not be uploaded: ") and told in done.stderr
     assert done.stderr.endswith("; `hf auth login` or HF_TOKEN gives access\n")
     assert leaks(done, tmp_path) == [] and server.files() == {}
+
+
+# In this process
+
+
+@pytest.fixture
+def here(start_hub, tmp_path):
+    """A hub that this process takes for the hub."""
+    server = start_hub()
+    with as_the_hub(server, tmp_path / "cache"):
+        yield server
+
+
+def test_a_run_that_was_pushed_is_loaded_by_its_name(tiny_run, here, tmp_path, capsys):
+    before = contents(tiny_run)
+    assert main(["push", str(tiny_run), "owner/name"]) == 0
+    assert capsys.readouterr().out == f"{here.url}/owner/name\n" and contents(tiny_run) == before
+    model, tokenizer = (kind.from_pretrained("owner/name") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    export = tiny_run / "export" / "native"
+    expected = AutoModelForCausalLM.from_pretrained(export)
+    assert type(model) is type(expected) and all(map(torch.equal, model.parameters(), expected.parameters()))
+    assert tokenizer("any text").input_ids == AutoTokenizer.from_pretrained(export)("any text").input_ids
+    files = here.files()
+    own = contents(export)
+    assert files.keys() - own.keys() == {"report.html", "recipe.yaml", "results.json"}
+    assert {name for name in own if files[name] != own[name]} == {"README.md"}
+    assert files["results.json"] == before["evaluate/results.json"]
+    for name in ("report.html", "recipe.yaml", "README.md"):
+        assert str(tiny_run).encode() not in files[name] and str(TINY.parent).encode() not in files[name]
+    (tmp_path / "recipe.yaml").write_bytes(files["recipe.yaml"])
+    again = load_recipe(tmp_path / "recipe.yaml")
+    assert (again.align, again.student) == (load_recipe(TINY).align, load_recipe(TINY).student)
+
+
+def test_the_card_of_a_run_says_what_was_measured(tiny_copy, here):
+    results = json.loads((tiny_copy / "evaluate" / "done.json").read_text())
+    task = {"task": "piqa", "metric": "acc", "value": 0.75, "samples": 4}
+    results["measures"]["student"]["tasks"] = [task, {**task, "metric": "acc_norm", "value": float("nan")}]
+    (tiny_copy / "evaluate" / "done.json").write_text(json.dumps(results))
+    transfer = json.loads((tiny_copy / "transfer" / "done.json").read_text())
+    (tiny_copy / "transfer" / "done.json").write_text(json.dumps(transfer | {"teacher": TEACHER}))
+    hub.push(tiny_copy / "export" / "native", "owner/name", run=tiny_copy)
+    card = ModelCard(here.files()["README.md"].decode())
+    assert card.data.base_model == "owner/teacher" and card.data.model_name == "name"
+    found = {(one.dataset_type, one.dataset_name, one.metric_type): one.metric_value for one in card.data.eval_results}
+    text = "heldout.jsonl.zst"
+    assert found == {
+        ("held-out", text, "kl"): results["quality"]["kl"],
+        ("held-out", text, "perplexity"): results["quality"]["perplexity"],
+        ("piqa", "piqa", "acc"): 0.75,
+    }
+    assert card.text == ModelCard.load(tiny_copy / "export" / "native" / "README.md").text
+
+
+def test_an_upload_that_was_interrupted_is_completed(run, here, capsys):
+    folder = run / "export" / "native"
+    for number in range(3):
+        (folder / f"model-{number}.safetensors").write_bytes(bytes([number]) * 1000)
+    here.cut = 2
+    assert main(["push", str(folder), "owner/name"]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("transpoint: error: 'owner/name' could not be uploaded: ") and told.count("\n") == 1
+    assert len(here.objects) == 2 and here.files() == {}  # nobody sees half a model
+    here.cut = None
+    assert main(["push", str(folder), "owner/name"]) == 0
+    assert here.files() == contents(folder)
+    assert len(here.sent) == len(set(here.sent)) == 4  # none twice
+
+
+def test_a_repository_that_is_not_open_to_us(run, here, capsys):
+    here.refuse = GATED
+    assert main(["push", str(run), "owner/name"]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("transpoint: error: 'owner/name' could not be uploaded: 403 ") and told.count("\n") == 1
+    assert told.endswith("; `hf auth login` or HF_TOKEN gives access\n")
+
+
+def test_without_what_draws_charts_the_report_is_left_out(run, here, monkeypatch, caplog):
+    def write_report(*arguments):
+        raise RunError("a report needs matplotlib: pip install 'transpoint[figure]'")
+
+    monkeypatch.setattr(hub, "write_report", write_report)
+    hub.push(run / "export" / "native", "owner/name", run=run)
+    assert caplog.messages == ["report.html is left out: a report needs matplotlib: pip install 'transpoint[figure]'"]
+    assert "recipe.yaml" in here.files() and "report.html" not in here.files()
 
 
 # Without a hub
@@ -162,12 +259,14 @@ def test_an_error_of_many_lines_is_one(run, monkeypatch):
 
 
 @pytest.mark.parametrize("done, found", [({"folder": "custom"}, "custom"), ({"folder": "native"}, "native")])
-def test_which_folder_of_a_run_is_pushed(done, found, run, calls, capsys):
-    from transpoint.distill.cli import main
-
+def test_which_folder_of_a_run_is_pushed(done, found, run, calls, capsys, monkeypatch):
     (run / "export" / "native").rename(run / "export" / found)
     StageFolder(run, "export").finish(done)
+    folders = []
+    monkeypatch.setattr(HfApi, "upload_folder", lambda self, folder_path, **_: folders.append(contents(folder_path)))
     assert main(["push", str(run), "owner/name"]) == 0
     assert main(["push", str(run / "export" / found), "owner/name"]) == 0
-    assert [call[2]["folder_path"] for call in calls if call[0] == "upload_folder"] == [run / "export" / found] * 2
+    alone = contents(run / "export" / found)
+    assert folders[1] == alone and alone.items() <= folders[0].items()
+    assert folders[0].keys() - alone.keys() == {"recipe.yaml", "report.html"}
     assert capsys.readouterr().out.count("/owner/name\n") == 2
