@@ -2,21 +2,19 @@
 
 import dataclasses
 import importlib.util
-import json
 
 import pytest
 import torch
 from tokenizers import Tokenizer, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
+from merges import tokenizer_with
 from run_files import done
 from transpoint.distill.export import gguf, native
 from transpoint.distill.export.formats import FORMATS, ExportError
 from transpoint.distill.export.write import export, is_export
 from transpoint.students import StudentConfig, build_student
 from transpoint.teachers.random import byte_tokenizer, random_teacher
-
-MERGES = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("1", "2"), ("i", "s"), ("Ġ", "is")]
 
 llama_cpp = pytest.mark.skipif(
     importlib.util.find_spec("xllamacpp") is None, reason="needs llama.cpp: pip install 'transpoint[gguf]'"
@@ -27,20 +25,6 @@ llama_cpp = pytest.mark.skipif(
 def installed(monkeypatch):
     """Whatever is refused is refused for another reason than that llama.cpp is not installed."""
     monkeypatch.setattr(gguf, "_no_llama_cpp", lambda: None)
-
-
-def tokenizer_with(**changes):
-    """A few merges of bytes; changes: of what tokenizer.json has."""
-    bytes_alone = byte_tokenizer()
-    told = json.loads(bytes_alone.backend_tokenizer.to_str())
-    for pair in MERGES:
-        told["model"]["vocab"].setdefault("".join(pair), len(told["model"]["vocab"]))
-    told["model"]["merges"] = [list(pair) for pair in MERGES]
-    made = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(told | changes)), **bytes_alone.special_tokens_map
-    )
-    made.chat_template = bytes_alone.chat_template
-    return made
 
 
 def sentencepiece_like():
