@@ -331,7 +331,7 @@ def test_a_card_shows_no_path_of_this_machine(tmp_path, monkeypatch):
 
 def test_a_mixer_that_the_card_does_not_know_goes_by_its_name():
     assert plan_in_letters(["attention", "hyena", "mamba2", "hyena"]) == "AHMH"
-    assert plan_in_words(["attention", "gdn", "mamba2"]) == "1 of 3 layers are Mamba-2, 1 of 3 layers are gdn"
+    assert plan_in_words(["attention", "hyena", "mamba2"]) == "1 of 3 layers are Mamba-2, 1 of 3 layers are hyena"
 
 
 # The tokenizer
