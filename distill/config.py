@@ -406,7 +406,8 @@ def _structured(schema: type[Recipe]) -> DictConfig:
 
 def _typed(values: dict) -> Recipe:
     try:
-        typed = OmegaConf.merge(_structured(Recipe.schema()), OmegaConf.create(_hidden(values)))
+        defaults = _structured(Recipe.schema())  # type: ignore[arg-type]  # mypy takes the class for an instance
+        typed = OmegaConf.merge(defaults, OmegaConf.create(_hidden(values)))
         assert isinstance(typed, DictConfig)
         return _shown(OmegaConf.to_object(typed))
     except OmegaConfBaseException as error:
