@@ -14,7 +14,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from .ssd_reference import _check_shape, _compute_dtype, _decays, _documents
+from .ssd_reference import _check_options, _check_shape, _compute_dtype, _decays, _documents
 
 DEFAULT_CHUNK_SIZE = 32
 
@@ -106,17 +106,10 @@ def delta_step(state, q, k, v, g, beta):
 def check_scan(q, k, v, g, beta, initial_state, seq_idx, chunk_size):
     """Raise a ValueError if the arguments of delta_scan do not fit together."""
     _check_inputs(q, k, v, g, beta, "B, L")
-    batch, length, heads = g.shape
+    batch, length, _ = g.shape
     if batch == 0 or length == 0:
         raise ValueError(f"g: expected at least one token, got {'B' if batch == 0 else 'L'} = 0")
-    if initial_state is not None:
-        _check_shape("initial_state", initial_state, "B, H, P, N", (batch, heads, v.shape[-1], k.shape[-1]))
-    if seq_idx is not None:
-        _check_shape("seq_idx", seq_idx, "B, L", (batch, length))
-        if seq_idx.is_floating_point() or seq_idx.is_complex():
-            raise ValueError(f"seq_idx: expected integers, got {seq_idx.dtype}")
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size: expected a positive integer, got {chunk_size}")
+    _check_options(g, initial_state, (v.shape[-1], k.shape[-1]), seq_idx, chunk_size)
 
 
 def _check_inputs(q, k, v, g, beta, leading):

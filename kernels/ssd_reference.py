@@ -147,11 +147,17 @@ def ssd_matrix(dt, A, B, C, *, dt_bias=None, dt_softplus=True):
 def check_scan(x, dt, A, B, C, D, dt_bias, initial_state, seq_idx, chunk_size):
     """Raise a ValueError if the arguments of ssd_scan do not fit together."""
     _check_inputs(x, dt, A, B, C, D, dt_bias, leading="B, L")
-    batch, length, heads = dt.shape
+    batch, length, _ = dt.shape
     if batch == 0 or length == 0:
         raise ValueError(f"x: expected at least one token, got {'B' if batch == 0 else 'L'} = 0")
+    _check_options(dt, initial_state, (x.shape[-1], B.shape[-1]), seq_idx, chunk_size)
+
+
+def _check_options(per_head, initial_state, state, seq_idx, chunk_size):
+    """Check what a scan may be given besides its inputs; per_head: (B, L, H), state: (P, N)."""
+    batch, length, heads = per_head.shape
     if initial_state is not None:
-        _check_shape("initial_state", initial_state, "B, H, P, N", (batch, heads, x.shape[-1], B.shape[-1]))
+        _check_shape("initial_state", initial_state, "B, H, P, N", (batch, heads, *state))
     if seq_idx is not None:
         _check_shape("seq_idx", seq_idx, "B, L", (batch, length))
         if seq_idx.is_floating_point() or seq_idx.is_complex():

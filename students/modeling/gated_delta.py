@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .fused_projection import FusedProjection
 from .modeling_mixer import Geometry, Heads, Transfer
-from .state_space import GATE_OPEN, PADDING_STEP, SILU_INPUT, StateSpace, WidenedLinear
+from .state_space import GATE_OPEN, PADDING_STEP, WidenedLinear
 
 try:
     from transpoint.kernels.delta_reference import delta_scan, delta_step
@@ -23,7 +24,7 @@ NORM_EPS = 1e-6  # of keys and queries, as in transformers' Qwen3-Next
 STRENGTH = 0.1  # how much of what is held under its key a token replaces, until `calibrate` has found it
 
 
-class GatedDeltaMixer(StateSpace):
+class GatedDeltaMixer(FusedProjection):
     """A gated DeltaNet mixer with the call signature of self-attention. H heads of queries, keys and values, each P.
 
     Rows of `in_proj`: z (H*P, if gated), v, k and q (H*P each), a (H), b (H). v, k and q pass a causal depthwise
@@ -48,7 +49,6 @@ class GatedDeltaMixer(StateSpace):
         qk_norm: whether k and q take the teacher's norms, where it has them.
     """
 
-    copied = ("in_proj.", "out_proj.", "q_norm.", "k_norm.")
     exact: ClassVar[tuple[str, ...]] = ("A_log", "dt_bias")
     strengths: ClassVar[tuple[float, ...]] = (0.03, 0.1, 0.3, 0.8)
 
@@ -75,9 +75,7 @@ class GatedDeltaMixer(StateSpace):
         # No released class has a bias there: so there is one only where the teacher's projections have some.
         biased = not {"q_proj", "k_proj", "v_proj"}.isdisjoint(geometry.biases)
         self.add_recurrence(conv_kernel, norm=True, skip=False, conv_bias=biased)
-        norms = qk_norm and geometry.norm_over is not None
-        self.q_norm = attention.get_submodule("q_norm") if norms else None
-        self.k_norm = attention.get_submodule("k_norm") if norms else None
+        self.take_norms(attention, qk_norm)
         self.out_proj = nn.Linear(H * P, geometry.hidden_size, bias="o_proj" in geometry.biases)
         self.opens: Tensor | None = None  # the row that `open_gate` was given
 
@@ -113,62 +111,33 @@ class GatedDeltaMixer(StateSpace):
         if memory is not None:
             memory.advance(conv_state, state, length, memory.tokens_after(length, pads))
         z = z if self.z_bias is None else z + self.z_bias
-        y = self._norm_and_gate(y, z.unflatten(-1, (H, -1)) if self.gate else None)
+        y = self._norm_and_gate(y, z if self.gate else None)
         return self.out_proj(y.to(hidden_states.dtype)), None
 
     def _norm_and_gate(self, y: Tensor, z: Tensor | None) -> Tensor:
-        """The gate comes after the norm here: what is normed does not depend on it. y, z (B,L,H,P); gives (B,L,H*P)."""
+        """The gate comes after the norm here: what is normed does not depend on it.
+
+        y (B,L,H,P), z and what comes of it (B,L,H*P).
+        """
         y = F.rms_norm(y.to(_precise(y)), y.shape[-1:], eps=self.norm_eps).flatten(2)
         y = y * self.norm.get_parameter("weight")  # type: ignore[union-attr]
-        return y if z is None else y * F.silu(z.flatten(2).to(y.dtype))
-
-    @property
-    def out(self) -> nn.Linear:
-        return self.out_proj
+        return y if z is None else y * F.silu(z.to(y.dtype))
 
     def transfers(self, view) -> list[Transfer]:
-        def named(*parts: str) -> str:
-            return ".".join((view.name, *parts))
-
+        shared = Heads(self.num_kv_heads, self.head_dim, self.num_heads // self.num_kv_heads)
         # Of a key and a query, which are brought to length 1, only the direction counts: the factor of a query is that
         # by which attention scales it, and keeps the SiLU nearly linear.
-        sources = {"v": ("v_proj", 1.0, "x"), "k": ("k_proj", 1.0, "B"), "q": ("q_proj", self.geometry.scale, "C")}
-        shared = Heads(self.num_kv_heads, self.head_dim, self.num_heads // self.num_kv_heads)
-        found: list[Transfer] = []
-        row = channel = 0
-        for part, size in self.sizes.items():
-            rows, row = (row, row + size), row + size
-            if part not in sources:
-                if size:
-                    found.append(Transfer(named("in_proj.weight"), "constant", rows=rows, part=part, value=0.0))
-                continue
-            projection, factor, kind = sources[part]
-            heads = shared if part != "q" and shared.repeats > 1 else None
-            channels, channel = (channel, channel + size), channel + size
-            tap = SILU_INPUT[kind] if self.conv_activation == "silu" else 1.0
-            bias = named("conv1d.bias")
-            found += [
-                Transfer.taken(
-                    named("in_proj.weight"), view, projection, "weight", rows, part, factor=factor, heads=heads
-                ),
-                Transfer(named("conv1d.weight"), "identity", rows=channels, part=part, value=tap),
-            ]
-            if getattr(view, projection).bias is not None:
-                taken = factor * tap
-                found.append(Transfer.taken(bias, view, projection, "bias", channels, part, factor=taken, heads=heads))
-            elif self.conv1d.bias is not None:  # type: ignore[union-attr]
-                found.append(Transfer(bias, "constant", rows=channels, part=part, value=0.0))
-        if self.z_bias is not None:
-            found.append(Transfer(named("z_bias"), "constant", value=GATE_OPEN))
+        found = self.projection_transfers(
+            view,
+            {
+                "v": ("v_proj", 1.0, "x", shared),
+                "k": ("k_proj", 1.0, "B", shared),
+                "q": ("q_proj", self.geometry.scale, "C", Heads(self.num_heads, self.head_dim)),
+            },
+        )
         if self.b_bias is not None:
-            found.append(Transfer(named("b_bias"), "constant", value=torch.tensor(STRENGTH).logit().item()))
-        found += self.recurrence_transfers(view.name)
-        for parameter in ("weight",) if view.o_proj.bias is None else ("weight", "bias"):
-            found.append(Transfer.taken(named("out_proj", parameter), view, "o_proj", parameter))
+            found.append(Transfer(f"{view.name}.b_bias", "constant", value=torch.tensor(STRENGTH).logit().item()))
         return found
-
-    def drops(self, view) -> list[str]:
-        return ["q_norm.", "k_norm."] if self.q_norm is None else []
 
     @property
     def gate_shut(self) -> bool:
@@ -192,9 +161,6 @@ class GatedDeltaMixer(StateSpace):
         # To the two products with the state that Mamba-2 has comes one: what it holds under a key.
         taps = 2.0 * self.conv1d.weight.numel()  # type: ignore[union-attr]
         return 1.5 * (super().flops(length) - taps) + taps
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, rope={self.rope}"
 
 
 def _precise(t: Tensor) -> torch.dtype:

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from .errors import StudentError
+from .fused_projection import FusedProjection
 from .modeling_mixer import Geometry, Heads, Transfer
-from .state_space import GATE_OPEN, PADDING_STEP, SILU_INPUT, StateSpace, WidenedLinear
+from .state_space import GATE_OPEN, PADDING_STEP, WidenedLinear
 
 
-class Mamba2Mixer(StateSpace):
+class Mamba2Mixer(FusedProjection):
     """A Mamba-2 mixer with the call signature of self-attention. H heads, K of x and B, head_dim P, state N.
 
     Rows of `in_proj`: z (H*P, if gated), x (K*P), B (K*N), C (H*N), dt (H). x, B and C pass a causal depthwise
@@ -40,7 +41,6 @@ class Mamba2Mixer(StateSpace):
             what C gains as zero: so a student starts as without, and can learn to find what followed a token.
     """
 
-    copied = ("in_proj.", "out_proj.", "q_norm.", "k_norm.")
     matrix = ("in_proj.", "conv1d.", "k_norm.", "q_norm.", "dt_bias", "A_log")
 
     def __init__(
@@ -68,9 +68,8 @@ class Mamba2Mixer(StateSpace):
         self.in_proj = WidenedLinear(geometry.hidden_size, sum(self.sizes.values()), bias=False)
         self.z_bias = nn.Parameter(torch.full((H * P,), GATE_OPEN)) if gate and gate_bias else None
         self.add_recurrence(conv_kernel, norm)
-        norms = qk_norm and geometry.norm_over is not None
-        self.q_norm = attention.get_submodule("q_norm") if norms else None
-        self.k_norm = attention.get_submodule("k_norm") if norms else None
+        self.take_norms(attention, qk_norm)
+        norms = self.q_norm is not None
         # Without norms the scale of q.k is folded into the rows of C; a norm would undo that.
         self.scale = geometry.scale if norms else 1.0
         if norms and geometry.norm_over == "all" and (expand_kv or state_factor > 1):
@@ -142,54 +141,18 @@ class Mamba2Mixer(StateSpace):
         _, _, B, C, dt, _ = self._project(hidden_states, position_embeddings, seq_idx=seq_idx)
         return {"dt": dt, "A": -torch.exp(self.A_log.float()), "B": B, "C": C, "dt_bias": self.dt_bias}
 
-    @property
-    def out(self) -> nn.Linear:
-        """The output projection, whatever the mixer calls it."""
-        return self.out_proj
-
     def transfers(self, view) -> list[Transfer]:
-        def named(*parts: str) -> str:
-            return ".".join((view.name, *parts))
-
-        # A query is scaled before it meets a key; where it is normed first, the mixer scales after its norm.
-        sources = {
-            "x": ("v_proj", 1.0),
-            "B": ("k_proj", 1.0),
-            "C": ("q_proj", self.geometry.scale if self.q_norm is None else 1.0),
-        }
         count, size, repeats = self.num_kv_heads, self.head_dim, self.state_heads // self.num_kv_heads
-        laid = {
-            "x": Heads(count, size, repeats),
-            "B": Heads(count, size, repeats, self.state_factor, again=True),
-            "C": Heads(self.num_heads, size, 1, self.state_factor),
-        }
-        found: list[Transfer] = []
-        row = channel = 0
-        for part, size in self.sizes.items():
-            rows, row = (row, row + size), row + size
-            if part not in sources:
-                if size:
-                    found.append(Transfer(named("in_proj.weight"), "constant", rows=rows, part=part, value=0.0))
-                continue
-            projection, factor = sources[part]
-            channels, channel = (channel, channel + size), channel + size
-            tap = SILU_INPUT[part] if self.conv_activation == "silu" else 1.0
-            bias, heads = named("conv1d.bias"), laid[part] if laid[part].repeats * laid[part].factor > 1 else None
-            found += [
-                Transfer.taken(
-                    named("in_proj.weight"), view, projection, "weight", rows, part, factor=factor, heads=heads
-                ),
-                Transfer(named("conv1d.weight"), "identity", rows=channels, part=part, value=tap, heads=heads),
-                Transfer(bias, "constant", rows=channels, part=part, value=0.0)
-                if getattr(view, projection).bias is None
-                else Transfer.taken(bias, view, projection, "bias", channels, part, factor=factor * tap, heads=heads),
-            ]
-        if self.z_bias is not None:
-            found.append(Transfer(named("z_bias"), "constant", value=GATE_OPEN))
-        found += self.recurrence_transfers(view.name)
-        for parameter in ("weight",) if view.o_proj.bias is None else ("weight", "bias"):
-            found.append(Transfer.taken(named("out_proj", parameter), view, "o_proj", parameter))
-        return found
+        # A query is scaled before it meets a key; where it is normed first, the mixer scales after its norm.
+        scale = self.geometry.scale if self.q_norm is None else 1.0
+        return self.projection_transfers(
+            view,
+            {
+                "x": ("v_proj", 1.0, "x", Heads(count, size, repeats)),
+                "B": ("k_proj", 1.0, "B", Heads(count, size, repeats, self.state_factor, again=True)),
+                "C": ("q_proj", scale, "C", Heads(self.num_heads, size, 1, self.state_factor)),
+            },
+        )
 
     @property
     def gate_shut(self) -> bool:
@@ -198,9 +161,3 @@ class Mamba2Mixer(StateSpace):
     @torch.no_grad()
     def open_gate(self, row: Tensor) -> None:
         self.in_proj.weight[: self.sizes["z"]] = GATE_OPEN * row
-
-    def drops(self, view) -> list[str]:
-        return ["q_norm.", "k_norm."] if self.q_norm is None else []
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, rope={self.rope}"

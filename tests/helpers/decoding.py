@@ -34,6 +34,28 @@ def assert_near(found, expected, tolerance=1e-9):
     assert (found - expected).norm() <= tolerance * expected.norm()
 
 
+def assert_decodes_left_padded_rows_as_each_alone(student):
+    """At once, token by token, and in pieces."""
+    rows = [tokens(1, n, seed=n) for n in (5, 20, 13)]
+    ids, mask = torch.full((3, 20), 7), torch.zeros(3, 20, dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, 20 - row.shape[1] :], mask[i, 20 - row.shape[1] :] = row[0], 1
+    whole = logits(student, ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0))
+    for sizes in ([1] * 20, [9, 6, 1, 1, 1, 1, 1]):
+        found = in_pieces(student, ids, sizes, mask)
+        for i, row in enumerate(rows):
+            expected = logits(student, row)[0]
+            assert_near(found[i][mask[i] == 1], expected)
+            assert_near(whole[i][mask[i] == 1], expected)
+
+
+def assert_decodes_in_pieces_as_at_once(student, cuts):
+    """Cut at these places."""
+    ids, edges = tokens(), [0, *sorted(cuts), LENGTH]
+    sizes = [end - begin for begin, end in zip(edges, edges[1:], strict=False)]
+    assert_near(in_pieces(student, ids, sizes), logits(student, ids))
+
+
 @torch.no_grad()
 def stirred(student, seed=0):
     """What only the state-space form has is set at random: as transferred, much of it does nothing."""

@@ -3,7 +3,15 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from decoding import LENGTH, assert_near, in_pieces, logits, stirred, tokens
+from decoding import (
+    LENGTH,
+    assert_decodes_in_pieces_as_at_once,
+    assert_decodes_left_padded_rows_as_each_alone,
+    assert_near,
+    logits,
+    stirred,
+    tokens,
+)
 from hypothesis import given, settings, strategies as st
 
 from transpoint.distill.train.calibration import calibrate
@@ -55,25 +63,12 @@ def test_it_starts_as_the_delta_rule_on_the_teachers_queries_keys_and_values(fam
 @settings(max_examples=6, deadline=None)
 @given(cuts=st.lists(st.integers(1, LENGTH - 1), max_size=5, unique=True))
 def test_decoding_in_pieces_equals_a_full_forward(case, cuts):
-    student, ids = of(case), tokens()
-    edges = [0, *sorted(cuts), LENGTH]
-    sizes = [end - begin for begin, end in zip(edges, edges[1:], strict=False)]
-    assert_near(in_pieces(student, ids, sizes), logits(student, ids))
+    assert_decodes_in_pieces_as_at_once(of(case), cuts)
 
 
 @students
 def test_a_left_padded_batch_equals_unpadded_rows(case):
-    student, rows = of(case), [tokens(1, n, seed=n) for n in (5, 20, 13)]
-    ids, mask = torch.full((3, 20), 7), torch.zeros(3, 20, dtype=torch.long)
-    for i, row in enumerate(rows):
-        ids[i, 20 - row.shape[1] :], mask[i, 20 - row.shape[1] :] = row[0], 1
-    whole = logits(student, ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0))
-    for sizes in ([1] * 20, [9, 6, 1, 1, 1, 1, 1]):
-        found = in_pieces(student, ids, sizes, mask)
-        for i, row in enumerate(rows):
-            expected = logits(student, row)[0]
-            assert_near(found[i][mask[i] == 1], expected)
-            assert_near(whole[i][mask[i] == 1], expected)
+    assert_decodes_left_padded_rows_as_each_alone(of(case))
 
 
 def test_a_saved_student_generates_as_before(tmp_path):

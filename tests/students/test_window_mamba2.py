@@ -2,7 +2,16 @@
 
 import pytest
 import torch
-from decoding import LENGTH, assert_near, in_pieces, logits, stirred, tokens
+from decoding import (
+    LENGTH,
+    assert_decodes_in_pieces_as_at_once,
+    assert_decodes_left_padded_rows_as_each_alone,
+    assert_near,
+    in_pieces,
+    logits,
+    stirred,
+    tokens,
+)
 from hypothesis import given, settings, strategies as st
 
 from transpoint.distill.train.calibration import calibrate
@@ -154,25 +163,12 @@ def test_what_lies_between_sinks_and_window_reaches_a_token_through_the_state_al
 @settings(max_examples=6, deadline=None)
 @given(cuts=st.lists(st.integers(1, LENGTH - 1), max_size=5, unique=True))
 def test_decoding_in_pieces_equals_a_full_forward(case, cuts):
-    student, ids = of(case), tokens()
-    edges = [0, *sorted(cuts), LENGTH]
-    sizes = [end - begin for begin, end in zip(edges, edges[1:], strict=False)]
-    assert_near(in_pieces(student, ids, sizes), logits(student, ids))
+    assert_decodes_in_pieces_as_at_once(of(case), cuts)
 
 
 @students
 def test_a_left_padded_batch_token_by_token_equals_unpadded_rows(case):
-    student, rows = of(case), [tokens(1, n, seed=n) for n in (5, 20, 13)]
-    ids, mask = torch.full((3, 20), 7), torch.zeros(3, 20, dtype=torch.long)
-    for i, row in enumerate(rows):
-        ids[i, 20 - row.shape[1] :], mask[i, 20 - row.shape[1] :] = row[0], 1
-    whole = logits(student, ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0))
-    for sizes in ([1] * 20, [9, 6, 1, 1, 1, 1, 1]):
-        found = in_pieces(student, ids, sizes, mask)
-        for i, row in enumerate(rows):
-            expected = logits(student, row)[0]
-            assert_near(found[i][mask[i] == 1], expected)
-            assert_near(whole[i][mask[i] == 1], expected)
+    assert_decodes_left_padded_rows_as_each_alone(of(case))
 
 
 def test_a_cache_holds_window_and_sinks_and_no_more_and_goes_through_a_file(tmp_path):

@@ -1,0 +1,76 @@
+"""What mixers share whose first projections are rows of one matrix, as released Mamba-2 and gated DeltaNet layers have
+them: where these rows, the convolution after them, and the output projection come from.
+
+This file travels with exported checkpoints: it imports torch only.
+"""
+
+from torch import nn
+
+from .modeling_mixer import Heads, Transfer
+from .state_space import GATE_OPEN, SILU_INPUT, StateSpace
+
+
+class FusedProjection(StateSpace):
+    """A mixer with `in_proj`, of which part by part `sizes` says the rows; z_bias (or None); conv1d; and out_proj."""
+
+    copied = ("in_proj.", "out_proj.", "q_norm.", "k_norm.")
+    sizes: dict[str, int]
+    z_bias: nn.Parameter | None
+    out_proj: nn.Linear
+
+    def take_norms(self, attention: nn.Module, qk_norm: bool) -> None:
+        """The teacher's k/q norms, where it has them and they are wanted."""
+        norms = qk_norm and self.geometry.norm_over is not None
+        self.q_norm = attention.get_submodule("q_norm") if norms else None
+        self.k_norm = attention.get_submodule("k_norm") if norms else None
+
+    def projection_transfers(self, view, sources: dict[str, tuple[str, float, str, Heads]]) -> list[Transfer]:
+        """Of projections, convolution, the gate's bias, the recurrence and the output projection.
+
+        Args:
+            view: of the teacher's attention.
+            sources: for parts of `in_proj` the teacher's projection, a factor, which of x, B and C it is for the SiLU,
+                and how its heads are laid out. Other parts start at zero.
+        """
+
+        def named(*parts: str) -> str:
+            return ".".join((view.name, *parts))
+
+        found: list[Transfer] = []
+        row = channel = 0
+        for part, size in self.sizes.items():
+            rows, row = (row, row + size), row + size
+            if part not in sources:
+                if size:
+                    found.append(Transfer(named("in_proj.weight"), "constant", rows=rows, part=part, value=0.0))
+                continue
+            projection, factor, kind, laid = sources[part]
+            heads = laid if laid.repeats * laid.factor > 1 else None
+            channels, channel = (channel, channel + size), channel + size
+            tap = SILU_INPUT[kind] if self.conv_activation == "silu" else 1.0
+            weight, bias = named("in_proj.weight"), named("conv1d.bias")
+            found += [
+                Transfer.taken(weight, view, projection, "weight", rows, part, factor=factor, heads=heads),
+                Transfer(named("conv1d.weight"), "identity", rows=channels, part=part, value=tap, heads=heads),
+            ]
+            if getattr(view, projection).bias is not None:
+                scaled = factor * tap
+                found.append(Transfer.taken(bias, view, projection, "bias", channels, part, factor=scaled, heads=heads))
+            elif self.conv1d is not None and self.conv1d.bias is not None:
+                found.append(Transfer(bias, "constant", rows=channels, part=part, value=0.0))
+        if self.z_bias is not None:
+            found.append(Transfer(named("z_bias"), "constant", value=GATE_OPEN))
+        found += self.recurrence_transfers(view.name)
+        for parameter in ("weight",) if view.o_proj.bias is None else ("weight", "bias"):
+            found.append(Transfer.taken(named("out_proj", parameter), view, "o_proj", parameter))
+        return found
+
+    def drops(self, view) -> list[str]:
+        return ["q_norm.", "k_norm."] if self.q_norm is None else []
+
+    @property
+    def out(self) -> nn.Linear:
+        return self.out_proj
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, rope={self.rope}"
