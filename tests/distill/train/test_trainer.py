@@ -509,7 +509,7 @@ def test_a_killed_run_goes_on_to_the_same_result(tiny_copy, tmp_path, run_tiny):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0])
 def test_a_dozen_kills_at_random_moments_change_no_bit(seed, tmp_path, run_tiny):
-    more = ["align.steps=16", "distill.steps=40", "align.checkpoint_every=2", "distill.checkpoint_every=2"]
+    more = ["align.steps=8", "distill.steps=40", "align.checkpoint_every=2", "distill.checkpoint_every=2"]
     more += ["align.log_every=1", "distill.log_every=1", "data.length=32", "evaluate.sequences=2"]
     run_tiny(tmp_path / "whole", *more, until_stage="distill")
     command = [sys.executable, ROOT / "tests" / "helpers" / "kill_often.py", "12", str(seed)]
