@@ -5,14 +5,16 @@ This file travels with exported checkpoints: it imports torch and transformers o
 
 import json
 import os
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedConfig
-from transformers.cache_utils import DynamicLayer
+from transformers import DynamicCache, PreTrainedConfig, StaticCache
+from transformers.cache_utils import DynamicLayer, StaticLayer
 
+from .cache_layers import StateLayer, mark_static
 from .configuration_mixers import MIXERS
 
 
@@ -21,18 +23,50 @@ class HybridCache(DynamicCache):
 
     A cache is what a model remembers of the tokens so far, and it can be continued more than once: `fork` copies it,
     `save` and `load` put it on disk and take it back. Each is exact: what follows has the same logits, bit for bit.
+
+    Args:
+        config: of the model.
+        max_cache_len: makes it static: keys and values of kept attention lie in tensors for so many tokens, and states
+            are written to in place, so that a step of decoding can be compiled. None: it grows.
+
+    Raises:
+        ValueError: it is to be static, and one of the mixers has no memory of that kind.
     """
 
-    def __init__(self, config: PreTrainedConfig):
+    def __init__(self, config: PreTrainedConfig, max_cache_len: int | None = None):
         super().__init__(config=config)
-        self.config = config
+        self.config, self.max_cache_len = config, max_cache_len
+        if max_cache_len is not None:
+            if lacking := [mixer for mixer in config.mixers if not can_be_static(mixer)]:
+                raise ValueError(f"a layer of {lacking[0]} has no static memory: leave max_cache_len out")
+            self.layers = StaticCache(config, max_cache_len).layers
         for index, mixer in enumerate(config.mixers):
             if mixer != "attention":
-                self.layers[index] = MIXERS[mixer].load().remembers()
+                self.layers[index] = layer = MIXERS[mixer].load().remembers()
+                layer.max_cache_len = max_cache_len
+
+    @property
+    def fixed(self) -> bool:
+        """Whether nothing but tensors of it changes from now on: it is static, and padding has come to an end."""
+        return all(layer.fixed for layer in self.layers if isinstance(layer, StateLayer))
 
     def reset(self) -> None:
         """Empties it, as a new one (transformers before 5.23 only zeroes keys and values, and keeps their length)."""
-        self.layers = HybridCache(self.config).layers
+        self.layers = HybridCache(self.config, self.max_cache_len).layers
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        for layer in cast("list[Any]", self.layers):
+            if isinstance(layer, StaticLayer):
+                _change_rows(layer, lambda tensor: tensor.repeat_interleave(repeats, 0))
+            else:
+                layer.batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        for layer in cast("list[Any]", self.layers):
+            if isinstance(layer, StaticLayer):
+                _change_rows(layer, lambda tensor: tensor[indices])
+            else:
+                layer.batch_select_indices(indices)
 
     def fork(self, copies: int = 1) -> "HybridCache":
         """A cache of its own with the same memory; this one stays as it is.
@@ -46,9 +80,11 @@ class HybridCache(DynamicCache):
         """
         if copies < 1:
             raise ValueError(f"copies: expected at least 1, got {copies}")
-        fork = HybridCache(self.config)
+        fork = HybridCache(self.config, self.max_cache_len)
         for layer, own in zip(fork.layers, self.layers, strict=True):
             vars(layer).update({name: _copied(value) for name, value in vars(own).items()})
+            if self.max_cache_len is not None:
+                mark_static(layer)
         if copies > 1:
             fork.batch_repeat_interleave(copies)
         return fork
@@ -63,6 +99,7 @@ class HybridCache(DynamicCache):
             tensors |= {f"{index}.{name}": value.detach().clone().contiguous() for name, value in held.items()}
             counts.append({name: v for name, v in facts.items() if isinstance(v, int | float | list)})
         metadata = {"format": "pt", "for": json.dumps(_kind(self.config)), "layers": json.dumps(counts)}
+        metadata["max_cache_len"] = json.dumps(self.max_cache_len)
         save_file(tensors, path, metadata)
 
     @classmethod
@@ -108,14 +145,21 @@ class HybridCache(DynamicCache):
                 f"'{path}' holds {found}, the model is in {expected}: load the model in the cache's dtype, or pass "
                 "dtype=model.dtype if it was moved to another than its config's"
             )
-        cache = cls(config)
+        cache = cls(config, json.loads(metadata.get("max_cache_len", "null")))
         for index, (layer, counts) in enumerate(zip(cache.layers, json.loads(metadata["layers"]), strict=True)):
             prefix = f"{index}."
             held = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-            if isinstance(layer, DynamicLayer) and held:
+            if isinstance(layer, DynamicLayer | StaticLayer) and "keys" in held:
                 layer.lazy_initialization(held["keys"], held["values"])
             vars(layer).update(counts | held)
+            if cache.max_cache_len is not None:
+                mark_static(layer)
         return cache
+
+
+def can_be_static(mixer: str) -> bool:
+    """Whether a layer of this name can be in a static cache."""
+    return mixer == "attention" or MIXERS[mixer].load().remembers.can_be_static
 
 
 def _kind(config: PreTrainedConfig) -> dict:
@@ -124,6 +168,13 @@ def _kind(config: PreTrainedConfig) -> dict:
     names += ("num_attention_heads", "num_key_value_heads", "head_dim", "sliding_window", "layer_types")
     names += ("rope_parameters",)
     return {name: getattr(config, name, None) for name in names}
+
+
+def _change_rows(layer: StaticLayer, change) -> None:
+    if layer.is_initialized:
+        layer.keys, layer.values = change(layer.keys), change(layer.values)
+        layer.batch_size = len(layer.keys)
+        mark_static(layer)
 
 
 def _copied(value):

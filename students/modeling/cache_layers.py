@@ -15,33 +15,62 @@ class StateLayer(CacheLayerMixin):
 
     Unlike transformers' linear-attention layers it counts the tokens it has seen, so a model with no attention layer
     left still knows its positions and masks.
+
+    In a static cache, where attention holds `max_cache_len` tokens, it is fixed as soon as its tensors will keep their
+    shapes: they are then written to in place, and nothing of it but tensors changes, so that a step is compiled once.
     """
 
     tensors: ClassVar[tuple[str, ...]] = ("conv_state", "ssm_state")
+    can_be_static: ClassVar[bool] = True
 
     def __init__(self):
         super().__init__()
+        self.max_cache_len: int | None = None  # of a static cache
+        self.fixed = False
+        self.advanced = False  # since somebody has last looked
         self.conv_state: Tensor | None = None  # (B, channels, kernel - 1): the last inputs of the convolution
         self.ssm_state: Tensor | None = None  # (B, H, P, N), float32
-        self.seen = 0
-        self.tokens = [0]  # how many each row has seen, padding left out; one entry where all rows are alike
+        self.seen: int | Tensor = 0  # columns; a tensor once it is fixed
+        # How many each row has seen, padding left out; one entry where all rows are alike. Not counted once fixed.
+        self.tokens = [0]
 
     def advance(self, conv_state: Tensor | None, ssm_state: Tensor | None, columns: int, tokens: list[int]) -> None:
         """Takes the states after `columns` more columns; `tokens`: how many each row has now seen."""
-        self.conv_state, self.ssm_state = conv_state, ssm_state
+        self.advanced = True
         self.seen += columns
+        if self.fixed:
+            for held, new in ((self.conv_state, conv_state), (self.ssm_state, ssm_state)):
+                if held is not None and new is not held:
+                    held.copy_(new)  # type: ignore[arg-type]  # what it has once it has for good
+            return
+        self.conv_state, self.ssm_state = conv_state, ssm_state
         self.tokens = tokens if len(set(tokens)) > 1 else tokens[:1]
         self.is_initialized = True
+        if self.max_cache_len is not None and self.keeps_shape:
+            assert ssm_state is not None
+            self.seen, self.fixed = torch.tensor(self.seen, device=ssm_state.device), True
+            mark_static(self)
+
+    @property
+    def keeps_shape(self) -> bool:
+        """Whether its tensors will: it has nothing else to remember. All rows have begun then."""
+        return min(self.tokens) > 0
+
+    @property
+    def is_compileable(self) -> bool:  # type: ignore[override]  # an attribute there
+        return self.max_cache_len is not None
 
     def tokens_after(self, columns: int, pads: list[int]) -> list[int]:
         """`tokens` after `columns` more columns; `pads`: how many of these are padding in each row."""
         return [seen + columns - pad for seen, pad in zip(*by_row(self.tokens, pads), strict=True)]
 
     def get_seq_length(self) -> int:
-        return self.seen
+        return self.seen  # type: ignore[return-value]  # a tensor in static layers of attention, too
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.seen + query_length, 0
+        if self.max_cache_len is not None:
+            return self.max_cache_len, 0
+        return self.get_seq_length() + query_length, 0
 
     def get_max_length(self) -> int:
         return -1
@@ -77,11 +106,24 @@ class StateLayer(CacheLayerMixin):
     def _map(self, function) -> None:
         for name in self.tensors:
             if (tensor := getattr(self, name)) is not None:
-                setattr(self, name, function(tensor))
+                new = function(tensor)
+                if self.fixed and new.shape == tensor.shape:
+                    tensor.copy_(new)
+                else:
+                    setattr(self, name, new)
+        if self.fixed:
+            mark_static(self)
 
     def _select(self, indices: Tensor) -> None:
         if len(self.tokens) > 1:  # otherwise the device is not waited for
             self.tokens = torch.tensor(self.tokens)[indices.cpu()].tolist()
+
+
+def mark_static(layer: Any) -> None:
+    """Tells compilers that a layer's tensors stay where they are, without which CUDA graphs cannot write to them."""
+    for value in vars(layer).values():
+        if isinstance(value, Tensor):
+            torch._dynamo.mark_static_address(value)
 
 
 def by_row(*counts: list[int]) -> list[list[int]]:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import logging
 
-from .cache import HybridCache
+from .cache import HybridCache, can_be_static
 from .cache_layers import StateLayer
 from .configuration_hybrid import MODEL_TYPE, HybridConfig
 from .configuration_mixers import MIXERS, have_trans_points
@@ -24,6 +25,7 @@ from .modeling_mixer import Geometry, Mixer, MixerMask
 
 # Keywords of `from_pretrained` that say where a checkpoint is and how to get at it.
 HUB = {"cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token"}
+logger = logging.get_logger(__name__)
 
 
 if TYPE_CHECKING:
@@ -130,22 +132,53 @@ class HybridForCausalLM(_Teacher):
             if have_trans_points([kind]):
                 cast("Mixer", mixer).set_trans_point(point)
 
-    def new_cache(self) -> HybridCache:
-        """An empty cache for this model, to be passed as `cache` (`past_key_values` before transformers 5.24)."""
-        return HybridCache(self.config)
+    def new_cache(self, max_cache_len: int | None = None) -> HybridCache:
+        """An empty cache for this model, to be passed as `cache` (`past_key_values` before transformers 5.24).
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        name = cache_name(type(self.get_decoder()))
+        max_cache_len: as `HybridCache` has it, for a static one. A transmamba layer takes no part in that before its
+        TransPoint: the prompt has to be past it.
+        """
+        return HybridCache(self.config, max_cache_len)
+
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *args, **kwargs
+    ):
+        name, kind = cache_name(type(self.get_decoder())), generation_config.cache_implementation
         if generation_config.use_cache is not False and model_kwargs.get(name) is None:
-            if generation_config.cache_implementation not in (None, "dynamic"):
+            if kind not in (None, "dynamic", "static"):
                 raise ValueError(
-                    f"cache_implementation='{generation_config.cache_implementation}' is not possible for a hybrid: "
-                    "its mixer layers keep a state, not keys and values; leave it out"
+                    f"cache_implementation='{kind}' is not possible for a hybrid, whose mixer layers keep a state: "
+                    "leave it out, or take 'static'"
                 )
-            model_kwargs[name] = self.new_cache()
+            length = None
+            if kind == "static" and (reason := self._why_not_static(model_kwargs.get("position_ids"))) is not None:
+                logger.warning_once(f"cache_implementation='static': {reason}; the cache that grows is taken instead")
+            elif kind == "static":
+                # As transformers does: the longest so far, so that what was compiled serves again.
+                asked = max(max_cache_length, getattr(generation_config, "max_cache_len", None) or 0)
+                length = self._longest_static = max(asked, getattr(self, "_longest_static", 0))
+            model_kwargs[name] = self.new_cache(length)
             return None
         prepare = super()._prepare_cache_for_generation  # type: ignore[misc]  # wants a protocol of transformers' own
-        return prepare(generation_config, model_kwargs, *args, **kwargs)
+        return prepare(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *args, **kwargs)
+
+    def _why_not_static(self, positions: Tensor | None) -> str | None:
+        """Why a prompt with these position ids (B, tokens) is not decoded with a static cache; None if it is."""
+        if lacking := [mixer for mixer in self.config.mixers if not can_be_static(mixer)]:
+            return f"a layer of {lacking[0]} has no static memory"
+        points = [point for point, mixer in zip(self.trans_points, self.mixer_layers(), strict=True) if mixer]
+        last = max(points, default=0)
+        if last > 0 and (tokens := 0 if positions is None else int(positions[..., -1].min()) + 1) < last:
+            return f"the shortest prompt has {tokens} tokens, and the last TransPoint is at {last}"
+        return None
+
+    def prepare_inputs_for_generation(self, *args, attention_mask: Tensor | None = None, **kwargs):
+        inputs = super().prepare_inputs_for_generation(*args, attention_mask=attention_mask, **kwargs)  # type: ignore[misc]
+        # With a static cache attention's mask is made here, of a shape that stays. Mixers want the one it is made from.
+        cache = inputs.get(cache_name(type(self.get_decoder())))
+        if isinstance(cache, HybridCache) and cache.is_compileable and not cache.fixed:
+            inputs["padding_mask"] = attention_mask
+        return inputs
 
 
 CACHE_NAMES = ("cache", "past_key_values")  # since transformers 5.24, and before
@@ -170,14 +203,13 @@ _CACHE_NAMES: dict[type, str | None] = {}
 class _Told(NamedTuple):
     """What the mixers of a pass are told besides what any attention is told, and what came of it.
 
-    mask: of all mixers. spans: those of single mixers. cache: the one in use, and how many columns it had seen.
-    reached: layers that were told.
+    mask: of all mixers. spans: those of single mixers. states: memories of the cache in use. reached: layers that were
+    told.
     """
 
     mask: MixerMask
     spans: dict
-    cache: HybridCache | None
-    seen: list[int]
+    states: list[StateLayer]
     reached: set
 
 
@@ -190,9 +222,10 @@ def _tell_mixers(name: str, decoder, args, kwargs):
         caches = [HybridCache(decoder.config)]
     cache = kwargs[name] = caches[0] if caches else None
     mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
-    mixer_mask, spans = MixerMask(), {}
+    known = "padding_mask" in kwargs or (isinstance(cache, HybridCache) and cache.fixed)
+    mixer_mask, spans = MixerMask(padding_mask=kwargs.pop("padding_mask", None)), {}
     packed = isinstance(mask, BlockMask) and positions is not None and cache is None
-    if mask is not None and not packed:
+    if mask is not None and not packed and not known:
         if not (isinstance(mask, Tensor) and mask.ndim == 2):
             found = f"of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"that is a {type(mask).__name__}"
             raise ValueError(
@@ -213,8 +246,11 @@ def _tell_mixers(name: str, decoder, args, kwargs):
                 spans = {mixer: made.of(cast("Spanned", mixer)) for mixer in mixers}
             else:
                 mixer_mask = mixer_mask._replace(documents=Documents(seq_idx))
-    states = [] if cache is None else _states(cache)
-    kwargs["told"] = _Told(mixer_mask, spans, cache, [state.seen for state in states], set())
+    # A cache of another kind is refused by the mixers themselves.
+    states = [layer for layer in getattr(cache, "layers", ()) if isinstance(layer, StateLayer)]
+    for state in states:
+        state.advanced = False
+    kwargs["told"] = _Told(mixer_mask, spans, states, set())
     return args, kwargs
 
 
@@ -235,19 +271,12 @@ def _check_mixers(decoder, args, kwargs, output):
     version of transformers may hand on less, and nothing else would show it."""
     told = kwargs["told"]
     missed = not told.reached
-    forgot = told.cache is not None and any(
-        state.seen == seen for state, seen in zip(_states(told.cache), told.seen, strict=True)
-    )
+    forgot = not all(state.advanced for state in told.states)
     if missed or forgot:
         raise RuntimeError(
             f"{type(decoder).__name__} hands its layers {'no keywords' if missed else 'no cache, though one is in use'}"
             ": their mixers would compute something else; use another version of transformers"
         )
-
-
-def _states(cache) -> list[StateLayer]:
-    """The memories of the mixers. A cache of another kind is refused by the mixers themselves."""
-    return [layer for layer in getattr(cache, "layers", ()) if isinstance(layer, StateLayer)]
 
 
 def hybrid_model_class(config: HybridConfig) -> type[HybridForCausalLM]:

@@ -60,6 +60,10 @@ class TransPointLayer(StateLayer):
         self.B: Tensor | None = None  # values and keys
         self.trans_point: int | float | None = None
 
+    @property
+    def keeps_shape(self) -> bool:
+        return self.keys is None and self.ssm_state is not None and super().keeps_shape
+
     def settle(self, trans_point: int | float) -> None:
         """Fixes the TransPoint with the first tokens. Raises ValueError where it is another one later."""
         if self.trans_point not in (None, trans_point):

@@ -47,6 +47,7 @@ class WindowLayer(StateLayer):
     """What one layer remembers: a state, the keys and values of the window, and those of the sinks."""
 
     tensors = (*StateLayer.tensors, "keys", "values", "position")
+    can_be_static = False
 
     def __init__(self):
         super().__init__()

@@ -128,12 +128,12 @@ def test_assisted_decoding_is_refused(make_student):
         student.generate(tokens(1), assistant_model=make_student(seed=1), max_new_tokens=4)
 
 
-def test_a_static_cache_is_refused_in_generation_naming_what_to_leave_out(make_student):
+def test_a_quantized_cache_is_refused_in_generation_naming_what_to_leave_out(make_student):
     with pytest.raises(ValueError) as caught:
-        make_student().generate(tokens(), max_new_tokens=4, cache_implementation="static")
+        make_student().generate(tokens(), max_new_tokens=4, cache_implementation="quantized")
     assert str(caught.value) == (
-        "cache_implementation='static' is not possible for a hybrid: its mixer layers keep a state, not keys and "
-        "values; leave it out"
+        "cache_implementation='quantized' is not possible for a hybrid, whose mixer layers keep a state: leave it out, "
+        "or take 'static'"
     )
 
 
