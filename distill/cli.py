@@ -20,6 +20,7 @@ from .console import console_of
 from .errors import DistillError
 from .export.formats import FORMATS
 from .run.threads import leave_busy_cores, spin_briefly
+from .shipped import shipped
 from .stages.pipeline import names, pipeline_of
 
 if TYPE_CHECKING:
@@ -81,6 +82,16 @@ _TRAIN = {
     "jinja2",
     "psutil",
 }
+
+
+def init(options) -> None:
+    from .shipped import CONFIGS, write_recipe
+
+    target = Path(options.config)
+    for path in write_recipe(target, options.like):
+        print(f"wrote {path}")
+    print(f"\ntranspoint plan {target}\ntranspoint run {target}")
+    print(f"accelerate launch --config_file {CONFIGS / 'accelerate' / 'ddp.yaml'} -m transpoint.distill {target}")
 
 
 def run(options) -> None:
@@ -403,6 +414,7 @@ def keys(options) -> None:
 
 
 COMMANDS = {
+    "init": init,
     "run": run,
     "plan": plan,
     "status": status,
@@ -419,7 +431,7 @@ COMMANDS = {
 }
 
 
-LIGHT = ("status", "report", "keys")  # which answer at once, without torch
+LIGHT = ("init", "status", "report", "keys")  # which answer at once, without torch
 TRAINING = ("run", "compare", "cache-teacher", "synthesize")  # which take long enough to look at what else is at work
 
 
@@ -454,6 +466,17 @@ def _parser() -> argparse.ArgumentParser:
             type=_spec,
             help="another schedule of TransPoints, as student.trans_points takes it (default: the model's own)",
         )
+
+    sub = command("init", "write a recipe to begin from, a copy of one that comes with the package, and its text")
+    sub.add_argument("config", metavar="FILE", help="the recipe to write, as my-recipe.yaml")
+    known = shipped()
+    sub.add_argument(
+        "--like",
+        choices=known,
+        default="smollm2-135m",
+        metavar="NAME",
+        help=f"one of {', '.join(known)}; default: the demo",
+    )
 
     sub = command("run", "run the stages of a recipe; what is done and unchanged is reused")
     recipe(sub)

@@ -55,7 +55,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     if accelerator.distributed_type not in _DISTRIBUTED:
         raise RunError(
             f"{accelerator.distributed_type.value} is not supported: choose one process, DDP, DeepSpeed or FSDP2 with "
-            "`accelerate config`, or a file of configs/accelerate"
+            "`accelerate config`, or a file as `transpoint init` names"
         )
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise RunError("FSDP version 1 is not supported: set fsdp_version: 2 in accelerate's configuration")

@@ -1,0 +1,55 @@
+"""The recipes that come with the package, and a copy of one to begin from."""
+
+import re
+from pathlib import Path
+
+from .errors import RunError
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+# What recipes lack that say only how to train.
+_TEACHER_AND_TEXT = """teacher: {source: smollm2-135m}
+data: {train: [sample/train.jsonl.zst], heldout: [sample/heldout.jsonl.zst]}
+"""
+
+
+def shipped() -> dict[str, Path]:
+    """The recipes by name."""
+    return {path.stem: path for path in sorted([*CONFIGS.glob("*.yaml"), *CONFIGS.glob("recipes/*.yaml")])}
+
+
+def write_recipe(target: Path, like: str) -> list[Path]:
+    """Writes a copy of a shipped recipe, whose run is named after the file, and beside it what it needs: recipes that
+    it builds on, and the sample of text.
+
+    Returns the files written, the recipe first; what was there before with the same content is left out.
+
+    Raises:
+        RunError: there is no recipe of that name; or a file is there already with other content, and then nothing is
+            written.
+    """
+    if like not in (known := shipped()):
+        raise RunError(f"no recipe '{like}' comes with the package; expected one of {', '.join(known)}")
+    text = known[like].read_text(encoding="utf-8")
+    builds_on = _defaults(text)
+    if not builds_on and not re.search(r"(?m)^data:", text):
+        text += _TEACHER_AND_TEXT
+    text, named = re.subn(r"(?m)^run: \{dir: [^,}]+", f"run: {{dir: runs/{target.stem}", text)
+    assert named == 1, f"{like} names no run folder"
+    files = {target: text.encode()}
+    files |= {target.parent / name: (CONFIGS / name).read_bytes() for name in builds_on if name != target.name}
+    files |= {target.parent / "sample" / path.name: path.read_bytes() for path in sorted(CONFIGS.glob("sample/*"))}
+    new = {path: content for path, content in files.items() if not path.exists() or path.read_bytes() != content}
+    if taken := [path for path in new if path.exists()]:
+        raise RunError(f"'{taken[0]}' is there already, and something else: remove it, or name another file")
+    if target.name in builds_on:
+        raise RunError(f"'{target}' has the name of the recipe that {like} builds on: name another file")
+    for path, content in new.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return list(new)
+
+
+def _defaults(text: str) -> list[str]:
+    """The files that a shipped recipe builds on, and what these do."""
+    found = [name.strip() for names in re.findall(r"(?m)^defaults: \[(.*)\]", text) for name in names.split(",")]
+    return found + [more for name in found for more in _defaults((CONFIGS / name).read_text(encoding="utf-8"))]
