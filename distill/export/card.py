@@ -63,7 +63,7 @@ def write_card(
         tokens=facts.tokens,
         quality=facts.quality,
         measures=rows_beside(facts.measures),
-        note=format.note,
+        note=format.note(student),
         library=format.library,
         figures=figures,
         recipe=recipe_text(facts.recipe).strip() if facts.recipe is not None else None,

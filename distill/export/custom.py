@@ -39,6 +39,8 @@ CUSTOM = Format(
     write=write,
     check=verify,
     check_tokenizer=lambda student, tokenizer: check_tokenizer_with(_config(student), tokenizer),
-    note="Its code is in this folder: `modeling_hybrid.py` and what it imports need torch and transformers only.",
+    note=lambda student: (
+        "Its code is in this folder: `modeling_hybrid.py` and what it imports need torch and transformers only."
+    ),
     snippet=_snippet,
 )

@@ -38,7 +38,7 @@ class Format:
             equal.
         check_tokenizer: takes a student without weights and the tokenizer; raises ExportError where it would not be
             itself in this format.
-        note: what the card says of the format, in Markdown.
+        note: takes a student; what its card says of the format, in Markdown.
         snippet: takes a path or a hub id; lines of code that load it.
         load: takes the folder; the model in it. None where transformers loads it.
         loads: whether torch can run what it writes; else `evaluate` measures the student that it is equal to.
@@ -51,7 +51,7 @@ class Format:
     write: Callable[["HybridForCausalLM", Path, "torch.dtype"], None]
     check: Callable[["HybridForCausalLM", Path, "torch.dtype", "PreTrainedTokenizerBase | None"], dict[str, float]]
     check_tokenizer: Callable[["HybridForCausalLM", "PreTrainedTokenizerBase"], None]
-    note: str
+    note: Callable[["HybridForCausalLM"], str]
     snippet: Callable[[str], str]
     load: "Callable[[Path], PreTrainedModel] | None" = None
     loads: bool = True

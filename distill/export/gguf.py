@@ -24,7 +24,7 @@ from ...students import HybridForCausalLM, Mamba2Mixer, StudentConfig
 from ..models import generated, generating, load_tokenizer
 from ..run.files import read_json, write_json
 from ..tokenizers import PROBES
-from . import native
+from . import granite
 from .formats import ExportError, Format
 from .verify import TOLERANCE, as_written, rounded
 
@@ -51,7 +51,7 @@ _SPLITS = {
 
 
 def why_no_student(config: StudentConfig) -> str | None:
-    if reason := native.why_no_granite_student(config) or _no_llama_cpp():
+    if reason := granite.why_no_student(config) or _no_llama_cpp():
         return reason
     if config.mixer_options["gate_bias"]:
         return f"{_NO_BIAS}; set student.gate_bias=false, or use export.format=custom"
@@ -59,7 +59,7 @@ def why_no_student(config: StudentConfig) -> str | None:
 
 
 def why_not(student: HybridForCausalLM) -> str | None:
-    if reason := native.why_no_granite(student) or _no_llama_cpp():
+    if reason := granite.why_not(student) or _no_llama_cpp():
         return reason
     config, mixers = student.config, [cast(Mamba2Mixer, mixer) for mixer in student.mixer_layers() if mixer is not None]
     mixer = mixers[0]
@@ -98,8 +98,8 @@ def _write_student(
     tokenizer: PreTrainedTokenizerBase,
     dtype: torch.dtype,
 ) -> None:
-    state = rounded(student, rounding, native.native_state(student))
-    _write_file(path, native.native_config(student), state, tokenizer, dtype)
+    state = rounded(student, rounding, granite.state_of(student))
+    _write_file(path, granite.config_of(student), state, tokenizer, dtype)
 
 
 def _write_file(
@@ -276,7 +276,7 @@ def _pre_tokenizer(told: dict) -> str | None:
 
 def check_tokenizer(student: HybridForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises ExportError where llama.cpp makes other tokens of text; a model of zeros will do to find out."""
-    config = copy.deepcopy(native.native_config(student))
+    config = copy.deepcopy(granite.config_of(student))
     config.update(
         {"hidden_size": 32, "intermediate_size": 32, "shared_intermediate_size": 32, "num_hidden_layers": 2}
         | {"layer_types": ["full_attention", "linear_attention"], "num_attention_heads": 2, "num_key_value_heads": 2}
@@ -449,7 +449,7 @@ GGUF = Format(
     write=write,
     check=check,
     check_tokenizer=check_tokenizer,
-    note=(
+    note=lambda student: (
         f"It is one file for llama.cpp, `{FILE}`, with tokenizer and chat template. transformers has no model for"
         " it:\n"
         "what is measured here is the student that it is equal to. What `llama-quantize` makes of it is another model."

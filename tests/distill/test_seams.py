@@ -104,7 +104,7 @@ def toy_format(monkeypatch):
         write=write,
         check=check,
         check_tokenizer=lambda student, tokenizer: None,
-        note="It is a toy.",
+        note=lambda student: "It is a toy.",
         snippet=lambda path: f"play('{path}')",
         load=written_in,
     )

@@ -20,7 +20,7 @@ import transpoint.distill.export.write as writing
 from transpoint.distill.config import Recipe
 from transpoint.distill.data.corpus import Corpus
 from transpoint.distill.data.packed import PackedDataset
-from transpoint.distill.export import custom, native
+from transpoint.distill.export import custom, granite, native
 from transpoint.distill.export.card import CardFacts, plan_in_letters, plan_in_words, write_card
 from transpoint.distill.export.formats import FORMATS, ExportError, find_format
 from transpoint.distill.export.write import export
@@ -454,13 +454,13 @@ def test_what_native_cannot_hold(case, tmp_path):
 )
 def test_query_and_key_norms(qk_norm, reason, tmp_path, monkeypatch):
     """Of a family that is native but for them."""
-    monkeypatch.setattr(native, "NATIVE_FAMILIES", ("qwen3",))
+    monkeypatch.setattr(granite, "FAMILIES", ("qwen3",))
     student = make("qwen3", options={"qk_norm": qk_norm})
     assert refusal(student, tmp_path) == f"native cannot hold this student: {reason}"
 
 
 def test_transformers_that_would_compute_something_else(tmp_path, monkeypatch):
-    monkeypatch.setattr(native.transformers, "__version__", "5.22.1")
+    monkeypatch.setattr(granite.transformers, "__version__", "5.22.1")
     assert refusal(make(), tmp_path) == (
         "native cannot hold this student: transformers 5.22.1 normalises all heads of a Mamba-2 layer together; "
         "it takes 5.23 or later, or format custom"
@@ -474,17 +474,16 @@ def test_an_unknown_format(tmp_path):
 @pytest.mark.slow
 def test_an_export_that_is_not_equal_is_caught(tmp_path, monkeypatch):
     """Heads of C in another order: every shape fits, and every logit is wrong."""
-    real = native.native_state
 
     def shuffled(student):
-        state = real(student)
+        state = granite.state_of(student)
         for name, tensor in state.items():
             if name.endswith("mamba.in_proj.weight"):
                 z, x, b, c, dt = tensor.split([64, 64, 64, 64, 4])
                 state[name] = torch.cat([z, x, b, c.unflatten(0, (4, 16)).roll(1, 0).flatten(0, 1), dt])
         return state
 
-    monkeypatch.setattr(native, "native_state", shuffled)
+    monkeypatch.setattr(native, "GRANITE", dataclasses.replace(granite.GRANITE, state=shuffled))
     with pytest.raises(ExportError, match=r"is not equal to the student: logits differ by .*, more than [0-9.e-]+$"):
         export(make(), byte_tokenizer(), tmp_path / "native")
     assert not (tmp_path / "native").exists()

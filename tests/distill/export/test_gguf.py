@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from merges import tokenizer_with
 from run_files import done
-from transpoint.distill.export import gguf, native
+from transpoint.distill.export import gguf, granite
 from transpoint.distill.export.formats import FORMATS, ExportError
 from transpoint.distill.export.write import export, is_export
 from transpoint.students import StudentConfig, build_student
@@ -107,13 +107,13 @@ def test_a_run_ends_with_a_file_for_llama_cpp(tmp_path, run_tiny):
 @llama_cpp
 def test_another_model_is_refused(tmp_path, monkeypatch):
     """With the half of a layer's skip, say: a wrong reading of one small part shows."""
-    real = native.native_state
+    real = granite.state_of
 
     def wrong(student):
         state = real(student)
         return state | {name: tensor / 2 for name, tensor in state.items() if name == "model.layers.2.mamba.D"}
 
-    monkeypatch.setattr(native, "native_state", wrong)
+    monkeypatch.setattr(granite, "state_of", wrong)
     with pytest.raises(ExportError, match="is not equal to the student in llama.cpp: log-probabilities differ by"):
         export(make(), tokenizer_with(), tmp_path / "out", "gguf")
     assert not (tmp_path / "out").exists()

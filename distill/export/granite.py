@@ -1,0 +1,238 @@
+"""GraniteMoeHybrid without experts: the home of Mamba-2 students of Llama, Mistral and Qwen2 teachers.
+
+It is served by vLLM and SGLang. Its mixer has one B/C group for each head, so x and B are expanded from key/value heads
+to query heads, and its gated norm is then one for each head, as ours is.
+"""
+
+from typing import cast
+
+import torch
+import transformers
+from packaging.version import Version
+from torch import Tensor, nn
+from transformers import GraniteMoeHybridConfig, GraniteMoeHybridForCausalLM
+
+from ...students import HybridForCausalLM, Mamba2Mixer, StudentConfig
+from ...students.modeling.configuration_mixers import have_trans_points
+from .home import Home, mlp_of
+
+FAMILIES = ("llama", "mistral", "qwen2")  # what is outside attention is then the same arithmetic
+NEEDS = "5.23"  # transformers before it normalises over all heads at once: silently other logits
+_ONE_FORM = "a layer of it is attention or Mamba-2, not one up to a TransPoint and then the other"
+
+
+def why_no_student(config: StudentConfig) -> str | None:
+    """Why no GraniteMoeHybrid can be a student of this config, whatever runs it."""
+    if config.kind.trans_points:
+        return f"{_ONE_FORM}; use export.format=custom"
+    if config.mixer != "mamba2":
+        return f"it holds Mamba-2 layers, and student.mixer is {config.mixer}; use export.format=custom"
+    own = config.mixer_options
+    lacking = [
+        f"student.{name} (must be {wanted})"
+        for name, wanted in (("rope", "false"), ("conv_activation", "silu"), ("gate", "true"), ("norm", "true"))
+        if str(own[name]).lower() != wanted
+    ]
+    if lacking:
+        return f"its Mamba-2 layer is fixed in {', '.join(lacking)}; use export.format=custom"
+    return None
+
+
+def why_not(student: HybridForCausalLM) -> str | None:
+    """Why no GraniteMoeHybrid can be this student, whatever runs it."""
+    config, mixers = student.config, [mixer for mixer in student.mixer_layers() if mixer is not None]
+    if have_trans_points(config.mixers):
+        return f"{_ONE_FORM}; use format custom"
+    if config.base_model_type not in FAMILIES:
+        return f"it holds what {', '.join(FAMILIES)} have, not {config.base_model_type}; use format custom"
+    if others := set(config.mixers) - {"attention", "mamba2"}:
+        return f"it holds Mamba-2 layers, not {', '.join(sorted(others))}"
+    mixer = mixers[0]
+    lacking = [
+        text
+        for wrong, text in (
+            (mixer.rope, "student.rope (must be false)"),
+            (mixer.conv_activation != "silu", "student.conv_activation (must be silu)"),
+            (not mixer.gate, "student.gate (must be true)"),
+            (mixer.norm is None, "student.norm (must be true)"),
+            (mixer.q_norm is not None, "student.qk_norm (must be false)"),
+        )
+        if wrong
+    ]
+    if lacking:
+        return f"its Mamba-2 layer is fixed in {', '.join(lacking)}; use format custom"
+    if mixer.num_heads * mixer.head_dim % config.hidden_size:
+        return (
+            f"its Mamba-2 width must be a multiple of the hidden size {config.hidden_size}, "
+            f"and {mixer.num_heads} heads of {mixer.head_dim} are not; use format custom"
+        )
+    if config.hidden_act != "silu":
+        return f"its activation is silu throughout, not {config.hidden_act}; use format custom"
+    attention = [module for module in student.attention_layers() if module not in mixers]
+    window = getattr(config, "sliding_window", None)
+    if attention and window is not None and window < config.max_position_embeddings:
+        return f"its attention has no sliding window ({window} tokens here); use format custom"
+    if any(hasattr(module, "q_norm") for module in attention):
+        return "its attention has no q/k norms; use format custom"
+    if any(linear.bias is not None for layer in student.get_decoder().layers for linear in mlp_of(layer)):
+        return "its MLP has no biases; use format custom"
+    return None
+
+
+def too_old() -> str | None:
+    """Why this version of transformers does not run it as it is, None if it does."""
+    if Version(transformers.__version__) >= Version(NEEDS):
+        return None
+    return (
+        f"transformers {transformers.__version__} normalises all heads of a Mamba-2 layer together; "
+        f"it takes {NEEDS} or later, or format custom"
+    )
+
+
+def config_of(student: HybridForCausalLM) -> GraniteMoeHybridConfig:
+    """The GraniteMoeHybrid config that holds this student."""
+    config, layers = student.config, student.get_decoder().layers
+    mixers = [cast(Mamba2Mixer, mixer) for mixer in student.mixer_layers() if mixer is not None]
+    mixer = mixers[0]
+    types = ["full_attention" if m == "attention" else "linear_attention" for m in config.mixers]
+    head_dim, heads = mixer.head_dim, mixer.num_heads
+    return GraniteMoeHybridConfig(  # type: ignore[call-arg]  # its head_dim is not in the signature
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        shared_intermediate_size=config.intermediate_size,
+        num_local_experts=0,
+        num_experts_per_tok=0,
+        router_aux_loss_coef=0.0,  # there is no router to balance, and trainers would ask it
+        # transformers cannot run it with no attention layer at all: one that adds nothing is appended.
+        layer_types=types if "full_attention" in types else [*types, "full_attention"],
+        num_hidden_layers=len(types) + ("full_attention" not in types),
+        num_attention_heads=heads,
+        num_key_value_heads=mixer.num_kv_heads,
+        head_dim=head_dim,
+        hidden_act="silu",
+        max_position_embeddings=config.max_position_embeddings,
+        initializer_range=config.initializer_range,
+        rms_norm_eps=config.rms_norm_eps,
+        tie_word_embeddings=config.tie_word_embeddings,
+        bos_token_id=config.bos_token_id,
+        eos_token_id=config.eos_token_id,
+        pad_token_id=config.pad_token_id,
+        attention_bias=any(
+            getattr(layer.self_attn, name).bias is not None
+            for layer, type_ in zip(layers, types, strict=True)
+            if type_ == "full_attention"
+            for name in ("q_proj", "k_proj", "v_proj", "o_proj")
+        ),
+        position_embedding_type="rope",
+        rope_parameters=dict(config.rope_parameters),
+        attention_multiplier=head_dim**-0.5,
+        embedding_multiplier=1.0,
+        logits_scaling=1.0,
+        residual_multiplier=1.0,
+        mamba_n_heads=heads,
+        mamba_n_groups=heads,
+        mamba_d_head=head_dim,
+        mamba_d_state=mixer.state_size,
+        mamba_d_conv=_conv(mixer).kernel_size[0],
+        mamba_expand=heads * head_dim // config.hidden_size,
+        # Changes no result. transformers' plain scan takes memory with it: one B/C group a head, and no fused kernel.
+        mamba_chunk_size=64,
+        mamba_conv_bias=True,
+        mamba_proj_bias=any(m.z_bias is not None or m.out_proj.bias is not None for m in mixers),
+    )
+
+
+@torch.no_grad()
+def state_of(student: HybridForCausalLM) -> dict[str, Tensor]:
+    """The student's weights under GraniteMoeHybrid's names, x and B expanded to all heads."""
+    config, decoder = config_of(student), student.get_decoder()
+    state = {
+        "model.embed_tokens.weight": decoder.embed_tokens.weight,
+        "model.norm.weight": decoder.norm.weight,
+        "lm_head.weight": student.get_output_embeddings().weight,
+    }
+    for i, (layer, mixer) in enumerate(zip(decoder.layers, student.mixer_layers(), strict=True)):
+        gate, up, down = mlp_of(layer)
+        own = {
+            "input_layernorm.weight": layer.input_layernorm.weight,
+            "post_attention_layernorm.weight": layer.post_attention_layernorm.weight,
+            "shared_mlp.input_linear.weight": torch.cat([gate.weight, up.weight]),
+            "shared_mlp.output_linear.weight": down.weight,
+        }
+        if mixer is None:
+            own |= _attention(layer.self_attn, config)
+        else:
+            own |= _mixer(cast(Mamba2Mixer, mixer), config)
+        state |= {f"model.layers.{i}.{name}": tensor for name, tensor in own.items()}
+    if config.num_hidden_layers > len(decoder.layers):
+        # A layer whose attention and MLP both project to nothing: its residual stream passes unchanged.
+        with torch.device("meta"):
+            shapes = GraniteMoeHybridForCausalLM(config).state_dict()
+        prefix = f"model.layers.{len(decoder.layers)}."
+        state |= {name: torch.zeros(t.shape) for name, t in shapes.items() if name.startswith(prefix)}
+    return {name: tensor.detach().cpu() for name, tensor in state.items()}
+
+
+def _attention(attention: nn.Module, config: GraniteMoeHybridConfig) -> dict[str, Tensor]:
+    own = {}
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        linear = getattr(attention, name)
+        own[f"self_attn.{name}.weight"] = linear.weight
+        if config.attention_bias:  # all four or none
+            own[f"self_attn.{name}.bias"] = torch.zeros(linear.out_features) if linear.bias is None else linear.bias
+    return own
+
+
+def _mixer(mixer: Mamba2Mixer, config: GraniteMoeHybridConfig) -> dict[str, Tensor]:
+    def expanded(part: Tensor, name: str) -> Tensor:  # rows of one part: each key/value head once for each query head
+        if name not in ("x", "B") or mixer.state_heads == mixer.num_heads:
+            return part
+        by_head = part.unflatten(0, (mixer.num_kv_heads, -1))
+        return by_head.repeat_interleave(mixer.num_heads // mixer.num_kv_heads, dim=0).flatten(0, 1)
+
+    def split(tensor: Tensor, names: str) -> Tensor:
+        parts = tensor.split([mixer.sizes[name] for name in names.split()])
+        return torch.cat([expanded(part, name) for part, name in zip(parts, names.split(), strict=True)])
+
+    own = {
+        "mamba.in_proj.weight": split(mixer.in_proj.weight, "z x B C dt"),
+        "mamba.conv1d.weight": split(_conv(mixer).weight, "x B C"),
+        "mamba.conv1d.bias": split(cast(Tensor, _conv(mixer).bias), "x B C"),
+        "mamba.dt_bias": mixer.dt_bias,
+        "mamba.A_log": mixer.A_log,
+        "mamba.D": mixer.D,
+        "mamba.norm.weight": cast(Tensor, cast(nn.Module, mixer.norm).weight),
+        "mamba.out_proj.weight": mixer.out_proj.weight,
+    }
+    if config.mamba_proj_bias:  # both or none
+        for name, held in (("in_proj", mixer.z_bias), ("out_proj", mixer.out_proj.bias)):
+            weight = own[f"mamba.{name}.weight"]
+            bias = own[f"mamba.{name}.bias"] = weight.new_zeros(len(weight))
+            if held is not None:
+                bias[: len(held)] = held  # z comes first
+    return own
+
+
+def _conv(mixer: Mamba2Mixer) -> nn.Conv1d:
+    """Mamba-2 always has one."""
+    return cast(nn.Conv1d, mixer.conv1d)
+
+
+def _to_config(written: dict) -> dict:
+    """llama.cpp's converter matches the older names, which transformers maps."""
+    return {"layer_types": ["mamba" if t == "linear_attention" else "attention" for t in written["layer_types"]]}
+
+
+GRANITE = Home(
+    model=GraniteMoeHybridForCausalLM,
+    why_no_student=lambda config: why_no_student(config) or too_old(),
+    why_not=lambda student: why_not(student) or too_old(),
+    config=config_of,
+    state=state_of,
+    otherwise=_to_config,
+    note=(
+        "It is a GraniteMoeHybrid model without experts: no remote code, transformers "
+        f"{NEEDS} or later (earlier versions normalise\nover all heads at once and silently give other logits)."
+    ),
+)
