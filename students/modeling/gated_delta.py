@@ -117,9 +117,11 @@ class GatedDeltaMixer(FusedProjection):
     def _norm_and_gate(self, y: Tensor, z: Tensor | None) -> Tensor:
         """The gate comes after the norm here: what is normed does not depend on it.
 
-        y (B,L,H,P), z and what comes of it (B,L,H*P).
+        y (B,L,H,P), z and what comes of it (B,L,H*P). Released layers read with queries of length 1/sqrt(P), of which
+        the norm leaves nothing but its epsilon's being P times as large.
         """
-        y = F.rms_norm(y.to(_precise(y)), y.shape[-1:], eps=self.norm_eps).flatten(2)
+        eps = self.head_dim * self.norm_eps
+        y = F.rms_norm(y.to(_precise(y)), y.shape[-1:], eps=eps).flatten(2)
         y = y * self.norm.get_parameter("weight")  # type: ignore[union-attr]
         return y if z is None else y * F.silu(z.to(y.dtype))
 

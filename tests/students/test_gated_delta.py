@@ -44,7 +44,10 @@ def of(case):
 
 @pytest.mark.parametrize("family, rope", [("llama", False), ("llama", True), ("qwen2", True), ("qwen3", True)])
 def test_it_starts_as_the_delta_rule_on_the_teachers_queries_keys_and_values(family, rope):
-    """Each head with the key/value head that it reads in the teacher, normed and rotated as there."""
+    """Each head with the key/value head that it reads in the teacher, normed and rotated as there.
+
+    What is read by queries of length 1/sqrt(P), as released layers have it, is normed with the teacher's epsilon.
+    """
     teacher, student = build(family, rope=rope, **BARE)
     view, mixer = attention_view(teacher)[0], student.mixer_layers()[0]
     hidden = torch.randn(2, LENGTH, 64)
@@ -53,7 +56,7 @@ def test_it_starts_as_the_delta_rule_on_the_teachers_queries_keys_and_values(fam
     with torch.no_grad():
         q, k, v = view.project(hidden, rotary if rope else none)
         g, beta = torch.full((2, LENGTH, 4), 0.5).log() / 32, torch.full((2, LENGTH, 4), 0.1)
-        y = delta_scan(F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, g, beta)
+        y = delta_scan(F.normalize(q, dim=-1) * view.head_dim**-0.5, F.normalize(k, dim=-1), v, g, beta)
         expected = view.o_proj(F.rms_norm(y, y.shape[-1:], eps=1e-6).flatten(2))
         torch.testing.assert_close(mixer(hidden, rotary)[0], expected, rtol=1e-3, atol=1e-4)
 
