@@ -14,68 +14,47 @@ from transformers import GraniteMoeHybridConfig, GraniteMoeHybridForCausalLM
 
 from ...students import HybridForCausalLM, Mamba2Mixer, StudentConfig
 from ...students.modeling.configuration_mixers import have_trans_points
-from .home import Home, mlp_of
+from .home import FOR_CONFIG, FOR_STUDENT, Home, config_around, mlp_of, state_of_appended, why_fixed, why_not_around
+from .verify import rounded
 
 FAMILIES = ("llama", "mistral", "qwen2")  # what is outside attention is then the same arithmetic
 NEEDS = "5.23"  # transformers before it normalises over all heads at once: silently other logits
+TITLE = "Mamba-2"
+FIXED = {"rope": False, "conv_activation": "silu", "gate": True, "norm": True}
 _ONE_FORM = "a layer of it is attention or Mamba-2, not one up to a TransPoint and then the other"
 
 
 def why_no_student(config: StudentConfig) -> str | None:
     """Why no GraniteMoeHybrid can be a student of this config, whatever runs it."""
     if config.kind.trans_points:
-        return f"{_ONE_FORM}; use export.format=custom"
+        return f"{_ONE_FORM}; {FOR_CONFIG}"
     if config.mixer != "mamba2":
-        return f"it holds Mamba-2 layers, and student.mixer is {config.mixer}; use export.format=custom"
-    own = config.mixer_options
-    lacking = [
-        f"student.{name} (must be {wanted})"
-        for name, wanted in (("rope", "false"), ("conv_activation", "silu"), ("gate", "true"), ("norm", "true"))
-        if str(own[name]).lower() != wanted
-    ]
-    if lacking:
-        return f"its Mamba-2 layer is fixed in {', '.join(lacking)}; use export.format=custom"
-    return None
+        return f"it holds Mamba-2 layers, and student.mixer is {config.mixer}; {FOR_CONFIG}"
+    return why_fixed(TITLE, config.mixer_options, FIXED, FOR_CONFIG)
 
 
 def why_not(student: HybridForCausalLM) -> str | None:
     """Why no GraniteMoeHybrid can be this student, whatever runs it."""
     config, mixers = student.config, [mixer for mixer in student.mixer_layers() if mixer is not None]
     if have_trans_points(config.mixers):
-        return f"{_ONE_FORM}; use format custom"
-    if config.base_model_type not in FAMILIES:
-        return f"it holds what {', '.join(FAMILIES)} have, not {config.base_model_type}; use format custom"
+        return f"{_ONE_FORM}; {FOR_STUDENT}"
+    if reason := why_not_around(student, FAMILIES):
+        return reason
     if others := set(config.mixers) - {"attention", "mamba2"}:
         return f"it holds Mamba-2 layers, not {', '.join(sorted(others))}"
     mixer = mixers[0]
-    lacking = [
-        text
-        for wrong, text in (
-            (mixer.rope, "student.rope (must be false)"),
-            (mixer.conv_activation != "silu", "student.conv_activation (must be silu)"),
-            (not mixer.gate, "student.gate (must be true)"),
-            (mixer.norm is None, "student.norm (must be true)"),
-            (mixer.q_norm is not None, "student.qk_norm (must be false)"),
-        )
-        if wrong
-    ]
-    if lacking:
-        return f"its Mamba-2 layer is fixed in {', '.join(lacking)}; use format custom"
+    found = {name: getattr(mixer, name) for name in ("rope", "conv_activation", "gate")}
+    found |= {"norm": mixer.norm is not None, "qk_norm": mixer.q_norm is not None}
+    if reason := why_fixed(TITLE, found, {**FIXED, "qk_norm": False}, FOR_STUDENT):
+        return reason
     if mixer.num_heads * mixer.head_dim % config.hidden_size:
         return (
             f"its Mamba-2 width must be a multiple of the hidden size {config.hidden_size}, "
-            f"and {mixer.num_heads} heads of {mixer.head_dim} are not; use format custom"
+            f"and {mixer.num_heads} heads of {mixer.head_dim} are not; {FOR_STUDENT}"
         )
-    if config.hidden_act != "silu":
-        return f"its activation is silu throughout, not {config.hidden_act}; use format custom"
     attention = [module for module in student.attention_layers() if module not in mixers]
-    window = getattr(config, "sliding_window", None)
-    if attention and window is not None and window < config.max_position_embeddings:
-        return f"its attention has no sliding window ({window} tokens here); use format custom"
     if any(hasattr(module, "q_norm") for module in attention):
-        return "its attention has no q/k norms; use format custom"
-    if any(linear.bias is not None for layer in student.get_decoder().layers for linear in mlp_of(layer)):
-        return "its MLP has no biases; use format custom"
+        return f"its attention has no q/k norms; {FOR_STUDENT}"
     return None
 
 
@@ -91,41 +70,23 @@ def too_old() -> str | None:
 
 def config_of(student: HybridForCausalLM) -> GraniteMoeHybridConfig:
     """The GraniteMoeHybrid config that holds this student."""
-    config, layers = student.config, student.get_decoder().layers
+    around, layers = config_around(student), student.get_decoder().layers
     mixers = [cast(Mamba2Mixer, mixer) for mixer in student.mixer_layers() if mixer is not None]
     mixer = mixers[0]
-    types = ["full_attention" if m == "attention" else "linear_attention" for m in config.mixers]
     head_dim, heads = mixer.head_dim, mixer.num_heads
-    return GraniteMoeHybridConfig(  # type: ignore[call-arg]  # its head_dim is not in the signature
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        shared_intermediate_size=config.intermediate_size,
+    return GraniteMoeHybridConfig(
+        **around,
+        shared_intermediate_size=around["intermediate_size"],
         num_local_experts=0,
         num_experts_per_tok=0,
         router_aux_loss_coef=0.0,  # there is no router to balance, and trainers would ask it
-        # transformers cannot run it with no attention layer at all: one that adds nothing is appended.
-        layer_types=types if "full_attention" in types else [*types, "full_attention"],
-        num_hidden_layers=len(types) + ("full_attention" not in types),
-        num_attention_heads=heads,
-        num_key_value_heads=mixer.num_kv_heads,
-        head_dim=head_dim,
-        hidden_act="silu",
-        max_position_embeddings=config.max_position_embeddings,
-        initializer_range=config.initializer_range,
-        rms_norm_eps=config.rms_norm_eps,
-        tie_word_embeddings=config.tie_word_embeddings,
-        bos_token_id=config.bos_token_id,
-        eos_token_id=config.eos_token_id,
-        pad_token_id=config.pad_token_id,
         attention_bias=any(
             getattr(layer.self_attn, name).bias is not None
-            for layer, type_ in zip(layers, types, strict=True)
-            if type_ == "full_attention"
+            for layer, mixer_ in zip(layers, student.config.mixers, strict=True)
+            if mixer_ == "attention"
             for name in ("q_proj", "k_proj", "v_proj", "o_proj")
         ),
         position_embedding_type="rope",
-        rope_parameters=dict(config.rope_parameters),
         attention_multiplier=head_dim**-0.5,
         embedding_multiplier=1.0,
         logits_scaling=1.0,
@@ -135,7 +96,7 @@ def config_of(student: HybridForCausalLM) -> GraniteMoeHybridConfig:
         mamba_d_head=head_dim,
         mamba_d_state=mixer.state_size,
         mamba_d_conv=_conv(mixer).kernel_size[0],
-        mamba_expand=heads * head_dim // config.hidden_size,
+        mamba_expand=heads * head_dim // student.config.hidden_size,
         # Changes no result. transformers' plain scan takes memory with it: one B/C group a head, and no fused kernel.
         mamba_chunk_size=64,
         mamba_conv_bias=True,
@@ -165,12 +126,7 @@ def state_of(student: HybridForCausalLM) -> dict[str, Tensor]:
         else:
             own |= _mixer(cast(Mamba2Mixer, mixer), config)
         state |= {f"model.layers.{i}.{name}": tensor for name, tensor in own.items()}
-    if config.num_hidden_layers > len(decoder.layers):
-        # A layer whose attention and MLP both project to nothing: its residual stream passes unchanged.
-        with torch.device("meta"):
-            shapes = GraniteMoeHybridForCausalLM(config).state_dict()
-        prefix = f"model.layers.{len(decoder.layers)}."
-        state |= {name: torch.zeros(t.shape) for name, t in shapes.items() if name.startswith(prefix)}
+    state |= state_of_appended(GraniteMoeHybridForCausalLM, config, len(decoder.layers))
     return {name: tensor.detach().cpu() for name, tensor in state.items()}
 
 
@@ -229,7 +185,7 @@ GRANITE = Home(
     why_no_student=lambda config: why_no_student(config) or too_old(),
     why_not=lambda student: why_not(student) or too_old(),
     config=config_of,
-    state=state_of,
+    state=lambda student, dtype: rounded(student, dtype, state_of(student)),
     otherwise=_to_config,
     note=(
         "It is a GraniteMoeHybrid model without experts: no remote code, transformers "

@@ -7,23 +7,27 @@ import json
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from ...students import HybridForCausalLM, StudentConfig
 from ..run.files import write_json
 from .formats import Format
 from .granite import GRANITE
 from .home import Home
-from .verify import check_tokenizer_with, rounded, verify
+from .qwen3_5 import QWEN3_5
+from .verify import check_tokenizer_with, verify
+
+HOMES = {"mamba2": GRANITE, "gdn": QWEN3_5}  # by mixer
 
 
 def home_of(student: HybridForCausalLM) -> Home:
     """The home of a student, or the one that is nearest to it."""
-    return GRANITE
+    return next((HOMES[mixer] for mixer in student.config.mixers if mixer in HOMES), GRANITE)
 
 
 def why_no_student(config: StudentConfig) -> str | None:
     """Why this format can hold no student of this config, whatever the teacher; None if it may."""
-    return GRANITE.why_no_student(config)
+    return HOMES.get(config.mixer, GRANITE).why_no_student(config)
 
 
 def why_not(student: HybridForCausalLM) -> str | None:
@@ -33,11 +37,11 @@ def why_not(student: HybridForCausalLM) -> str | None:
 
 def write(student: HybridForCausalLM, folder: Path, dtype: torch.dtype) -> None:
     home = home_of(student)
-    config, state = home.config(student), home.state(student)
+    config, state = home.config(student), home.state(student, dtype)
     config.dtype = dtype
     with torch.device("meta"):
         model = home.model(config)
-    model.load_state_dict(rounded(student, dtype, state), assign=True, strict=True)
+    model.load_state_dict(state, assign=True, strict=True)
     model.tie_weights()
     model.generation_config = student.generation_config
     model.save_pretrained(folder)
@@ -45,6 +49,12 @@ def write(student: HybridForCausalLM, folder: Path, dtype: torch.dtype) -> None:
     # SGLang reads only a top-level rope_theta.
     written |= {"rope_theta": written["rope_parameters"]["rope_theta"], **home.otherwise(written)}
     write_json(folder / "config.json", written)
+
+
+def check(
+    student: HybridForCausalLM, folder: Path, dtype: torch.dtype, tokenizer: PreTrainedTokenizerBase | None
+) -> dict[str, float]:
+    return verify(student, folder, dtype, tokenizer, home_of(student).weights)
 
 
 def _snippet(path: str) -> str:
@@ -60,7 +70,7 @@ NATIVE = Format(
     why_no_student=why_no_student,
     why_not=why_not,
     write=write,
-    check=verify,
+    check=check,
     check_tokenizer=lambda student, tokenizer: check_tokenizer_with(home_of(student).config(student), tokenizer),
     note=lambda student: home_of(student).note,
     snippet=_snippet,

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from ..run.files import read_json, write_json
 from ..tokenizers import PROBES, first_difference, save_tokenizer, tokenizer_facts
 from .formats import ExportError
 
+Weights = Callable[[HybridForCausalLM, torch.dtype], dict[str, Tensor]]
 TOLERANCE = 1e-4  # of logits in float32, relative to the largest
 
 
@@ -47,21 +49,32 @@ def verify(
     folder: Path,
     dtype: torch.dtype = torch.float32,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    weights: Weights | None = None,
 ) -> dict[str, float]:
     """Compares the model in `folder`, loaded in a fresh process without Transpoint, with the student, in float32, and
     its tokenizer with the student's.
 
     A student with TransPoints is compared a second time with early ones, so that every layer passes its own.
 
+    Args:
+        weights: how its weights are laid out when they are written, as in `Home`; the student that they make is itself
+            compared with this one. `rounded` unless given.
+
     Returns the figures of `export`. Raises ExportError if the folder does not load or is not equal.
     """
     generator = torch.Generator().manual_seed(0)
     length = min(48, student.config.max_position_embeddings)
     ids = torch.randint(3, student.config.vocab_size, (2, length), generator=generator)
-    expected = {"ids": ids, "logits": _logits_as_written(student, ids, dtype)}
+    expected = {"ids": ids, "logits": _logits_as_written(student, ids, dtype, weights)}
+    if weights is not None:
+        own, laid_out = (_logits_as_written(student, ids, torch.float32, how) for how in (None, weights))
+        _refuse_unequal("logits", (own - laid_out).abs().max().item(), own.abs().max().item())
     if have_trans_points(student.config.mixers):
         early = 5 * length // 8
-        expected |= {"early": torch.tensor(early), "early_logits": _logits_as_written(student, ids, dtype, early)}
+        expected |= {
+            "early": torch.tensor(early),
+            "early_logits": _logits_as_written(student, ids, dtype, weights, early),
+        }
     with tempfile.TemporaryDirectory() as scratch:
         save_file(expected, f"{scratch}/expected.safetensors")
         write_json(Path(scratch) / "probes.json", PROBES)
@@ -74,14 +87,17 @@ def verify(
         figures = read_json(Path(scratch) / "figures.json")
         if tokenizer is not None:
             _refuse_another(tokenizer, read_json(Path(scratch) / "tokenizer.json"))
-    bound = TOLERANCE * max(1.0, figures["scale"])
     for name in ("logits", "decode"):
-        if not figures[name] <= bound:
-            raise ExportError(
-                f"what was written is not equal to the student: {name} differ by {figures[name]:.2e}, "
-                f"more than {bound:.2e}"
-            )
+        _refuse_unequal(name, figures[name], figures["scale"])
     return figures
+
+
+def _refuse_unequal(name: str, difference: float, scale: float) -> None:
+    bound = TOLERANCE * max(1.0, scale)
+    if not difference <= bound:
+        raise ExportError(
+            f"what was written is not equal to the student: {name} differ by {difference:.2e}, more than {bound:.2e}"
+        )
 
 
 # Runs where Transpoint is not: what a user who has only transformers would see.
@@ -121,28 +137,36 @@ json.dump(figures, open(scratch + "/figures.json", "w"))
 )
 
 
-def as_written(student: HybridForCausalLM, dtype: torch.dtype) -> HybridForCausalLM:
-    """The student in float32, on the CPU, its weights rounded as they are written."""
+def as_written(student: HybridForCausalLM, dtype: torch.dtype, weights: Weights | None = None) -> HybridForCausalLM:
+    """The student in float32, on the CPU, its weights as they are written: as `weights` has them, or else rounded."""
     model = type(student)._from_config(copy.deepcopy(student.config), dtype=torch.float32).eval()
-    model.load_state_dict({name: tensor.cpu().float() for name, tensor in rounded(student, dtype).items()})
+    written = (weights or rounded)(student, dtype)
+    model.load_state_dict({name: tensor.cpu().float() for name, tensor in written.items()})
     return model
 
 
 @torch.no_grad()
 def _logits_as_written(
-    student: HybridForCausalLM, ids: Tensor, dtype: torch.dtype, trans_points: int | None = None
+    student: HybridForCausalLM,
+    ids: Tensor,
+    dtype: torch.dtype,
+    weights: Weights | None = None,
+    trans_points: int | None = None,
 ) -> Tensor:
-    model = as_written(student, dtype)
+    model = as_written(student, dtype, weights)
     if trans_points is not None:
         model.set_trans_points(trans_points, warn=False)
     return model(ids, use_cache=False).logits.contiguous()
 
 
 def rounded(
-    student: HybridForCausalLM, dtype: torch.dtype, state: dict[str, Tensor] | None = None
+    student: HybridForCausalLM,
+    dtype: torch.dtype,
+    state: dict[str, Tensor] | None = None,
+    exact: tuple[str, ...] = (),
 ) -> dict[str, Tensor]:
     """A student's weights, or a state made of them, as they are written: in a dtype, but for what its mixers want in
-    float32 (bfloat16 loses decay, step and skip)."""
-    exact = tuple(f".{name}" for mixer in student.mixer_layers() if mixer is not None for name in mixer.exact)
+    float32 (bfloat16 loses decay, step and skip), and what else is `exact`: ends of names."""
+    exact += tuple(f".{name}" for mixer in student.mixer_layers() if mixer is not None for name in mixer.exact)
     state = student.state_dict() if state is None else state
     return {name: t.to(torch.float32 if name.endswith(exact) else dtype) for name, t in state.items()}

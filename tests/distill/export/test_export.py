@@ -12,15 +12,16 @@ import torch
 import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GraniteMoeHybridForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GraniteMoeHybridForCausalLM, Qwen3_5ForCausalLM
 
 import fresh
 import transpoint.distill.export.verify as verification
 import transpoint.distill.export.write as writing
+from families import tiny_teacher
 from transpoint.distill.config import Recipe
 from transpoint.distill.data.corpus import Corpus
 from transpoint.distill.data.packed import PackedDataset
-from transpoint.distill.export import custom, granite, native
+from transpoint.distill.export import custom, granite, native, qwen3_5
 from transpoint.distill.export.card import CardFacts, plan_in_letters, plan_in_words, write_card
 from transpoint.distill.export.formats import FORMATS, ExportError, find_format
 from transpoint.distill.export.write import export
@@ -90,14 +91,55 @@ NATIVE = {
 }
 
 
+GDN = {"mixer": "gdn", "qk_norm": False}
+NATIVE_GDN = {
+    "qwen3": {"family": "qwen3"},
+    "qwen3-tied-wide-conv2": {
+        "family": "qwen3",
+        "options": {"conv_kernel": 2},
+        "tie_word_embeddings": True,
+        "head_dim": 48,
+        "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 777.0},
+    },
+    "qwen3-no-attention": {"family": "qwen3", "keep": []},
+    "llama-no-attention-conv1-untied": {"keep": [], "options": {"conv_kernel": 1}, "tie_word_embeddings": False},
+    "mistral-windows-given-up": {"family": "mistral", "keep": []},
+}
+
+
+def make_gdn(options=None, **given):
+    return make(options=GDN | (options or {}), **given)
+
+
 @pytest.mark.parametrize("case", NATIVE)
 def test_native_is_the_student_in_plain_transformers(case, tmp_path, unverified):
     student = make(**NATIVE[case])
+    config = assert_native_is(student, GraniteMoeHybridForCausalLM, tmp_path, unverified)
+    types = ["attention" if mixer == "attention" else "mamba" for mixer in student.config.mixers]
+    assert config["layer_types"] == (types if "attention" in types else [*types, "attention"])
+    assert config["model_type"] == "granitemoehybrid" and config["num_local_experts"] == 0
+    biased = any(
+        mixer.z_bias is not None or mixer.out_proj.bias is not None for mixer in filter(None, student.mixer_layers())
+    )
+    assert config["mamba_proj_bias"] == biased
+
+
+@pytest.mark.parametrize("case", NATIVE_GDN)
+def test_gated_deltanet_is_the_student_in_plain_transformers(case, tmp_path, unverified):
+    student = make_gdn(**NATIVE_GDN[case])
+    config = assert_native_is(student, Qwen3_5ForCausalLM, tmp_path, unverified)
+    assert config["model_type"] == "qwen3_5_text"
+    assert config["rope_parameters"].items() >= {"partial_rotary_factor": 1.0, **student.config.rope_parameters}.items()
+    assert "It is a Qwen3.5 language model (`Qwen3_5ForCausalLM`)" in (tmp_path / "native" / "README.md").read_text()
+
+
+def assert_native_is(student, made, tmp_path, figures):
+    """An export is the student in a class of plain transformers. Returns its config.json."""
     folder = tmp_path / "native"
-    assert export(student, byte_tokenizer(), folder) == unverified
+    assert export(student, byte_tokenizer(), folder) == figures
     assert os.listdir(tmp_path) == ["native"]
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    assert type(model) is GraniteMoeHybridForCausalLM and model.dtype == torch.float32
+    assert type(model) is made and model.dtype == torch.float32
     ids = ids_of()
     with torch.no_grad():
         expected = student(ids).logits
@@ -119,24 +161,18 @@ def test_native_is_the_student_in_plain_transformers(case, tmp_path, unverified)
         assert torch.equal(both[0], generated[0])
         assert torch.equal(both[1, 24:], greedy(student, ids[1:, 9:])[0, 15:])
     assert AutoTokenizer.from_pretrained(folder)("Où?")["input_ids"] == byte_tokenizer()("Où?")["input_ids"]
-
     config = json.loads((folder / "config.json").read_text())
-    types = ["attention" if mixer == "attention" else "mamba" for mixer in student.config.mixers]
-    assert config["layer_types"] == (types if "attention" in types else [*types, "attention"])
     assert (
         config["rope_theta"] == config["rope_parameters"]["rope_theta"] == student.config.rope_parameters["rope_theta"]
     )
-    assert config["model_type"] == "granitemoehybrid" and config["num_local_experts"] == 0
-    biased = any(
-        mixer.z_bias is not None or mixer.out_proj.bias is not None for mixer in filter(None, student.mixer_layers())
-    )
-    assert config["mamba_proj_bias"] == biased
     assert "auto_map" not in config and not list(folder.glob("*.py"))
+    return config
 
 
-def test_every_mixer_parameter_shows_in_the_logits():
+@pytest.mark.parametrize("make_one", [make, make_gdn])
+def test_every_mixer_parameter_shows_in_the_logits(make_one):
     """So that the comparisons above could not miss one."""
-    student = make()
+    student = make_one()
     ids = ids_of()
     with torch.no_grad():
         expected = student(ids).logits
@@ -154,19 +190,30 @@ def test_every_mixer_parameter_shows_in_the_logits():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("format", ["native", "custom"])
-def test_bfloat16_is_verified_in_a_process_without_transpoint(format, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "format, make_one, exact",
+    [
+        ("native", lambda: make(keep=[]), (".A_log", ".dt_bias", ".D")),
+        (
+            "native",
+            lambda: make_gdn(family="qwen3"),
+            (".A_log", ".dt_bias", ".norm.weight", "q_norm.weight", "k_norm.weight"),
+        ),
+        ("custom", lambda: make(keep=[]), (".A_log", ".dt_bias", ".D")),
+    ],
+    ids=["native", "native, gated DeltaNet", "custom"],
+)
+def test_bfloat16_is_verified_in_a_process_without_transpoint(format, make_one, exact, tmp_path, monkeypatch):
     """Weights are rounded, decay, step and skip are not; what was rounded is then equal."""
     monkeypatch.setattr(verification, "subprocess", subprocess)  # a process of its own
-    student = make(keep=[])
+    student = make_one()
     figures = export(student, byte_tokenizer(), tmp_path / "out", format, torch.bfloat16)
     assert figures["logits"] < 1e-4 * figures["scale"] and 0 < figures["decode"] < 1e-4 * figures["scale"]
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"{figures['logits']:.1e}" in card and f"{figures['decode']:.1e}" in card
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
         for name in file.keys():  # noqa: SIM118, it is no mapping
-            kept = name.endswith((".A_log", ".dt_bias", ".D"))
-            assert file.get_tensor(name).dtype == (torch.float32 if kept else torch.bfloat16), name
+            assert file.get_tensor(name).dtype == (torch.float32 if name.endswith(exact) else torch.bfloat16), name
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
     if format == "native":
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
@@ -176,6 +223,22 @@ def test_bfloat16_is_verified_in_a_process_without_transpoint(format, tmp_path, 
         half = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
         assert half.dtype == torch.bfloat16 and greedy(half, ids_of()).shape == (2, 48)
     assert student.dtype == torch.float32
+
+
+def test_small_norm_weights_of_gated_deltanet_live_through_bfloat16(tmp_path, unverified):
+    """A weight of 0.02, as teachers have them, is no number of 16 bits less 1."""
+    student = make_gdn(keep=[])
+    with torch.no_grad():
+        for layer in student.model.layers:
+            for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+                norm.weight.mul_(0.02)
+            for linear in (layer.self_attn.in_proj, layer.mlp.gate_proj, layer.mlp.up_proj):
+                linear.weight.mul_(50)
+        expected = student(ids_of()).logits
+        export(student, byte_tokenizer(), tmp_path / "out", "native", torch.bfloat16)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+        assert model.dtype == torch.bfloat16
+        assert (model(ids_of()).logits - expected).norm() < 0.06 * expected.norm()  # 0.45, were w - 1 written
 
 
 # Custom
@@ -306,6 +369,12 @@ def test_native_refuses_trans_points_before_and_after_training(tmp_path):
     assert find_format("custom").why_no_student(config) is None and native.why_no_student(StudentConfig()) is None
 
 
+def test_native_refuses_gated_deltanet_that_no_class_has_before_it_is_made():
+    reason = "its gated DeltaNet layer is fixed in student.rope (must be false); use export.format=custom"
+    assert native.why_no_student(StudentConfig(mixer="gdn", rope=True)) == reason
+    assert native.why_no_student(StudentConfig(mixer="gdn")) is None
+
+
 def test_a_card_shows_no_path_of_this_machine(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "owner" / "model").mkdir(parents=True)
@@ -399,8 +468,8 @@ def test_an_export_that_the_project_loads_and_saves_again_carries_its_code(tmp_p
 # What is refused
 
 
-def fixed(*names):
-    return f"its Mamba-2 layer is fixed in {', '.join(names)}; use format custom"
+def fixed(*names, layer="Mamba-2"):
+    return f"its {layer} layer is fixed in {', '.join(names)}; use format custom"
 
 
 ROPE, ACTIVATION = "student.rope (must be false)", "student.conv_activation (must be silu)"
@@ -428,7 +497,34 @@ REFUSED = {
         "its activation is silu throughout, not gelu; use format custom",
     ),
     "biases of the MLP": ({"mlp_bias": True}, "its MLP has no biases; use format custom"),
+    "gated DeltaNet, all of these": (
+        {"keep": [], "options": GDN | {"rope": True, "conv_activation": None, "gate": False, "gate_bias": True}},
+        fixed(ROPE, ACTIVATION, GATE, "student.gate_bias (must be false)", layer="gated DeltaNet"),
+    ),
+    "gated DeltaNet, q/k norms": (
+        {"family": "qwen3", "options": {"mixer": "gdn"}},
+        fixed(QK, layer="gated DeltaNet"),
+    ),
+    "gated DeltaNet, attention without q/k norms": (
+        {"options": GDN},
+        "its attention norms queries and keys, which that of a llama does not: keep none (student.keep_attention=[]), "
+        "or use format custom",
+    ),
+    "gated DeltaNet, biases": (
+        {"family": "qwen2", "keep": [], "options": GDN},
+        "its layers have no biases, and the teacher's k_proj, q_proj, v_proj have; use format custom",
+    ),
+    "gated DeltaNet, window": (
+        {"family": "qwen3", "options": GDN, "use_sliding_window": True, "sliding_window": 16},
+        "its attention has no sliding window (16 tokens here); use format custom",
+    ),
 }
+
+
+def test_a_family_whose_layers_are_others():
+    """OLMo-2 norms what comes out of attention, and no class with gated DeltaNet layers does."""
+    student = build_student(tiny_teacher("olmo2"), StudentConfig(keep_attention=[1], **GDN))
+    assert native.why_not(student) == "it holds what llama, mistral, qwen2, qwen3 have, not olmo2; use format custom"
 
 
 def refusal(student, tmp_path, format="native"):
@@ -475,7 +571,7 @@ def test_an_unknown_format(tmp_path):
 def test_an_export_that_is_not_equal_is_caught(tmp_path, monkeypatch):
     """Heads of C in another order: every shape fits, and every logit is wrong."""
 
-    def shuffled(student):
+    def shuffled(student, dtype):
         state = granite.state_of(student)
         for name, tensor in state.items():
             if name.endswith("mamba.in_proj.weight"):
@@ -483,9 +579,22 @@ def test_an_export_that_is_not_equal_is_caught(tmp_path, monkeypatch):
                 state[name] = torch.cat([z, x, b, c.unflatten(0, (4, 16)).roll(1, 0).flatten(0, 1), dt])
         return state
 
-    monkeypatch.setattr(native, "GRANITE", dataclasses.replace(granite.GRANITE, state=shuffled))
+    monkeypatch.setitem(native.HOMES, "mamba2", dataclasses.replace(granite.GRANITE, state=shuffled))
     with pytest.raises(ExportError, match=r"is not equal to the student: logits differ by .*, more than [0-9.e-]+$"):
         export(make(), byte_tokenizer(), tmp_path / "native")
+    assert not (tmp_path / "native").exists()
+
+
+def test_weights_laid_out_as_another_student_are_caught(tmp_path, monkeypatch):
+    """Though what is written is equal to them."""
+
+    def without_a_norm(student, dtype):
+        weights = qwen3_5.weights_of(student, dtype)
+        return weights | {"model.norm.weight": torch.ones_like(weights["model.norm.weight"])}
+
+    monkeypatch.setitem(native.HOMES, "gdn", dataclasses.replace(qwen3_5.QWEN3_5, weights=without_a_norm))
+    with pytest.raises(ExportError, match=r"is not equal to the student: logits differ by .*, more than [0-9.e-]+$"):
+        export(make_gdn(keep=[]), byte_tokenizer(), tmp_path / "native", "native", torch.bfloat16)
     assert not (tmp_path / "native").exists()
 
 

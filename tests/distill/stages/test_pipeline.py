@@ -579,6 +579,8 @@ def test_an_impossible_export_is_refused_before_anything_runs(tmp_path, run_tiny
     assert not (tmp_path / "run").exists()
     with pytest.raises(RunError, match="it holds what llama, mistral, qwen2 have, not qwen3"):
         run_tiny(tmp_path / "run", "teacher.source=random-qwen3")
+    with pytest.raises(RunError, match="its attention norms queries and keys, which that of a llama does not"):
+        run_tiny(tmp_path / "run", "student.mixer=gdn")
     assert not (tmp_path / "run" / "calibrate").exists()
     run_tiny(tmp_path / "run", "student.rope=true", until_stage="transfer")  # nothing is to be exported
 
