@@ -135,7 +135,7 @@ MIXERS: dict[str, MixerKind] = {
         "gated_delta.GatedDeltaMixer",
         {
             **_state_space(least=1, kernel=4, activation="silu", gate=True, norm=None, rope=False),
-            "gate_bias": Option(False, "whether gate and beta have a bias"),
+            "gate_bias": Option(False, "whether gate and beta have a bias; false: none, as native has it"),
         },
         check=_convolution,
     ),
