@@ -35,7 +35,7 @@ class HybridCache(DynamicCache):
 
     def __init__(self, config: PreTrainedConfig, max_cache_len: int | None = None):
         super().__init__(config=config)
-        self.config, self.max_cache_len = config, max_cache_len
+        self.config, self.static_length = config, max_cache_len
         if max_cache_len is not None:
             if lacking := [mixer for mixer in config.mixers if not can_be_static(mixer)]:
                 raise ValueError(f"a layer of {lacking[0]} has no static memory: leave max_cache_len out")
@@ -52,7 +52,7 @@ class HybridCache(DynamicCache):
 
     def reset(self) -> None:
         """Empties it, as a new one (transformers before 5.23 only zeroes keys and values, and keeps their length)."""
-        self.layers = HybridCache(self.config, self.max_cache_len).layers
+        self.layers = HybridCache(self.config, self.static_length).layers
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         for layer in cast("list[Any]", self.layers):
@@ -80,10 +80,10 @@ class HybridCache(DynamicCache):
         """
         if copies < 1:
             raise ValueError(f"copies: expected at least 1, got {copies}")
-        fork = HybridCache(self.config, self.max_cache_len)
+        fork = HybridCache(self.config, self.static_length)
         for layer, own in zip(fork.layers, self.layers, strict=True):
             vars(layer).update({name: _copied(value) for name, value in vars(own).items()})
-            if self.max_cache_len is not None:
+            if self.static_length is not None:
                 mark_static(layer)
         if copies > 1:
             fork.batch_repeat_interleave(copies)
@@ -99,7 +99,7 @@ class HybridCache(DynamicCache):
             tensors |= {f"{index}.{name}": value.detach().clone().contiguous() for name, value in held.items()}
             counts.append({name: v for name, v in facts.items() if isinstance(v, int | float | list)})
         metadata = {"format": "pt", "for": json.dumps(_kind(self.config)), "layers": json.dumps(counts)}
-        metadata["max_cache_len"] = json.dumps(self.max_cache_len)
+        metadata["max_cache_len"] = json.dumps(self.static_length)
         save_file(tensors, path, metadata)
 
     @classmethod
@@ -152,7 +152,7 @@ class HybridCache(DynamicCache):
             if isinstance(layer, DynamicLayer | StaticLayer) and "keys" in held:
                 layer.lazy_initialization(held["keys"], held["values"])
             vars(layer).update(counts | held)
-            if cache.max_cache_len is not None:
+            if cache.static_length is not None:
                 mark_static(layer)
         return cache
 

@@ -107,7 +107,7 @@ def test_a_cache_is_continued_more_than_once(make_student, options, tmp_path):
     forked, twice = cache.fork(), cache.fork(2)
     expected = in_pieces(student, ids[:, 9:], [1] * 5, cache=cache)
     for other in (forked, loaded):
-        assert other.fixed and other.max_cache_len == LENGTH
+        assert other.fixed and other.static_length == LENGTH
         held = addresses(other)
         assert torch.equal(in_pieces(student, ids[:, 9:], [1] * 5, cache=other), expected)
         assert addresses(other) == held
