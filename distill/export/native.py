@@ -54,6 +54,7 @@ def write(student: HybridForCausalLM, folder: Path, dtype: torch.dtype) -> None:
 def check(
     student: HybridForCausalLM, folder: Path, dtype: torch.dtype, tokenizer: PreTrainedTokenizerBase | None
 ) -> dict[str, float]:
+    """`verify`, with the weights as the student's home lays them out."""
     return verify(student, folder, dtype, tokenizer, home_of(student).weights)
 
 

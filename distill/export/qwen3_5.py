@@ -27,10 +27,12 @@ EXACT = (".norm.weight", ".q_norm.weight", ".k_norm.weight")
 
 
 def why_no_student(config: StudentConfig) -> str | None:
+    """Why no Qwen3.5 can be a student of this config, whatever the teacher."""
     return why_fixed(TITLE, config.mixer_options, FIXED, FOR_CONFIG)
 
 
 def why_not(student: HybridForCausalLM) -> str | None:
+    """Why no Qwen3.5 can be this student."""
     config, mixers = student.config, student.mixer_layers()
     if others := set(config.mixers) - {"attention", "gdn"}:
         return f"it holds {TITLE} layers, not {', '.join(sorted(others))}; {FOR_STUDENT}"
@@ -53,6 +55,7 @@ def why_not(student: HybridForCausalLM) -> str | None:
 
 
 def config_of(student: HybridForCausalLM) -> Qwen3_5TextConfig:
+    """The Qwen3.5 config that holds this student."""
     around = config_around(student)
     mixer = cast(GatedDeltaMixer, next(mixer for mixer in student.mixer_layers() if mixer is not None))
     around["rope_parameters"]["partial_rotary_factor"] = 1.0
@@ -68,7 +71,7 @@ def config_of(student: HybridForCausalLM) -> Qwen3_5TextConfig:
 
 @torch.no_grad()
 def weights_of(student: HybridForCausalLM, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The student's weights with those of norms multiplied into what reads them."""
+    """The student's weights, rounded to a dtype, those of norms multiplied into what reads them."""
     state = {name: tensor.cpu() for name, tensor in student.state_dict().items()}
 
     def fold(norm: str, *matrices: str) -> None:
@@ -91,7 +94,7 @@ def weights_of(student: HybridForCausalLM, dtype: torch.dtype) -> dict[str, Tens
 
 @torch.no_grad()
 def state_of(student: HybridForCausalLM, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The student's weights under Qwen3.5's names."""
+    """The same under Qwen3.5's names."""
     config, given, state = config_of(student), weights_of(student, dtype), {}
     for name, tensor in given.items():
         if not name.startswith("model.layers.") or ".self_attn." not in name:
