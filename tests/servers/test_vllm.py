@@ -18,6 +18,16 @@ PYTHON = Path(__file__).parents[2] / ".venv-servers/bin/python"
 TOKENS = 24
 BLOCK = 128  # tokens whose states and keys vLLM keeps together, by its choice for models of this size
 CHAT = [{"role": "user", "content": "What is a hybrid?"}]
+WIDE = {"head_dim": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "attention_bias": True}
+BARE = {"norm": False, "conv_activation": None, "conv_kernel": 2, "gate_bias": False, "state_factor": 2}
+EXPORTS = {
+    "native": {},
+    "native without attention": {"family": "qwen2", "keep": []},
+    "native in bfloat16": {"dtype": torch.bfloat16},
+    "custom": {"format": "custom", "family": "qwen3"},
+    "custom without attention": {"format": "custom", "family": "qwen3", "keep": [], "options": {"expand_kv": True}},
+    "custom without norm": {"format": "custom", "options": BARE, **WIDE},
+}
 
 pytestmark = [
     pytest.mark.slow,
@@ -52,32 +62,26 @@ def prompts():
     return [first, [first[2], first[2][: 2 * BLOCK + 30] + ids(20)]]
 
 
-class Served:
-    """A folder, what vLLM made of the prompts, and the folder in plain transformers, in float32."""
+def job(folder, dtype):
+    engine = {
+        "model": str(folder),
+        "dtype": str(dtype).removeprefix("torch."),
+        "max_model_len": 512,
+        "enforce_eager": True,
+        "enable_prefix_caching": True,
+        "mamba_cache_mode": "align",
+        "enable_chunked_prefill": True,
+        "max_num_batched_tokens": BLOCK,  # so that the longest prompt takes several passes, beside others' steps
+        "max_num_seqs": 4,
+    }
+    return {"engine": engine, "calls": prompts(), "tokens": TOKENS, "chat": CHAT}
 
-    def __init__(self, folder, scratch, dtype="float32", chat=None):
-        self.calls = prompts()
-        engine = {
-            "model": str(folder),
-            "dtype": dtype,
-            "max_model_len": 512,
-            "enforce_eager": True,
-            "enable_prefix_caching": True,
-            "mamba_cache_mode": "align",
-            "enable_chunked_prefill": True,
-            "max_num_batched_tokens": BLOCK,  # so that the longest prompt takes several passes, beside others' steps
-            "max_num_seqs": 4,
-        }
-        (scratch / "job.json").write_text(
-            json.dumps({"engine": engine, "calls": self.calls, "tokens": TOKENS, "chat": chat})
-        )
-        own = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
-        environment = {n: v for n, v in os.environ.items() if n not in ("PYTHONPATH", "OMP_NUM_THREADS")} | own
-        command = [PYTHON, Path(__file__).with_name("in_vllm.py"), scratch / "job.json", scratch / "found.json"]
-        environment |= {"HF_HUB_OFFLINE": "1", "TORCH_COMPILE_DISABLE": "1"}
-        done = subprocess.run(command, env=environment, cwd=scratch, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-4000:]
-        self.found = json.loads((scratch / "found.json").read_text())
+
+class Served:
+    """What vLLM made of the prompts, and the folder in plain transformers, in float32."""
+
+    def __init__(self, folder, found):
+        self.calls, self.chat = found["calls"], found["chat"]
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=True).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 
@@ -85,7 +89,7 @@ class Served:
         """Each prompt and what vLLM made of it."""
         return [
             (ids, answer)
-            for call, answers in zip(self.calls, self.found["calls"], strict=True)
+            for call, answers in zip(prompts(), self.calls, strict=True)
             for ids, answer in zip(call, answers, strict=True)
         ]
 
@@ -113,6 +117,10 @@ class Served:
             found.append(steps.max(-1).values - steps[range(TOKENS), answer["tokens"]])
         return torch.cat(found).max().item()
 
+    def reused(self):
+        """Tokens of each prompt that were not computed again, by call."""
+        return [[answer["cached"] for answer in call] for call in self.calls]
+
     def _given(self):
         for number, (ids, answer) in enumerate(self.pairs()):
             places = [*range(len(answer["prompt"])), *range(len(ids) - 1, len(ids) - 1 + len(answer["steps"]))]
@@ -121,74 +129,66 @@ class Served:
                     yield (number, place), int(token), found
 
 
-def served(folder, scratch, student, format="native", dtype=torch.float32, **options):
-    export(student, byte_tokenizer(), folder, format, dtype)
-    return Served(folder, scratch, str(dtype).removeprefix("torch."), **options)
-
-
 @pytest.fixture(scope="module")
-def hybrid(tmp_path_factory):
-    scratch = tmp_path_factory.mktemp("hybrid")
-    return served(scratch / "out", scratch, make(), chat=CHAT)
+def served(tmp_path_factory):
+    """All exports, in one process, which takes long to import vLLM."""
+    scratch = tmp_path_factory.mktemp("served")
+    jobs = {}
+    for name, case in EXPORTS.items():
+        case = dict(case)
+        format, dtype = case.pop("format", "native"), case.pop("dtype", torch.float32)
+        export(make(**case), byte_tokenizer(), scratch / name, format, dtype)
+        jobs[name] = job(scratch / name, dtype)
+    path = scratch / "jobs.json"
+    path.write_text(json.dumps(jobs))
+    own = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
+    own |= {"HF_HUB_OFFLINE": "1", "TORCH_COMPILE_DISABLE": "1"}
+    environment = {n: value for n, value in os.environ.items() if n not in ("PYTHONPATH", "OMP_NUM_THREADS")} | own
+    command = [PYTHON, Path(__file__).with_name("in_vllm.py"), path]
+    done = subprocess.run(command, env=environment, cwd=scratch, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return {name: Served(scratch / name, found) for name, found in json.loads(path.read_text()).items()}
 
 
-@pytest.fixture(scope="module")
-def all_mamba(tmp_path_factory):
-    """With an attention layer that adds nothing, and the biases of qwen2."""
-    scratch = tmp_path_factory.mktemp("all_mamba")
-    return served(scratch / "out", scratch, make("qwen2", keep=[]))
-
-
-@pytest.fixture(scope="module")
-def bfloat16(tmp_path_factory):
-    scratch = tmp_path_factory.mktemp("bfloat16")
-    return served(scratch / "out", scratch, make(), dtype=torch.bfloat16)
-
-
-def assert_same(served):
-    for ids, answer in served.pairs():
-        assert answer["tokens"] == served.greedy(ids, min_new_tokens=TOKENS, eos_token_id=None)
+@pytest.mark.parametrize("name", [name for name, case in EXPORTS.items() if "dtype" not in case])
+def test_tokens_and_log_probabilities_of_several_prompts_are_those_of_transformers(name, served):
+    one = served[name]
+    for ids, answer in one.pairs():
+        assert answer["tokens"] == one.greedy(ids, min_new_tokens=TOKENS, eos_token_id=None)
         assert len(set(answer["tokens"])) > 3
-    difference = (served.said() - served.expected()).abs().max().item()
+    said = one.said()
+    assert len(said) >= 5 * 5 * TOKENS + 5 + 64 + 330 - 3
+    difference = (said - one.expected()).abs().max().item()
     assert 0 < difference < 5e-5
-    assert len(served.said()) >= 5 * 5 * TOKENS + 5 + 64 + 330 - 3
 
 
-def assert_reused(served):
-    """Both prompts of the second call start from what the first left: blocks of 128 tokens that are whole."""
-    first, second = served.found["calls"]
-    assert [answer["cached"] for answer in first] == [0, 0, 0]
-    assert [answer["cached"] for answer in second] == [2 * BLOCK, 2 * BLOCK]
+@pytest.mark.parametrize("name", [name for name in EXPORTS if name != "custom without norm"])
+def test_what_begins_with_a_prompt_that_was_there_goes_on_from_its_state(name, served):
+    """By whole blocks; the states of the one left out are larger, and so are its blocks: longer than the prompts."""
+    assert served[name].reused() == [[0, 0, 0], [2 * BLOCK, 2 * BLOCK]]
 
 
-def test_tokens_and_log_probabilities_of_several_prompts_are_those_of_transformers(hybrid):
-    assert_same(hybrid)
+@pytest.mark.parametrize("name", ["native", "custom"])
+def test_a_chat_answer_is_that_of_transformers(name, served):
+    one = served[name]
+    ids = one.tokenizer.apply_chat_template(CHAT, add_generation_prompt=True)["input_ids"]
+    assert one.chat["prompt"] == ids
+    assert one.chat["tokens"] == one.greedy(ids)
+    text = one.tokenizer.decode(one.chat["tokens"], skip_special_tokens=True)
+    assert one.chat["text"].rstrip("\N{REPLACEMENT CHARACTER}") == text.rstrip("\N{REPLACEMENT CHARACTER}") != ""
 
 
-def test_what_begins_with_a_prompt_that_was_there_is_read_from_the_cache(hybrid):
-    assert_reused(hybrid)
+def test_a_native_student_without_attention_has_a_sentinel_layer(served):
+    types = served["native without attention"].model.config.layer_types
+    assert types == ["linear_attention"] * 4 + ["full_attention"]
 
 
-def test_a_chat_answer_is_that_of_transformers(hybrid):
-    ids = hybrid.tokenizer.apply_chat_template(CHAT, add_generation_prompt=True)["input_ids"]
-    answer = hybrid.found["chat"]
-    assert answer["prompt"] == ids
-    assert answer["tokens"] == hybrid.greedy(ids)
-    assert answer["text"] == hybrid.tokenizer.decode(answer["tokens"], skip_special_tokens=True) != ""
-
-
-def test_a_student_without_attention_is_served_with_its_sentinel_layer(all_mamba):
-    assert all_mamba.model.config.layer_types[-1] == "full_attention"
-    assert_same(all_mamba)
-    assert_reused(all_mamba)
-
-
-def test_bfloat16_is_as_near_to_float32_as_transformers_own(bfloat16):
+def test_bfloat16_is_as_near_to_float32_as_transformers_own(served):
     """And a token that it chooses instead of the likeliest is nearly as likely."""
-    exact = bfloat16.expected()
-    own = (bfloat16.expected(copy.deepcopy(bfloat16.model).to(torch.bfloat16)) - exact).abs()
-    found = (bfloat16.said() - exact).abs()
+    one = served["native in bfloat16"]
+    exact = one.expected()
+    own = (one.expected(copy.deepcopy(one.model).to(torch.bfloat16)) - exact).abs()
+    found = (one.said() - exact).abs()
     assert 1e-3 < found.mean() < min(0.05, 1.5 * own.mean())
     assert found.max() < min(0.4, 1.5 * own.max())
-    assert bfloat16.regret() < 0.2
-    assert_reused(bfloat16)
+    assert one.regret() < 0.2
