@@ -15,6 +15,7 @@ from ...teachers.names import TeacherInfo
 from ..config import for_others
 from ..measure.figures import rows_beside
 from ..run.records import Cost, Measures, Quality, ScheduleRecord, read_record, shown
+from .engines import WRONG
 from .formats import Format
 
 if TYPE_CHECKING:
@@ -64,6 +65,8 @@ def write_card(
         quality=facts.quality,
         measures=rows_beside(facts.measures),
         note=format.note(student),
+        engines=format.engines(student),
+        wrong=WRONG,
         library=format.library,
         figures=figures,
         recipe=recipe_text(facts.recipe).strip() if facts.recipe is not None else None,
@@ -181,6 +184,17 @@ Licence: the teacher's, which could not be read from its files; look it up befor
 ```
 
 {{ note }}
+
+{% if engines %}
+## In other programs
+
+{% for engine in engines %}
+- {{ "**%s computes %s**" | format(engine.name, engine.does) if engine.does == wrong
+     else "%s: %s" | format(engine.name, engine.does) }}{{ ": %s" | format(engine.words) if engine.words else "" }}
+{% endfor %}
+
+What is the same was compared by running it, or reads so in the program's code.
+{% endif %}
 
 {% if quality %}
 ## Quality on held-out text

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import torch
 
-from ...students import HybridConfig, HybridForCausalLM
+from ...students import HybridConfig, HybridForCausalLM, Mamba2Mixer
 from ...students.modeling.configuration_hybrid import AUTO_MAP
+from .engines import REFUSES, TRIED, Engine
 from .formats import Format
 from .verify import check_tokenizer_with, rounded, verify
 
@@ -32,6 +33,19 @@ def _snippet(path: str) -> str:
     )
 
 
+def engines_of(student: HybridForCausalLM) -> tuple[Engine, ...]:
+    mixers = [mixer for mixer in student.mixer_layers() if mixer is not None]
+    lacks = (
+        "plugins/vllm serves Mamba-2 of llama, mistral, qwen2 and qwen3 teachers, gated, without positions on B and C"
+    )
+    served = student.config.base_model_type in ("llama", "mistral", "qwen2", "qwen3")
+    served &= all(type(mixer) is Mamba2Mixer and mixer.gate and not mixer.rope for mixer in mixers)
+    return (
+        Engine("vLLM 0.32", TRIED, "with plugins/vllm") if served else Engine("vLLM 0.32", REFUSES, lacks),
+        Engine("others", REFUSES, "they run no code that comes with a model"),
+    )
+
+
 CUSTOM = Format(
     name="custom",
     why_no_student=lambda config: None,
@@ -42,5 +56,6 @@ CUSTOM = Format(
     note=lambda student: (
         "Its code is in this folder: `modeling_hybrid.py` and what it imports need torch and transformers only."
     ),
+    engines=engines_of,
     snippet=_snippet,
 )

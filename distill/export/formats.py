@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import DistillError
+from .engines import Engine
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +40,7 @@ class Format:
         check_tokenizer: takes a student without weights and the tokenizer; raises ExportError where it would not be
             itself in this format.
         note: takes a student; what its card says of the format, in Markdown.
+        engines: takes a student; what is known of other programs with what is written.
         snippet: takes a path or a hub id; lines of code that load it.
         load: takes the folder; the model in it. None where transformers loads it.
         loads: whether torch can run what it writes; else `evaluate` measures the student that it is equal to.
@@ -53,6 +55,7 @@ class Format:
     check_tokenizer: Callable[["HybridForCausalLM", "PreTrainedTokenizerBase"], None]
     note: Callable[["HybridForCausalLM"], str]
     snippet: Callable[[str], str]
+    engines: "Callable[[HybridForCausalLM], tuple[Engine, ...]]" = lambda student: ()
     load: "Callable[[Path], PreTrainedModel] | None" = None
     loads: bool = True
     library: str = "transformers"

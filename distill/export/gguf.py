@@ -25,6 +25,7 @@ from ..models import generated, generating, load_tokenizer
 from ..run.files import read_json, write_json
 from ..tokenizers import PROBES
 from . import granite
+from .engines import READ, TRIED, Engine
 from .formats import ExportError, Format
 from .verify import TOLERANCE, as_written, rounded
 
@@ -453,6 +454,10 @@ GGUF = Format(
         f"It is one file for llama.cpp, `{FILE}`, with tokenizer and chat template. transformers has no model for"
         " it:\n"
         "what is measured here is the student that it is equal to. What `llama-quantize` makes of it is another model."
+    ),
+    engines=lambda student: (
+        Engine("llama.cpp (xllamacpp 2026.10)", TRIED),
+        Engine("Ollama, LM Studio and others built on it", READ, "where their llama.cpp is as recent"),
     ),
     library="llama.cpp",
     loads=False,

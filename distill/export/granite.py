@@ -14,6 +14,7 @@ from transformers import GraniteMoeHybridConfig, GraniteMoeHybridForCausalLM
 
 from ...students import HybridForCausalLM, Mamba2Mixer, StudentConfig
 from ...students.modeling.configuration_mixers import have_trans_points
+from .engines import READ, REFUSES, TRIED, WRONG, Engine
 from .home import FOR_CONFIG, FOR_STUDENT, Home, config_around, mlp_of, state_of_appended, why_fixed, why_not_around
 from .verify import rounded
 
@@ -180,6 +181,22 @@ def _to_config(written: dict) -> dict:
     return {"layer_types": ["mamba" if t == "linear_attention" else "attention" for t in written["layer_types"]]}
 
 
+def engines_of(student: HybridForCausalLM) -> tuple[Engine, ...]:
+    config = student.config
+    heads = next(mixer.num_heads for mixer in student.mixer_layers() if mixer is not None)
+    takes = heads * config_of(student).head_dim == config.hidden_size
+    by_plugin = "heads are of another size than it takes them to be; the format custom and plugins/vllm serve it"
+    one_norm = "it norms all heads of a Mamba-2 layer together"
+    return (
+        Engine("vLLM 0.32", TRIED) if takes else Engine("vLLM 0.32", REFUSES, by_plugin),
+        Engine("SGLang 0.5.23", READ),
+        Engine("llama.cpp", REFUSES, "its converter takes wider layers only; the format gguf is for it"),
+        Engine("mistral.rs 0.9.2", WRONG, one_norm),
+        Engine("MLX-lm 0.32.0", WRONG, f"{one_norm}, once its `time_step_limit` is edited so that it loads"),
+        Engine("ONNX", REFUSES, "no exporter has the class (optimum-onnx, and so transformers.js)"),
+    )
+
+
 GRANITE = Home(
     model=GraniteMoeHybridForCausalLM,
     why_no_student=lambda config: why_no_student(config) or too_old(),
@@ -187,6 +204,7 @@ GRANITE = Home(
     config=config_of,
     state=lambda student, dtype: rounded(student, dtype, state_of(student)),
     otherwise=_to_config,
+    engines=engines_of,
     note=(
         "It is a GraniteMoeHybrid model without experts: no remote code, transformers "
         f"{NEEDS} or later (earlier versions normalise\nover all heads at once and silently give other logits)."

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...students import HybridForCausalLM, StudentConfig
+from .engines import Engine
 from .verify import Weights
 
 FOR_CONFIG, FOR_STUDENT = "use export.format=custom", "use format custom"  # what can be done instead
@@ -23,6 +24,7 @@ class Home:
         why_no_student, why_not: as in `Format`.
         config: takes a student; the config of the class that holds it.
         state: takes a student and the dtype of weights; these as they are written, by the names they have in the class.
+        engines: as in `Format`.
         note: what the card says of it, in Markdown.
         otherwise: takes what transformers writes as config.json; what of it is written otherwise, for other engines.
         weights: takes a student and the dtype; its weights, laid out as the class wants them, as they are written, by
@@ -34,6 +36,7 @@ class Home:
     why_not: Callable[[HybridForCausalLM], str | None]
     config: Callable[[HybridForCausalLM], PreTrainedConfig]
     state: Callable[[HybridForCausalLM, torch.dtype], dict[str, Tensor]]
+    engines: Callable[[HybridForCausalLM], tuple[Engine, ...]]
     note: str
     otherwise: Callable[[dict], dict] = lambda written: {}
     weights: Weights | None = None

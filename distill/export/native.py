@@ -74,5 +74,6 @@ NATIVE = Format(
     check=check,
     check_tokenizer=lambda student, tokenizer: check_tokenizer_with(home_of(student).config(student), tokenizer),
     note=lambda student: home_of(student).note,
+    engines=lambda student: home_of(student).engines(student),
     snippet=_snippet,
 )

@@ -17,6 +17,7 @@ from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
 from ...students import HybridForCausalLM, StudentConfig
 from ...students.modeling.gated_delta import GatedDeltaMixer
+from .engines import READ, REFUSES, Engine
 from .home import FOR_CONFIG, FOR_STUDENT, Home, config_around, state_of_appended, why_fixed, why_not_around
 from .verify import rounded
 
@@ -127,6 +128,33 @@ def _mixer(own: dict[str, Tensor], mixer: GatedDeltaMixer) -> dict[str, Tensor]:
     return {f"linear_attn.{name}": tensor for name, tensor in own.items()}
 
 
+def engines_of(student: HybridForCausalLM) -> tuple[Engine, ...]:
+    regular = _interval(cast("list[str]", config_of(student).layer_types)) is not None
+    return (
+        Engine("vLLM 0.32", READ, "with torchvision installed"),
+        Engine("SGLang 0.5.23", READ)
+        if regular
+        else Engine("SGLang 0.5.23", REFUSES, "it takes attention at regular intervals, as every fourth layer"),
+        Engine("llama.cpp", READ, "by `convert_hf_to_gguf.py --no-mtp` of September 2026 or later"),
+        Engine("mistral.rs 0.9.2", REFUSES, "it wants a rotary embedding in three parts (`mrope_section`)"),
+        Engine("MLX-lm 0.32.0", REFUSES, "it has no type for the language model alone"),
+        Engine("ONNX", REFUSES, "no exporter has the class (optimum-onnx, and so transformers.js)"),
+    )
+
+
+def _interval(types: list[str]) -> int | None:
+    """k where every k-th layer, and no other, is attention."""
+    k = types.index("full_attention") + 1
+    regular = [(i + 1) % k == 0 for i in range(len(types))] == [kind == "full_attention" for kind in types]
+    return k if regular else None
+
+
+def _to_config(written: dict) -> dict:
+    """SGLang reads these at the top level alone, and rightly does not load what has no interval."""
+    interval = _interval(written["layer_types"])
+    return {"partial_rotary_factor": 1.0} | ({} if interval is None else {"full_attention_interval": interval})
+
+
 QWEN3_5 = Home(
     model=Qwen3_5ForCausalLM,
     why_no_student=why_no_student,
@@ -134,5 +162,7 @@ QWEN3_5 = Home(
     config=config_of,
     state=state_of,
     weights=weights_of,
+    otherwise=_to_config,
+    engines=engines_of,
     note="It is a Qwen3.5 language model (`Qwen3_5ForCausalLM`): no remote code.",
 )

@@ -697,6 +697,24 @@ def test_the_cards_code_loads_the_model_and_asks_nothing(format, made, tmp_path,
     assert done.stdout.splitlines()[-1].startswith(f"{made} ") and "[y/N]" not in done.stdout + done.stderr
 
 
+def test_the_card_warns_of_programs_that_compute_something_else(tmp_path, unverified):
+    text = card(tmp_path, None)
+    assert "- vLLM 0.32: the same\n" in text
+    norm = "it norms all heads of a Mamba-2 layer together"
+    assert f"- **mistral.rs 0.9.2 computes something else, without a word**: {norm}\n" in text
+
+
+@pytest.mark.parametrize("keep, interval", [((1, 3), 2), ((3,), 4), ((), 5), ((0, 2), None)])
+def test_engines_that_want_attention_at_intervals_are_told_them(keep, interval, tmp_path, unverified):
+    """A student without attention has a layer of it appended."""
+    folder = tmp_path / "out"
+    export(make("qwen3", keep=keep, options={"mixer": "gdn", "qk_norm": False}), byte_tokenizer(), folder)
+    written = json.loads((folder / "config.json").read_text())
+    assert written.get("full_attention_interval") == interval and written["partial_rotary_factor"] == 1.0
+    said = (folder / "README.md").read_text()
+    assert ("SGLang 0.5.23: does not load it: it takes attention at regular intervals" in said) == (interval is None)
+
+
 def test_a_card_without_facts(tmp_path, unverified):
     text = card(tmp_path, None, keep=())
     front = yaml.safe_load(text.split("---\n")[1])
