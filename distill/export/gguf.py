@@ -8,6 +8,7 @@ nothing.
 import copy
 import importlib.util
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -33,12 +34,14 @@ QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 PROMPTS = (1, 7, 40, 200)  # tokens of each
 STEPS = 12  # of greedy decoding after each
 MOST_LIKELY = 1000  # tokens of each step whose log-probabilities are compared
+WORST_QUANTISED = 0.2  # nats of KL: ten times what eight bits cost; beyond it something else is wrong
 # llama.cpp rounds what enters a product with 16-bit weights to 16 bits, too.
 TOLERANCES = {torch.float32: TOLERANCE, torch.float16: 100 * TOLERANCE, torch.bfloat16: 500 * TOLERANCE}
-_TYPES = {
+_TYPES: dict[torch.dtype | str, tuple[gguf.GGMLQuantizationType, gguf.LlamaFileType]] = {
     torch.float32: (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
     torch.float16: (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
     torch.bfloat16: (gguf.GGMLQuantizationType.BF16, gguf.LlamaFileType.MOSTLY_BF16),
+    "q8_0": (gguf.GGMLQuantizationType.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
 }
 _NO_BIAS = "its Mamba-2 layer has no bias in the gate"
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -81,14 +84,28 @@ def why_not(student: HybridForCausalLM) -> str | None:
     return None
 
 
+def _why_not_q8_0(student: HybridForCausalLM) -> str | None:
+    block, _ = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType.Q8_0]
+    if student.config.hidden_size % block == 0:
+        return None
+    return (
+        f"q8_0 takes {block} weights of a row together, into which a hidden state of {student.config.hidden_size} "
+        "does not go; use dtype float16"
+    )
+
+
 def _no_llama_cpp() -> str | None:
     if importlib.util.find_spec("xllamacpp") is not None:
         return None
     return "what is written is checked in llama.cpp, which is not installed: pip install 'transpoint[gguf]'"
 
 
-def write(student: HybridForCausalLM, folder: Path, dtype: torch.dtype) -> None:
-    _write_student(folder / FILE, student, dtype, load_tokenizer(folder), dtype)
+def write(student: HybridForCausalLM, folder: Path, dtype: torch.dtype | str) -> None:
+    _write_student(folder / FILE, student, _before_quantising(dtype), load_tokenizer(folder), dtype)
+
+
+def _before_quantising(dtype: torch.dtype | str) -> torch.dtype:
+    return torch.float32 if isinstance(dtype, str) else dtype
 
 
 def _write_student(
@@ -96,7 +113,7 @@ def _write_student(
     student: HybridForCausalLM,
     rounding: torch.dtype,
     tokenizer: PreTrainedTokenizerBase,
-    dtype: torch.dtype,
+    dtype: torch.dtype | str,
 ) -> None:
     state = rounded(student, rounding, native.native_state(student))
     _write_file(path, native.native_config(student), state, tokenizer, dtype)
@@ -107,9 +124,13 @@ def _write_file(
     config: GraniteMoeHybridConfig,
     state: dict[str, Tensor],
     tokenizer: PreTrainedTokenizerBase,
-    dtype: torch.dtype,
+    dtype: torch.dtype | str,
 ) -> None:
-    """Writes the weights of a GraniteMoeHybrid without biases in its Mamba-2 layers."""
+    """Writes the weights of a GraniteMoeHybrid without biases in its Mamba-2 layers.
+
+    Which tensors stay in float32, and which in float16 because their rows do not go into blocks, is as `llama-quantize`
+    has it.
+    """
     c = cast(Any, config)
     heads = 2 * c.hidden_size // c.mamba_d_head
     # Backends other than the CPU's want a state of 128 or 256.
@@ -143,6 +164,8 @@ def _write_file(
         array = tensor.float().contiguous().numpy()
         exact = exact or array.ndim < 2
         raw = gguf.GGMLQuantizationType.F32 if exact else kind
+        if array.shape[-1] % gguf.GGML_QUANT_SIZES[raw][0]:
+            raw = gguf.GGMLQuantizationType.F16
         writer.add_tensor(name, gguf.quants.quantize(array, raw), raw_dtype=raw)
 
     def padded(tensor: Tensor, parts: str) -> Tensor:
@@ -301,41 +324,57 @@ def _compare_tokens(tokenizer: PreTrainedTokenizerBase, found: dict) -> None:
     for text, ids in zip(_texts(tokenizer), found["texts"], strict=True):
         if ids != _ids(tokenizer, text, True):
             raise ExportError(f"the tokenizer is another one in llama.cpp, of {text!r} for one; use another format")
-    if tokenizer.chat_template:
-        inputs: Any = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, return_dict=True)
-        if found["chat"] != inputs["input_ids"]:
-            raise ExportError("the chat template gives another prompt in llama.cpp; use another format")
+    if tokenizer.chat_template and found["chat"] != _chat(tokenizer):
+        raise ExportError("the chat template gives another prompt in llama.cpp; use another format")
 
 
 # Check
 
 
 def check(
-    student: HybridForCausalLM, folder: Path, dtype: torch.dtype, tokenizer: PreTrainedTokenizerBase | None
+    student: HybridForCausalLM, folder: Path, dtype: torch.dtype | str, tokenizer: PreTrainedTokenizerBase | None
 ) -> dict[str, float]:
     """Compares the file in llama.cpp with the student, in float32: what it makes of text, and its log-probabilities of
-    the most likely tokens after prompts ("logits") and in the steps of greedy answers ("decode"), token by token.
+    the most likely tokens after prompts ("logits") and in the steps of greedy answers ("decode"), token by token. One
+    prompt is a chat question, where there is a chat template.
 
-    The figures have "kl" besides: the largest divergence from the student, in nats. As llama.cpp computes in 16 bits
-    with weights of 16 bits, these weights in float32 are compared, too, as closely as others.
+    The figures have "kl" besides: the divergence from the student, in nats a token, mean over these tokens. As
+    llama.cpp computes in as few bits as weights have, these weights in float32 are compared, too, as closely as others;
+    of quantised weights it is these that the figures are of, and what quantising costs is one more.
 
-    Raises ExportError where they are not equal.
+    Raises ExportError where they are not equal, or where quantising costs more than it can.
     """
     tokenizer = load_tokenizer(folder) if tokenizer is None else tokenizer
-    model = as_written(student, dtype)
+    exact = _before_quantising(dtype)
+    model = as_written(student, exact)
     longest = student.config.max_position_embeddings - STEPS
-    sequences = [(*_with_answer(model, min(length, longest)), min(length, longest)) for length in PROMPTS]
+    sequences = [_with_answer(model, prompt[:longest]) for prompt in _prompts(model, tokenizer)]
+    figures = {}
     if dtype != torch.float32:
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            _write_student(Path(scratch) / FILE, student, dtype, tokenizer, torch.float32)
-            _compare(Path(scratch) / FILE, tokenizer, sequences, TOLERANCE)
-    return _compare(folder / FILE, tokenizer, sequences, TOLERANCES[dtype])
+            _write_student(Path(scratch) / FILE, student, exact, tokenizer, torch.float32)
+            figures = _compare(Path(scratch) / FILE, tokenizer, sequences, TOLERANCE)
+    if not isinstance(dtype, str):
+        return _compare(folder / FILE, tokenizer, sequences, TOLERANCES[dtype])
+    figures[dtype] = _compare(folder / FILE, tokenizer, sequences)["kl"]
+    if not figures[dtype] <= WORST_QUANTISED:
+        raise ExportError(
+            f"in {dtype} the student is another one: that costs {figures[dtype]:.3f} nats a token, more than "
+            f"{WORST_QUANTISED}; use dtype float16"
+        )
+    return figures
 
 
 def _compare(
-    path: Path, tokenizer: PreTrainedTokenizerBase, sequences: list[tuple[Tensor, Tensor, int]], tolerance: float
+    path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    sequences: list[tuple[Tensor, Tensor, int]],
+    tolerance: float = math.inf,
 ) -> dict[str, float]:
-    """The figures of `check`. sequences: tokens, the student's logits, how many tokens are the prompt."""
+    """The figures of `check`. sequences: tokens, the student's logits, how many tokens are the prompt.
+
+    Raises ExportError where they differ by more than the tolerance.
+    """
     found = _in_llama_cpp(path, tokenizer, [(ids.tolist(), length) for ids, _, length in sequences])
     _compare_tokens(tokenizer, found)
     figures = {"logits": 0.0, "decode": 0.0, "scale": 0.0, "kl": 0.0}
@@ -348,7 +387,7 @@ def _compare(
             differences = torch.tensor(theirs) - own[tokens]
             name = "decode" if i else "logits"
             figures[name] = max(figures[name], differences.abs().max().item())
-            figures["kl"] = max(figures["kl"], -(own[tokens].exp() * differences).sum().item())
+            figures["kl"] += _divergence(own[tokens], torch.tensor(theirs)) / (len(sequences) * len(steps))
             behind = max(behind, (own.max() - own[tokens[0]]).item())
     bound = tolerance * max(1.0, figures["scale"])
     worst = max(figures["logits"], figures["decode"])
@@ -360,14 +399,36 @@ def _compare(
     return figures
 
 
+def _divergence(own: Tensor, theirs: Tensor) -> float:
+    """KL in nats, of log-probabilities of the most likely tokens; all others count as one."""
+
+    def with_rest(some: Tensor) -> Tensor:
+        return torch.cat([some, (1 - some.exp().sum()).clamp(min=1e-9).log()[None]])
+
+    own, theirs = with_rest(own.double()), with_rest(theirs.double())
+    return (own.exp() * (own - theirs)).sum().item()
+
+
+def _prompts(model: HybridForCausalLM, tokenizer: PreTrainedTokenizerBase) -> list[Tensor]:
+    """Random tokens, and a chat question."""
+    prompts = [
+        torch.randint(3, model.config.vocab_size, (length,), generator=torch.Generator().manual_seed(length))
+        for length in PROMPTS
+    ]
+    return [*prompts, *([torch.tensor(_chat(tokenizer)[-max(PROMPTS) :])] if tokenizer.chat_template else [])]
+
+
+def _chat(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    inputs: Any = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, return_dict=True)
+    return inputs["input_ids"]
+
+
 @torch.no_grad()
-def _with_answer(model: HybridForCausalLM, length: int) -> tuple[Tensor, Tensor]:
-    """A prompt of `length` random tokens with the model's greedy answer, and its logits."""
-    generator = torch.Generator().manual_seed(length)
-    ids = torch.randint(3, model.config.vocab_size, (1, length), generator=generator)
+def _with_answer(model: HybridForCausalLM, prompt: Tensor) -> tuple[Tensor, Tensor, int]:
+    """A prompt with the model's greedy answer, its logits, and how many tokens are the prompt."""
     with generating(model, min_new_tokens=STEPS, max_new_tokens=STEPS, do_sample=False):
-        ids = generated(model, input_ids=ids, attention_mask=torch.ones_like(ids))
-    return ids[0], model(ids, use_cache=False).logits[0]
+        ids = generated(model, input_ids=prompt[None], attention_mask=torch.ones_like(prompt[None]))
+    return ids[0], model(ids, use_cache=False).logits[0], len(prompt)
 
 
 def _in_llama_cpp(path: Path, tokenizer: PreTrainedTokenizerBase, sequences: list) -> dict:
@@ -457,4 +518,5 @@ GGUF = Format(
     library="llama.cpp",
     loads=False,
     snippet=_snippet,
+    quantised={"q8_0": _why_not_q8_0},
 )
