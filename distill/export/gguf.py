@@ -20,6 +20,8 @@ import gguf
 import torch
 from torch import Tensor
 from transformers import GraniteMoeHybridConfig, GraniteMoeHybridForCausalLM, PreTrainedTokenizerBase
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.granitemoehybrid.modeling_granitemoehybrid import GraniteMoeHybridRotaryEmbedding
 
 from ...students import HybridForCausalLM, Mamba2Mixer, StudentConfig
 from ..models import generated, generating, load_tokenizer
@@ -34,6 +36,7 @@ QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 PROMPTS = (1, 7, 40, 200)  # tokens of each
 STEPS = 12  # of greedy decoding after each
 MOST_LIKELY = 1000  # tokens of each step whose log-probabilities are compared
+ROPES = ("default", "linear", "llama3", "yarn")  # rotary embeddings that are the same whatever the length
 WORST_QUANTISED = 0.2  # nats of KL: ten times what eight bits cost; beyond it something else is wrong
 # llama.cpp rounds what enters a product with 16-bit weights to 16 bits, too.
 TOLERANCES = {torch.float32: TOLERANCE, torch.float16: 100 * TOLERANCE, torch.bfloat16: 500 * TOLERANCE}
@@ -79,7 +82,7 @@ def why_not(student: HybridForCausalLM) -> str | None:
     attention: list[Any] = [layer for layer in student.attention_layers() if layer not in mixers]
     if width != config.hidden_size and any(layer.q_proj.bias is not None for layer in attention):
         return "its attention has biases only where all heads are as wide as a hidden state; use format custom"
-    if (kind := config.rope_parameters.get("rope_type", "default")) != "default":
+    if (kind := config.rope_parameters.get("rope_type", "default")) not in ROPES:
         return f"its rotary embedding is not scaled as here ({kind}); use format custom"
     return None
 
@@ -152,6 +155,8 @@ def _write_file(
     writer.add_rope_dimension_count(c.head_dim)
     writer.add_rope_freq_base(c.rope_parameters["rope_theta"])
     writer.add_rope_scaling_finetuned(True)  # of this architecture: whether there is a rotary embedding
+    frequencies, magnitude = _rotary(config)
+    writer.add_rope_scaling_attn_factors(magnitude)
     writer.add_attention_scale(c.attention_multiplier)
     writer.add_ssm_conv_kernel(c.mamba_d_conv)
     writer.add_ssm_inner_size(2 * c.hidden_size)
@@ -183,6 +188,8 @@ def _write_file(
         """Rows of queries or keys in which the two halves of a head alternate."""
         return tensor.unflatten(0, (-1, 2, c.head_dim // 2)).transpose(1, 2).flatten(0, 2)
 
+    if frequencies is not None:
+        add("rope_freqs.weight", frequencies)
     add("token_embd.weight", state["model.embed_tokens.weight"])
     add("output_norm.weight", state["model.norm.weight"])
     if not c.tie_word_embeddings:
@@ -214,6 +221,20 @@ def _write_file(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _rotary(config: GraniteMoeHybridConfig) -> tuple[Tensor | None, float]:
+    """What each frequency of the rotary embedding is divided by, (head_dim / 2,), None for no scaling; and what queries
+    and keys are multiplied by.
+
+    llama.cpp computes some scalings itself, but takes the result of any of them, which leaves nothing to differ in.
+    """
+    kind = cast(dict, config.rope_parameters).get("rope_type", "default")
+    if kind == "default":
+        return None, 1.0
+    plain, _ = GraniteMoeHybridRotaryEmbedding.compute_default_rope_parameters(config)
+    scaled, magnitude = ROPE_INIT_FUNCTIONS[kind](config)
+    return plain / scaled, magnitude
 
 
 # Tokenizer

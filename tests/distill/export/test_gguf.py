@@ -82,6 +82,29 @@ def test_it_is_the_student_in_llama_cpp(case, tmp_path):
     assert "library_name: llama.cpp" in card and "Loaded in a fresh process with llama.cpp alone" in card
 
 
+ROPES = {
+    "linear": {"factor": 4.0},
+    "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 8.0},
+}
+
+
+@pytest.mark.slow
+@llama_cpp
+@pytest.mark.parametrize("kind", ROPES)
+def test_a_scaled_rotary_embedding_is_itself_in_llama_cpp(kind, tmp_path):
+    """At 212 positions, at which another one is quite another model."""
+    scaled, plain = (
+        make(num_hidden_layers=2, keep=[1], rope_parameters={"rope_theta": 1e4} | rope)
+        for rope in ({"rope_type": kind} | ROPES[kind], {"rope_type": "default"})
+    )
+    figures = export(scaled, tokenizer_with(), tmp_path / "out", "gguf")
+    ids = torch.arange(212)[None] % 250 + 3
+    with torch.no_grad():
+        apart = (scaled(ids).logits - plain(ids).logits)[:, -1].abs().max().item()
+    assert apart > 0.02 * figures["scale"] > 200 * max(figures["logits"], figures["decode"])
+
+
 @pytest.mark.slow
 @llama_cpp
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -231,8 +254,8 @@ def test_students_are_refused_before_there_is_one(config, reason, installed):
         ({"head_dim": 48}, "into which 4 heads of 48 do not go"),
         ({"family": "qwen2", "head_dim": 32}, "only where all heads are as wide as a hidden state"),
         (
-            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
-            r"not scaled as here (linear)",
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+            r"not scaled as here (dynamic)",
         ),
         ({"family": "qwen3"}, "not qwen3"),
     ],
