@@ -245,7 +245,7 @@ Loaded in a fresh process with {{ library }} alone, in float32, its logits (larg
 {{ "%.1e" | format(figures.logits) }}, and decoding token by token from a cache
 from the full forward pass by at most {{ "%.1e" | format(figures.decode) }}.
 {% if costs %}
-That is before its weights are quantised: {{ costs }} a token (KL from the trained student, where it answers).
+That is before its weights are quantised: {{ costs }} a token (KL from the trained student, on a text and a chat).
 {% endif %}
 {% if recipe %}
 

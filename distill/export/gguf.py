@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import unicodedata
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,11 +34,18 @@ from .verify import TOLERANCE, as_written, rounded
 
 FILE = "model.gguf"
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
-PROMPTS = (1, 7, 40, 200)  # tokens of each
-STEPS = 12  # of greedy decoding after each
+TEXT = (
+    "The town lies where two rivers meet, and for a long time that was all there was to say about it. Then came the "
+    "railway, and with it people who wanted to build mills, schools and a market hall."
+)
+PROMPTS = (1, 7, 40, 200)  # random tokens of each
+STEPS = 12  # of greedy decoding after each, and after the question
+TEXT_STEPS = (8, 24)  # tokens of the text that come at once, and then one by one
 MOST_LIKELY = 1000  # tokens of each step whose log-probabilities are compared
 ROPES = ("default", "linear", "llama3", "yarn")  # rotary embeddings that are the same whatever the length
-WORST_QUANTISED = 0.2  # nats of KL: ten times what eight bits cost; beyond it something else is wrong
+WORST_QUANTISED = (
+    0.2  # nats of KL: some ten times what eight bits cost hybrids of SmolLM2-135M; beyond it something is wrong
+)
 # llama.cpp rounds what enters a product with 16-bit weights to 16 bits, too.
 TOLERANCES = {torch.float32: TOLERANCE, torch.float16: 100 * TOLERANCE, torch.bfloat16: 500 * TOLERANCE}
 _TYPES: dict[torch.dtype | str, tuple[gguf.GGMLQuantizationType, gguf.LlamaFileType]] = {
@@ -356,20 +364,19 @@ def check(
     student: HybridForCausalLM, folder: Path, dtype: torch.dtype | str, tokenizer: PreTrainedTokenizerBase | None
 ) -> dict[str, float]:
     """Compares the file in llama.cpp with the student, in float32: what it makes of text, and its log-probabilities of
-    the most likely tokens after prompts ("logits") and in the steps of greedy answers ("decode"), token by token. One
-    prompt is a chat question, where there is a chat template.
+    the most likely tokens after prompts ("logits") and in single steps ("decode"): of greedy answers to random tokens
+    and to a chat question, where there is a chat template, and of a text.
 
-    The figures have "kl" besides: the divergence from the student, in nats a token, mean over these tokens. As
-    llama.cpp computes in as few bits as weights have, these weights in float32 are compared, too, as closely as others;
-    of quantised weights it is these that the figures are of, and what quantising costs is one more.
+    The figures have "kl" besides: the divergence from the student, in nats a token, mean over those of text and chat.
+    As llama.cpp computes in as few bits as weights have, these weights in float32 are compared, too, as closely as
+    others; of quantised weights it is these that the figures are of, and what quantising costs is one more.
 
     Raises ExportError where they are not equal, or where quantising costs more than it can.
     """
     tokenizer = load_tokenizer(folder) if tokenizer is None else tokenizer
     exact = _before_quantising(dtype)
     model = as_written(student, exact)
-    longest = student.config.max_position_embeddings - STEPS
-    sequences = [_with_answer(model, prompt[:longest]) for prompt in _prompts(model, tokenizer)]
+    sequences = _sequences(model, tokenizer)
     figures = {}
     if dtype != torch.float32:
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -389,27 +396,29 @@ def check(
 def _compare(
     path: Path,
     tokenizer: PreTrainedTokenizerBase,
-    sequences: list[tuple[Tensor, Tensor, int]],
+    sequences: list["_Sequence"],
     tolerance: float = math.inf,
 ) -> dict[str, float]:
-    """The figures of `check`. sequences: tokens, the student's logits, how many tokens are the prompt.
+    """The figures of `check`.
 
     Raises ExportError where they differ by more than the tolerance.
     """
-    found = _in_llama_cpp(path, tokenizer, [(ids.tolist(), length) for ids, _, length in sequences])
+    found = _in_llama_cpp(path, tokenizer, [(one.ids.tolist(), one.at_once) for one in sequences])
     _compare_tokens(tokenizer, found)
-    figures = {"logits": 0.0, "decode": 0.0, "scale": 0.0, "kl": 0.0}
-    behind = 0.0
-    for (_, logits, length), steps in zip(sequences, found["steps"], strict=True):
-        figures["scale"] = max(figures["scale"], logits.abs().max().item())
-        expected = logits.log_softmax(-1)
+    figures = {"logits": 0.0, "decode": 0.0, "scale": 0.0}
+    behind, divergences = 0.0, []
+    for one, steps in zip(sequences, found["steps"], strict=True):
+        figures["scale"] = max(figures["scale"], one.logits.abs().max().item())
+        expected = one.logits.log_softmax(-1)
         for i, (tokens, theirs) in enumerate(steps):
-            own = expected[length - 1 + i]
-            differences = torch.tensor(theirs) - own[tokens]
+            own = expected[one.at_once - 1 + i]
+            worst = (torch.tensor(theirs) - own[tokens]).abs().max().item()
             name = "decode" if i else "logits"
-            figures[name] = max(figures[name], differences.abs().max().item())
-            figures["kl"] += _divergence(own[tokens], torch.tensor(theirs)) / (len(sequences) * len(steps))
+            figures[name] = max(figures[name], worst)
             behind = max(behind, (own.max() - own[tokens[0]]).item())
+            if one.text:
+                divergences.append(_divergence(own[tokens], torch.tensor(theirs)))
+    figures["kl"] = sum(divergences) / len(divergences)
     bound = tolerance * max(1.0, figures["scale"])
     worst = max(figures["logits"], figures["decode"])
     if not (worst <= bound and behind <= bound):
@@ -430,26 +439,41 @@ def _divergence(own: Tensor, theirs: Tensor) -> float:
     return (own.exp() * (own - theirs)).sum().item()
 
 
-def _prompts(model: HybridForCausalLM, tokenizer: PreTrainedTokenizerBase) -> list[Tensor]:
-    """Random tokens, and a chat question."""
-    prompts = [
-        torch.randint(3, model.config.vocab_size, (length,), generator=torch.Generator().manual_seed(length))
-        for length in PROMPTS
-    ]
-    return [*prompts, *([torch.tensor(_chat(tokenizer)[-max(PROMPTS) :])] if tokenizer.chat_template else [])]
-
-
 def _chat(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     inputs: Any = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, return_dict=True)
     return inputs["input_ids"]
 
 
+@dataclass
+class _Sequence:
+    """Tokens (L,) of which so many come at once and the others one by one; the student's logits (L, vocabulary); and
+    whether it is text: what random tokens are answered says nothing of a model's quality."""
+
+    ids: Tensor
+    at_once: int
+    logits: Tensor
+    text: bool
+
+
 @torch.no_grad()
-def _with_answer(model: HybridForCausalLM, prompt: Tensor) -> tuple[Tensor, Tensor, int]:
-    """A prompt with the model's greedy answer, its logits, and how many tokens are the prompt."""
-    with generating(model, min_new_tokens=STEPS, max_new_tokens=STEPS, do_sample=False):
-        ids = generated(model, input_ids=prompt[None], attention_mask=torch.ones_like(prompt[None]))
-    return ids[0], model(ids, use_cache=False).logits[0], len(prompt)
+def _sequences(model: HybridForCausalLM, tokenizer: PreTrainedTokenizerBase) -> list[_Sequence]:
+    """What `check` compares."""
+    longest = model.config.max_position_embeddings
+
+    def answered(prompt: Tensor, text: bool) -> _Sequence:
+        prompt = prompt[None, : longest - STEPS]
+        with generating(model, min_new_tokens=STEPS, max_new_tokens=STEPS, do_sample=False):
+            ids = generated(model, input_ids=prompt, attention_mask=torch.ones_like(prompt))
+        return _Sequence(ids[0], prompt.shape[1], model(ids, use_cache=False).logits[0], text)
+
+    found = []
+    for length in PROMPTS:
+        generator = torch.Generator().manual_seed(length)
+        found.append(answered(torch.randint(3, model.config.vocab_size, (length,), generator=generator), text=False))
+    if tokenizer.chat_template:
+        found.append(answered(torch.tensor(_chat(tokenizer)[: max(PROMPTS)]), text=True))
+    ids = torch.tensor(_ids(tokenizer, TEXT, True)[: min(sum(TEXT_STEPS), longest)])
+    return [*found, _Sequence(ids, TEXT_STEPS[0], model(ids[None], use_cache=False).logits[0], text=True)]
 
 
 def _in_llama_cpp(path: Path, tokenizer: PreTrainedTokenizerBase, sequences: list) -> dict:
