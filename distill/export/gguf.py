@@ -79,7 +79,10 @@ def why_not(student: HybridForCausalLM) -> str | None:
     mixer = mixers[0]
     width = mixer.num_heads * mixer.head_dim
     if any(mixer.z_bias is not None for mixer in mixers):
-        return f"{_NO_BIAS}; make the student with student.gate_bias=false, or use format custom"
+        return (
+            f"{_NO_BIAS}; make the student with student.gate_bias=false (transpoint run RUN/recipe.yaml "
+            "student.gate_bias=false trains it anew), or use format custom"
+        )
     if any(mixer.out_proj.bias is not None for mixer in mixers):
         return "its Mamba-2 layer has no bias in the output projection; use format custom"
     if width > 2 * config.hidden_size or 2 * config.hidden_size % mixer.head_dim:
