@@ -133,7 +133,9 @@ def test_eight_bits_cost_a_little_and_that_is_said(tmp_path):
 @pytest.mark.parametrize("cost", [0.25, float("nan")])
 def test_eight_bits_that_cost_too_much_are_refused(cost, tmp_path, monkeypatch, installed):
     monkeypatch.setattr(gguf, "_compare", lambda *args: {"kl": cost})
-    with pytest.raises(ExportError, match=f"^in q8_0 the student is another one: that costs {cost:.3f} nats a token"):
+    with pytest.raises(
+        ExportError, match=f"^in q8_0 the student is another one in llama.cpp: that costs {cost:.3f} nats"
+    ):
         export(make(num_hidden_layers=2, keep=[1]), tokenizer_with(), tmp_path / "out", "gguf", "q8_0")
     assert not (tmp_path / "out").exists()
 
