@@ -18,7 +18,7 @@ from ..students.modeling.errors import StudentError
 from ..teachers.errors import TeacherError
 from .console import console_of
 from .errors import DistillError
-from .export.formats import FORMATS
+from .export.formats import DTYPES, FORMATS, QUANTISED
 from .run.threads import leave_busy_cores, spin_briefly
 from .shipped import shipped
 from .stages.pipeline import names, pipeline_of
@@ -198,8 +198,7 @@ def status(options) -> None:
 
 
 def export(options) -> None:
-    import torch
-
+    from .export.formats import quantising_costs
     from .export.write import export as write
     from .models import load_model, load_tokenizer
     from .report.summary import card_facts
@@ -209,12 +208,12 @@ def export(options) -> None:
     student = latest_student(root)
     # Not in the export stage's own folder: its records vouch for what is there.
     target = Path(options.out) if options.out else root / "exports" / f"{options.format}-{options.dtype}"
-    dtype = getattr(torch, options.dtype)
     model, tokenizer = cast("HybridForCausalLM", load_model(student)), load_tokenizer(student)
-    figures = write(model, tokenizer, target, options.format, dtype, card_facts(root))
+    figures = write(model, tokenizer, target, options.format, options.dtype, card_facts(root))
+    costs = quantising_costs(figures)
     print(
         f"{target}: the {student.parent.name} stage's student; logits differ by {figures['logits']:.1e}, "
-        f"decoding by {figures['decode']:.1e}"
+        f"decoding by {figures['decode']:.1e}" + (f"; {costs}" if costs else "")
     )
 
 
@@ -497,7 +496,9 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("export", "write the latest student of a run in a format others load, and verify it")
     sub.add_argument("run", metavar="RUN", help="a run folder")
     sub.add_argument("--format", choices=FORMATS, default="native", help="default: native")
-    sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="default: float32")
+    sub.add_argument(
+        "--dtype", choices=(*DTYPES, *QUANTISED), default="float32", help="default: float32; q8_0: of gguf alone"
+    )
     sub.add_argument("--out", metavar="FOLDER", help="default: RUN/exports/FORMAT-DTYPE")
 
     sub = command("eval", "measure a model on held-out text, against its teacher if one is given")

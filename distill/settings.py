@@ -6,7 +6,7 @@ The section of a stage that came later stands in the stage's own file.
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from .export.formats import FORMATS
+from .export.formats import DTYPES, FORMATS, QUANTISED
 
 RECALL = ("passkey", "multikey", "pairs")  # tasks of `measure.recall`
 
@@ -319,7 +319,7 @@ class ExportConfig:
         "trust_remote_code)",
         choices=FORMATS,
     )
-    dtype: str = setting("float32", "of the exported weights", choices=("float32", "bfloat16", "float16"))
+    dtype: str = setting("float32", "of the exported weights; q8_0: of gguf alone", choices=(*DTYPES, *QUANTISED))
 
 
 @dataclass

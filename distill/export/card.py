@@ -16,7 +16,7 @@ from ..config import for_others
 from ..measure.figures import rows_beside
 from ..run.records import Cost, Measures, Quality, ScheduleRecord, read_record, shown
 from .engines import WRONG
-from .formats import Format
+from .formats import Format, quantising_costs
 
 if TYPE_CHECKING:
     from ...students import HybridForCausalLM
@@ -69,6 +69,7 @@ def write_card(
         wrong=WRONG,
         library=format.library,
         figures=figures,
+        costs=quantising_costs(figures),
         recipe=recipe_text(facts.recipe).strip() if facts.recipe is not None else None,
         load=format.snippet("FOLDER_OR_HUB_ID"),
     )
@@ -257,6 +258,9 @@ Loaded in a fresh process with {{ library }} alone, in float32, its logits (larg
 {{ "%.1f" | format(figures.scale) }}) differ from the trained student's by at most
 {{ "%.1e" | format(figures.logits) }}, and decoding token by token from a cache
 from the full forward pass by at most {{ "%.1e" | format(figures.decode) }}.
+{% if costs %}
+That is before its weights are quantised: {{ costs }} a token (KL from the trained student, on a text and a chat).
+{% endif %}
 {% if recipe %}
 
 ## Recipe

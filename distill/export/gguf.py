@@ -8,10 +8,12 @@ nothing.
 import copy
 import importlib.util
 import json
+import math
 import subprocess
 import sys
 import tempfile
 import unicodedata
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,6 +21,8 @@ import gguf
 import torch
 from torch import Tensor
 from transformers import GraniteMoeHybridConfig, GraniteMoeHybridForCausalLM, PreTrainedTokenizerBase
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.granitemoehybrid.modeling_granitemoehybrid import GraniteMoeHybridRotaryEmbedding
 
 from ...students import HybridForCausalLM, Mamba2Mixer, StudentConfig
 from ..models import generated, generating, load_tokenizer
@@ -31,15 +35,23 @@ from .verify import TOLERANCE, as_written, rounded
 
 FILE = "model.gguf"
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
-PROMPTS = (1, 7, 40, 200)  # tokens of each
-STEPS = 12  # of greedy decoding after each
+TEXT = (
+    "The town lies where two rivers meet, and for a long time that was all there was to say about it. Then came the "
+    "railway, and with it people who wanted to build mills, schools and a market hall."
+)
+PROMPTS = (1, 7, 40, 200)  # random tokens of each
+STEPS = 12  # of greedy decoding after each, and after the question
+TEXT_STEPS = (8, 24)  # tokens of the text that come at once, and then one by one
 MOST_LIKELY = 1000  # tokens of each step whose log-probabilities are compared
-# llama.cpp rounds what enters a product with 16-bit weights to 16 bits, too.
-TOLERANCES = {torch.float32: TOLERANCE, torch.float16: 100 * TOLERANCE, torch.bfloat16: 500 * TOLERANCE}
-_TYPES = {
+ROPES = ("default", "linear", "llama3", "yarn")  # rotary embeddings that are the same whatever the length
+# Nats of KL, of weights in fewer bits, with which llama.cpp computes in as few: some ten times what eight bits cost a
+# hybrid of SmolLM2-135M. Single log-probabilities say nothing: one token may make much of the rounding of another.
+WORST = 0.2
+_TYPES: dict[torch.dtype | str, tuple[gguf.GGMLQuantizationType, gguf.LlamaFileType]] = {
     torch.float32: (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
     torch.float16: (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
     torch.bfloat16: (gguf.GGMLQuantizationType.BF16, gguf.LlamaFileType.MOSTLY_BF16),
+    "q8_0": (gguf.GGMLQuantizationType.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
 }
 _NO_BIAS = "its Mamba-2 layer has no bias in the gate"
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -66,7 +78,10 @@ def why_not(student: HybridForCausalLM) -> str | None:
     mixer = mixers[0]
     width = mixer.num_heads * mixer.head_dim
     if any(mixer.z_bias is not None for mixer in mixers):
-        return f"{_NO_BIAS}; make the student with student.gate_bias=false, or use format custom"
+        return (
+            f"{_NO_BIAS}; make the student with student.gate_bias=false (transpoint run RUN/recipe.yaml "
+            "student.gate_bias=false trains it anew), or use format custom"
+        )
     if any(mixer.out_proj.bias is not None for mixer in mixers):
         return "its Mamba-2 layer has no bias in the output projection; use format custom"
     if width > 2 * config.hidden_size or 2 * config.hidden_size % mixer.head_dim:
@@ -77,9 +92,19 @@ def why_not(student: HybridForCausalLM) -> str | None:
     attention: list[Any] = [layer for layer in student.attention_layers() if layer not in mixers]
     if width != config.hidden_size and any(layer.q_proj.bias is not None for layer in attention):
         return "its attention has biases only where all heads are as wide as a hidden state; use format custom"
-    if (kind := config.rope_parameters.get("rope_type", "default")) != "default":
+    if (kind := config.rope_parameters.get("rope_type", "default")) not in ROPES:
         return f"its rotary embedding is not scaled as here ({kind}); use format custom"
     return None
+
+
+def _why_not_q8_0(student: HybridForCausalLM) -> str | None:
+    block, _ = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType.Q8_0]
+    if student.config.hidden_size % block == 0:
+        return None
+    return (
+        f"q8_0 takes {block} weights of a row together, into which a hidden state of {student.config.hidden_size} "
+        "does not go; use dtype float16"
+    )
 
 
 def _no_llama_cpp() -> str | None:
@@ -88,8 +113,12 @@ def _no_llama_cpp() -> str | None:
     return "what is written is checked in llama.cpp, which is not installed: pip install 'transpoint[gguf]'"
 
 
-def write(student: HybridForCausalLM, folder: Path, dtype: torch.dtype) -> None:
-    _write_student(folder / FILE, student, dtype, load_tokenizer(folder), dtype)
+def write(student: HybridForCausalLM, folder: Path, dtype: torch.dtype | str) -> None:
+    _write_student(folder / FILE, student, _before_quantising(dtype), load_tokenizer(folder), dtype)
+
+
+def _before_quantising(dtype: torch.dtype | str) -> torch.dtype:
+    return torch.float32 if isinstance(dtype, str) else dtype
 
 
 def _write_student(
@@ -97,7 +126,7 @@ def _write_student(
     student: HybridForCausalLM,
     rounding: torch.dtype,
     tokenizer: PreTrainedTokenizerBase,
-    dtype: torch.dtype,
+    dtype: torch.dtype | str,
 ) -> None:
     state = rounded(student, rounding, granite.state_of(student))
     _write_file(path, granite.config_of(student), state, tokenizer, dtype)
@@ -108,9 +137,13 @@ def _write_file(
     config: GraniteMoeHybridConfig,
     state: dict[str, Tensor],
     tokenizer: PreTrainedTokenizerBase,
-    dtype: torch.dtype,
+    dtype: torch.dtype | str,
 ) -> None:
-    """Writes the weights of a GraniteMoeHybrid without biases in its Mamba-2 layers."""
+    """Writes the weights of a GraniteMoeHybrid without biases in its Mamba-2 layers.
+
+    Which tensors stay in float32, and which in float16 because their rows do not go into blocks, is as `llama-quantize`
+    has it.
+    """
     c = cast(Any, config)
     heads = 2 * c.hidden_size // c.mamba_d_head
     # Backends other than the CPU's want a state of 128 or 256.
@@ -132,6 +165,8 @@ def _write_file(
     writer.add_rope_dimension_count(c.head_dim)
     writer.add_rope_freq_base(c.rope_parameters["rope_theta"])
     writer.add_rope_scaling_finetuned(True)  # of this architecture: whether there is a rotary embedding
+    frequencies, magnitude = _rotary(config)
+    writer.add_rope_scaling_attn_factors(magnitude)
     writer.add_attention_scale(c.attention_multiplier)
     writer.add_ssm_conv_kernel(c.mamba_d_conv)
     writer.add_ssm_inner_size(2 * c.hidden_size)
@@ -144,6 +179,8 @@ def _write_file(
         array = tensor.float().contiguous().numpy()
         exact = exact or array.ndim < 2
         raw = gguf.GGMLQuantizationType.F32 if exact else kind
+        if array.shape[-1] % gguf.GGML_QUANT_SIZES[raw][0]:
+            raw = gguf.GGMLQuantizationType.F16
         writer.add_tensor(name, gguf.quants.quantize(array, raw), raw_dtype=raw)
 
     def padded(tensor: Tensor, parts: str) -> Tensor:
@@ -161,6 +198,8 @@ def _write_file(
         """Rows of queries or keys in which the two halves of a head alternate."""
         return tensor.unflatten(0, (-1, 2, c.head_dim // 2)).transpose(1, 2).flatten(0, 2)
 
+    if frequencies is not None:
+        add("rope_freqs.weight", frequencies)
     add("token_embd.weight", state["model.embed_tokens.weight"])
     add("output_norm.weight", state["model.norm.weight"])
     if not c.tie_word_embeddings:
@@ -192,6 +231,20 @@ def _write_file(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _rotary(config: GraniteMoeHybridConfig) -> tuple[Tensor | None, float]:
+    """What each frequency of the rotary embedding is divided by, (head_dim / 2,), None for no scaling; and what queries
+    and keys are multiplied by.
+
+    llama.cpp computes some scalings itself, but takes the result of any of them, which leaves nothing to differ in.
+    """
+    kind = cast(dict, config.rope_parameters).get("rope_type", "default")
+    if kind == "default":
+        return None, 1.0
+    plain, _ = GraniteMoeHybridRotaryEmbedding.compute_default_rope_parameters(config)
+    scaled, magnitude = ROPE_INIT_FUNCTIONS[kind](config)
+    return plain / scaled, magnitude
 
 
 # Tokenizer
@@ -302,55 +355,71 @@ def _compare_tokens(tokenizer: PreTrainedTokenizerBase, found: dict) -> None:
     for text, ids in zip(_texts(tokenizer), found["texts"], strict=True):
         if ids != _ids(tokenizer, text, True):
             raise ExportError(f"the tokenizer is another one in llama.cpp, of {text!r} for one; use another format")
-    if tokenizer.chat_template:
-        inputs: Any = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, return_dict=True)
-        if found["chat"] != inputs["input_ids"]:
-            raise ExportError("the chat template gives another prompt in llama.cpp; use another format")
+    if tokenizer.chat_template and found["chat"] != _chat(tokenizer):
+        raise ExportError("the chat template gives another prompt in llama.cpp; use another format")
 
 
 # Check
 
 
 def check(
-    student: HybridForCausalLM, folder: Path, dtype: torch.dtype, tokenizer: PreTrainedTokenizerBase | None
+    student: HybridForCausalLM, folder: Path, dtype: torch.dtype | str, tokenizer: PreTrainedTokenizerBase | None
 ) -> dict[str, float]:
     """Compares the file in llama.cpp with the student, in float32: what it makes of text, and its log-probabilities of
-    the most likely tokens after prompts ("logits") and in the steps of greedy answers ("decode"), token by token.
+    the most likely tokens after prompts ("logits") and in single steps ("decode"): of greedy answers to random tokens
+    and to a chat question, where there is a chat template, and of a text.
 
-    The figures have "kl" besides: the largest divergence from the student, in nats. As llama.cpp computes in 16 bits
-    with weights of 16 bits, these weights in float32 are compared, too, as closely as others.
+    The figures have "kl" besides: the divergence from the student, in nats a token, mean over those of text and chat.
+    As llama.cpp computes in as few bits as weights have, these weights in float32 are compared, too, as closely as
+    others; of quantised weights it is these that the figures are of, and what quantising costs is one more.
 
-    Raises ExportError where they are not equal.
+    Raises ExportError where they are not equal, or fewer bits cost more than they can.
     """
     tokenizer = load_tokenizer(folder) if tokenizer is None else tokenizer
-    model = as_written(student, dtype)
-    longest = student.config.max_position_embeddings - STEPS
-    sequences = [(*_with_answer(model, min(length, longest)), min(length, longest)) for length in PROMPTS]
+    exact = _before_quantising(dtype)
+    model = as_written(student, exact)
+    sequences = _sequences(model, tokenizer)
+    figures = {}
     if dtype != torch.float32:
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            _write_student(Path(scratch) / FILE, student, dtype, tokenizer, torch.float32)
-            _compare(Path(scratch) / FILE, tokenizer, sequences, TOLERANCE)
-    return _compare(folder / FILE, tokenizer, sequences, TOLERANCES[dtype])
+            _write_student(Path(scratch) / FILE, student, exact, tokenizer, torch.float32)
+            figures = _compare(Path(scratch) / FILE, tokenizer, sequences, TOLERANCE)
+    found = _compare(folder / FILE, tokenizer, sequences, TOLERANCE if dtype == torch.float32 else math.inf)
+    if not found["kl"] <= WORST:
+        name = str(dtype).removeprefix("torch.")
+        raise ExportError(
+            f"in {name} the student is another one in llama.cpp: that costs {found['kl']:.3f} nats a token, more than "
+            f"{WORST}; use dtype float32"
+        )
+    return figures | {dtype: found["kl"]} if isinstance(dtype, str) else found
 
 
 def _compare(
-    path: Path, tokenizer: PreTrainedTokenizerBase, sequences: list[tuple[Tensor, Tensor, int]], tolerance: float
+    path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    sequences: list["_Sequence"],
+    tolerance: float = math.inf,
 ) -> dict[str, float]:
-    """The figures of `check`. sequences: tokens, the student's logits, how many tokens are the prompt."""
-    found = _in_llama_cpp(path, tokenizer, [(ids.tolist(), length) for ids, _, length in sequences])
+    """The figures of `check`.
+
+    Raises ExportError where they differ by more than the tolerance.
+    """
+    found = _in_llama_cpp(path, tokenizer, [(one.ids.tolist(), one.at_once) for one in sequences])
     _compare_tokens(tokenizer, found)
-    figures = {"logits": 0.0, "decode": 0.0, "scale": 0.0, "kl": 0.0}
-    behind = 0.0
-    for (_, logits, length), steps in zip(sequences, found["steps"], strict=True):
-        figures["scale"] = max(figures["scale"], logits.abs().max().item())
-        expected = logits.log_softmax(-1)
+    figures = {"logits": 0.0, "decode": 0.0, "scale": 0.0}
+    behind, divergences = 0.0, []
+    for one, steps in zip(sequences, found["steps"], strict=True):
+        figures["scale"] = max(figures["scale"], one.logits.abs().max().item())
+        expected = one.logits.log_softmax(-1)
         for i, (tokens, theirs) in enumerate(steps):
-            own = expected[length - 1 + i]
-            differences = torch.tensor(theirs) - own[tokens]
+            own = expected[one.at_once - 1 + i]
+            worst = (torch.tensor(theirs) - own[tokens]).abs().max().item()
             name = "decode" if i else "logits"
-            figures[name] = max(figures[name], differences.abs().max().item())
-            figures["kl"] = max(figures["kl"], -(own[tokens].exp() * differences).sum().item())
+            figures[name] = max(figures[name], worst)
             behind = max(behind, (own.max() - own[tokens[0]]).item())
+            if one.text:
+                divergences.append(_divergence(own[tokens], torch.tensor(theirs)))
+    figures["kl"] = sum(divergences) / len(divergences)
     bound = tolerance * max(1.0, figures["scale"])
     worst = max(figures["logits"], figures["decode"])
     if not (worst <= bound and behind <= bound):
@@ -361,14 +430,51 @@ def _compare(
     return figures
 
 
+def _divergence(own: Tensor, theirs: Tensor) -> float:
+    """KL in nats, of log-probabilities of the most likely tokens; all others count as one."""
+
+    def with_rest(some: Tensor) -> Tensor:
+        return torch.cat([some, (1 - some.exp().sum()).clamp(min=1e-9).log()[None]])
+
+    own, theirs = with_rest(own.double()), with_rest(theirs.double())
+    return (own.exp() * (own - theirs)).sum().item()
+
+
+def _chat(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    inputs: Any = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, return_dict=True)
+    return inputs["input_ids"]
+
+
+@dataclass
+class _Sequence:
+    """Tokens (L,) of which so many come at once and the others one by one; the student's logits (L, vocabulary); and
+    whether it is text: what random tokens are answered says nothing of a model's quality."""
+
+    ids: Tensor
+    at_once: int
+    logits: Tensor
+    text: bool
+
+
 @torch.no_grad()
-def _with_answer(model: HybridForCausalLM, length: int) -> tuple[Tensor, Tensor]:
-    """A prompt of `length` random tokens with the model's greedy answer, and its logits."""
-    generator = torch.Generator().manual_seed(length)
-    ids = torch.randint(3, model.config.vocab_size, (1, length), generator=generator)
-    with generating(model, min_new_tokens=STEPS, max_new_tokens=STEPS, do_sample=False):
-        ids = generated(model, input_ids=ids, attention_mask=torch.ones_like(ids))
-    return ids[0], model(ids, use_cache=False).logits[0]
+def _sequences(model: HybridForCausalLM, tokenizer: PreTrainedTokenizerBase) -> list[_Sequence]:
+    """What `check` compares."""
+    longest = model.config.max_position_embeddings
+
+    def answered(prompt: Tensor, text: bool) -> _Sequence:
+        prompt = prompt[None, : longest - STEPS]
+        with generating(model, min_new_tokens=STEPS, max_new_tokens=STEPS, do_sample=False):
+            ids = generated(model, input_ids=prompt, attention_mask=torch.ones_like(prompt))
+        return _Sequence(ids[0], prompt.shape[1], model(ids, use_cache=False).logits[0], text)
+
+    found = []
+    for length in PROMPTS:
+        generator = torch.Generator().manual_seed(length)
+        found.append(answered(torch.randint(3, model.config.vocab_size, (length,), generator=generator), text=False))
+    if tokenizer.chat_template:
+        found.append(answered(torch.tensor(_chat(tokenizer)[: max(PROMPTS)]), text=True))
+    ids = torch.tensor(_ids(tokenizer, TEXT, True)[: min(sum(TEXT_STEPS), longest)])
+    return [*found, _Sequence(ids, TEXT_STEPS[0], model(ids[None], use_cache=False).logits[0], text=True)]
 
 
 def _in_llama_cpp(path: Path, tokenizer: PreTrainedTokenizerBase, sequences: list) -> dict:
@@ -462,4 +568,5 @@ GGUF = Format(
     library="llama.cpp",
     loads=False,
     snippet=_snippet,
+    quantised={"q8_0": _why_not_q8_0},
 )

@@ -12,8 +12,7 @@ if TYPE_CHECKING:
 
 def run(session: "Session", folder: "StageFolder") -> dict:
     """Writes and verifies the checkpoint that others load."""
-    import torch
-
+    from ..export.formats import quantising_costs
     from ..export.write import export
     from ..report.summary import card_facts
     from .measuring import refresh_quality
@@ -28,22 +27,24 @@ def run(session: "Session", folder: "StageFolder") -> dict:
         session.tokenizer,
         target,
         settings.format,
-        getattr(torch, settings.dtype),
+        settings.dtype,
         card_facts(session.root),
     )
+    costs = quantising_costs(figures)
     session.say(
         f"export: {target} loads without Transpoint; logits differ by {figures['logits']:.1e} from the student's, "
-        f"decoding by {figures['decode']:.1e} from prefill"
+        f"decoding by {figures['decode']:.1e} from prefill" + (f"; {costs}" if costs else "")
     )
     return {"folder": settings.format, "verified": figures}
 
 
 def check(recipe: "Recipe") -> None:
-    """A student that the format cannot hold, whatever the teacher, is refused before it is made."""
+    """A student or a dtype that the format cannot hold, whatever the teacher, is refused before it is made."""
     from ..errors import RunError
     from ..export.formats import find_format
 
-    if reason := find_format(recipe.export.format).why_no_student(recipe.student):
+    kind = find_format(recipe.export.format)
+    if reason := kind.why_not_dtype(recipe.export.dtype) or kind.why_no_student(recipe.student):
         raise RunError(f"export.format={recipe.export.format} cannot hold this student: {reason}")
 
 

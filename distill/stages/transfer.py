@@ -47,7 +47,7 @@ def run(session: "Session", folder: "StageFolder") -> dict:
     student = build_student(session.teacher, chosen, cast("HybridForCausalLM | None", start))
     if session.exports:
         kind = find_format(recipe.export.format)
-        if reason := kind.why_not(student):
+        if reason := kind.why_not(student) or kind.why_not_dtype(recipe.export.dtype, student):
             raise RunError(f"export.format={recipe.export.format} cannot hold this student: {reason}")
         kind.check_tokenizer(student, session.tokenizer)
         check_prompts(session.tokenizer, session.teacher, recipe)

@@ -5,6 +5,7 @@ import importlib.util
 
 import pytest
 import torch
+from gguf import GGUFReader
 from tokenizers import Tokenizer, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
@@ -81,12 +82,62 @@ def test_it_is_the_student_in_llama_cpp(case, tmp_path):
     assert "library_name: llama.cpp" in card and "Loaded in a fresh process with llama.cpp alone" in card
 
 
+ROPES = {
+    "linear": {"factor": 4.0},
+    "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 8.0},
+}
+
+
+@pytest.mark.slow
+@llama_cpp
+@pytest.mark.parametrize("kind", ROPES)
+def test_a_scaled_rotary_embedding_is_itself_in_llama_cpp(kind, tmp_path):
+    """At 212 positions, at which another one is quite another model."""
+    scaled, plain = (
+        make(num_hidden_layers=2, keep=[1], rope_parameters={"rope_theta": 1e4} | rope)
+        for rope in ({"rope_type": kind} | ROPES[kind], {"rope_type": "default"})
+    )
+    figures = export(scaled, tokenizer_with(), tmp_path / "out", "gguf")
+    ids = torch.arange(212)[None] % 250 + 3
+    with torch.no_grad():
+        apart = (scaled(ids).logits - plain(ids).logits)[:, -1].abs().max().item()
+    assert apart > 0.02 * figures["scale"] > 200 * max(figures["logits"], figures["decode"])
+
+
 @pytest.mark.slow
 @llama_cpp
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_halves_are_the_student_as_far_as_llama_cpp_rounds(dtype, tmp_path):
     figures = export(make(), tokenizer_with(), tmp_path / "out", "gguf", dtype)
     assert 1e-4 < figures["decode"] / figures["scale"] < 5e-2 and figures["kl"] < 1e-2
+
+
+@llama_cpp
+def test_eight_bits_cost_a_little_and_that_is_said(tmp_path):
+    """The MLP's rows do not go into blocks."""
+    figures = export(
+        make(num_hidden_layers=2, keep=[1], intermediate_size=72), tokenizer_with(), tmp_path, "gguf", "q8_0"
+    )
+    assert 0 < figures["logits"] < 1e-4 * figures["scale"] and abs(figures["kl"]) < 1e-6 < figures["q8_0"] < 0.05
+    assert f"quantised: q8_0 costs {figures['q8_0']:.4f} nats" in (tmp_path / "README.md").read_text()
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(tmp_path / gguf.FILE).tensors}
+    eight = {"token_embd.weight"}
+    eight |= {f"blk.{name}.weight" for name in ("0.ssm_in", "0.ssm_out", "1.attn_q", "1.attn_k", "1.attn_v")}
+    eight |= {f"blk.{name}.weight" for name in ("1.attn_output", "0.ffn_gate", "0.ffn_up", "1.ffn_gate", "1.ffn_up")}
+    assert {name for name, kind in kinds.items() if kind == "Q8_0"} == eight
+    assert {name for name, kind in kinds.items() if kind == "F16"} == {f"blk.{i}.ffn_down.weight" for i in (0, 1)}
+    assert set(kinds.values()) == {"F32", "F16", "Q8_0"}
+
+
+@pytest.mark.parametrize("cost", [0.25, float("nan")])
+def test_eight_bits_that_cost_too_much_are_refused(cost, tmp_path, monkeypatch, installed):
+    monkeypatch.setattr(gguf, "_compare", lambda *args: {"kl": cost})
+    with pytest.raises(
+        ExportError, match=f"^in q8_0 the student is another one in llama.cpp: that costs {cost:.3f} nats"
+    ):
+        export(make(num_hidden_layers=2, keep=[1]), tokenizer_with(), tmp_path / "out", "gguf", "q8_0")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
@@ -205,14 +256,22 @@ def test_students_are_refused_before_there_is_one(config, reason, installed):
         ({"head_dim": 48}, "into which 4 heads of 48 do not go"),
         ({"family": "qwen2", "head_dim": 32}, "only where all heads are as wide as a hidden state"),
         (
-            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
-            r"not scaled as here (linear)",
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+            r"not scaled as here (dynamic)",
         ),
         ({"family": "qwen3"}, "not qwen3"),
     ],
 )
 def test_students_are_refused(changes, reason, installed):
     assert reason in gguf.why_not(make(**changes))
+
+
+def test_eight_bits_are_refused(installed, tmp_path):
+    student = make(hidden_size=48, num_attention_heads=3, num_key_value_heads=1)
+    with pytest.raises(ExportError, match="32 weights of a row together, into which a hidden state of 48 does not go"):
+        export(student, tokenizer_with(), tmp_path / "out", "gguf", "q8_0")
+    with pytest.raises(ExportError, match="^native cannot .* in float32, float16, bfloat16, not in q8_0; use one of"):
+        export(student, tokenizer_with(), tmp_path / "out", "native", "q8_0")
 
 
 def test_without_llama_cpp_it_says_what_to_install(tmp_path, monkeypatch):

@@ -576,6 +576,8 @@ def test_a_start_that_was_killed_while_it_wrote_its_first_record(tmp_path, run_t
 def test_an_impossible_export_is_refused_before_anything_runs(tmp_path, run_tiny):
     with pytest.raises(RunError, match=r"export.format=native cannot hold this student: .*student.rope"):
         run_tiny(tmp_path / "run", "student.rope=true")
+    with pytest.raises(RunError, match="it holds weights in float32, float16, bfloat16, not in q8_0"):
+        run_tiny(tmp_path / "run", "export.dtype=q8_0")
     assert not (tmp_path / "run").exists()
     with pytest.raises(RunError, match="it holds what llama, mistral, qwen2 have, not qwen3"):
         run_tiny(tmp_path / "run", "teacher.source=random-qwen3")
