@@ -90,8 +90,7 @@ def delta_step(state, q, k, v, g, beta):
     Raises:
         ValueError: a shape or a number of heads does not fit.
     """
-    _check_inputs(q, k, v, g, beta, "B")
-    _check_shape("state", state, "B, H, P, N", (*g.shape, v.shape[-1], k.shape[-1]))
+    check_step(state, q, k, v, g, beta)
     heads = g.shape[1]
     with torch.autocast(v.device.type, enabled=False):
         dtype = torch.promote_types(_compute_dtype(v), state.dtype)
@@ -110,6 +109,12 @@ def check_scan(q, k, v, g, beta, initial_state, seq_idx, chunk_size):
     if batch == 0 or length == 0:
         raise ValueError(f"g: expected at least one token, got {'B' if batch == 0 else 'L'} = 0")
     _check_options(g, initial_state, (v.shape[-1], k.shape[-1]), seq_idx, chunk_size)
+
+
+def check_step(state, q, k, v, g, beta):
+    """Raise a ValueError if the arguments of delta_step do not fit together."""
+    _check_inputs(q, k, v, g, beta, "B")
+    _check_shape("state", state, "B, H, P, N", (*g.shape, v.shape[-1], k.shape[-1]))
 
 
 def _check_inputs(q, k, v, g, beta, leading):
