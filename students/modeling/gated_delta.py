@@ -16,7 +16,7 @@ from .modeling_mixer import Geometry, Heads, Transfer
 from .state_space import GATE_OPEN, PADDING_STEP, WidenedLinear
 
 try:
-    from transpoint.kernels.delta_reference import delta_scan, delta_step
+    from transpoint.kernels.delta import delta_scan, delta_step
 except ImportError:  # the plain reference, which travels beside this file
     from .delta_reference import delta_scan, delta_step  # type: ignore[no-redef]
 
@@ -101,7 +101,8 @@ class GatedDeltaMixer(FusedProjection):
         vkq, conv_state = self._convolve(vkq, memory, stepping, padding, seq_idx)
         v, k, q = (part.unflatten(-1, (H, -1)) for part in vkq.chunk(3, dim=-1))
         rotary = position_embeddings if self.rope else None
-        k, q = (_unit(self.place(t, norm, rotary)) for t, norm in ((k, self.k_norm), (q, self.q_norm)))
+        # Back in v's dtype, as in released layers: kernels multiply matrices in the widest that they are given.
+        k, q = (_unit(self.place(t, norm, rotary)).to(v.dtype) for t, norm in ((k, self.k_norm), (q, self.q_norm)))
         b = b if self.b_bias is None else b + self.b_bias
         if padding is not None:  # it neither decays nor changes the state
             a, b = (t.masked_fill(padding, PADDING_STEP) for t in (a, b))
