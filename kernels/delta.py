@@ -57,17 +57,17 @@ def delta_scan(
         RuntimeError: a second derivative through the kernels.
     """
     options = {"initial_state": initial_state, "seq_idx": seq_idx, "chunk_size": chunk_size}
+    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
     unsupported = None
-    if k.shape[-1] > 256:
-        unsupported = f"the kernels take keys of at most 256, got {k.shape[-1]}"
-    elif torch.float64 in (q.dtype, k.dtype):
+    if dtype == torch.float64:
         unsupported = "the kernels take no float64 keys or queries"
+    elif k.shape[-1] > (128 if dtype == torch.float32 else 256):
+        unsupported = f"the kernels take keys of at most 256, or 128 in float32, got {k.shape[-1]}"
     if not use_triton(backend, v, unsupported):
         return reference.delta_scan(q, k, v, g, beta, **options, return_final_state=return_final_state)
     reference.check_scan(q, k, v, g, beta, **options)
     from . import delta_triton
 
-    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
     q, k, v_ = (inner_contiguous(t.to(dtype)) for t in (q, k, v))
     initial_state = None if initial_state is None else initial_state.contiguous()
     tensors = [q, k, v, g, beta, initial_state]

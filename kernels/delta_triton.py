@@ -45,16 +45,24 @@ from .ssd_triton import LOG2E, _before_and_after, _load, _load_steps, _place, _s
 # Launch parameters
 
 
-def chunk_length(state: int, dtype: torch.dtype, chunk_size: int | None) -> int:
+def chunk_length(dtype: torch.dtype, chunk_size: int | None) -> int:
     """Tokens per chunk: a power of two from 16 to 64, at most chunk_size if that is given."""
     if chunk_size is None:
-        chunk_size = 32 if state > (64 if dtype == torch.float32 else 128) else 64  # what shared memory holds
+        chunk_size = 32 if dtype == torch.float32 else 64
     return min(64, max(16, 2 ** int(math.log2(chunk_size))))
 
 
-def config(kernel: str, N: int) -> dict:
-    """Warps and pipeline stages of a kernel. Not measured yet."""
-    warps = 8 if kernel == "gradient" and N > 64 else 4
+def block_size(P: int, N: int, dtype: torch.dtype) -> int:
+    """The most rows of a state that a program takes: registers hold a state of 8192 numbers, or 4096 in float32."""
+    return max(16, min(power_of_2(P), 64 if N <= 128 and dtype != torch.float32 else 32))
+
+
+def config(N: int, tile: int = 0) -> dict:
+    """Warps and pipeline stages of a kernel whose largest tile that stays in registers has so many numbers.
+
+    Chosen for few register spills on sm_90, as ptxas tells them; not timed.
+    """
+    warps = 8 if tile > 4096 else 4
     # Triton 3.6 was seen to let loads overwrite tiles that products still read, with N = 256 (see ssd_triton).
     return {"num_warps": warps, "num_stages": 2 if N <= 128 else 1}
 
@@ -371,7 +379,7 @@ class _Scan:
         self.batch, self.length, self.heads = g.shape
         self.P, self.N = v.shape[-1], k.shape[-1]
         self.SQ, self.SK, self.SV = (self.heads // t.shape[2] for t in (q, k, v))
-        self.Q = chunk_length(self.N, k.dtype, chunk_size)
+        self.Q = chunk_length(k.dtype, chunk_size)
         self.chunks = -(-self.length // self.Q)
         self.per_chunk = self.batch * self.chunks * self.heads
         self.sizes = self.length, self.heads, self.chunks  # as all kernels take them
@@ -379,8 +387,7 @@ class _Scan:
             "N": self.N, "Q": self.Q, "HAS_SEQ": packed, "BLOCK_N": max(16, power_of_2(self.N)),
             "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3",
         }  # fmt: skip
-        # Registers hold a state of 8192 numbers.
-        self.block = max(16, min(power_of_2(self.P), 64 if self.N <= 128 else 32))
+        self.block = block_size(self.P, self.N, k.dtype)
 
     def rows(self, block):
         """The blocks of `block` rows of a state: how many, and the constants that say so."""
@@ -407,7 +414,7 @@ def _forward(run, *args):
         _system_kernel, (scan.per_chunk,),
         k, g, beta, seq_idx, systems, steps, documents, *k.stride()[:3], *g.stride(), *beta.stride(),
         *((0, 0) if seq_idx is None else seq_idx.stride()), *scan.sizes,
-        SK=scan.SK, LEVELS=Q.bit_length() - 1, **scan.common, **config("system", N),
+        SK=scan.SK, LEVELS=Q.bit_length() - 1, **scan.common, **config(N),
     )  # fmt: skip
     written = run.new(*g.shape, P, dtype=k.dtype)
     states = run.new(batch, chunks, heads, P, N, dtype=k.dtype)
@@ -417,14 +424,14 @@ def _forward(run, *args):
         _walk_kernel, grid,
         k, v, systems, steps, documents, initial_state, written, states, final, *k.stride()[:3], *v.stride()[:3],
         *scan.sizes, SK=scan.SK, SV=scan.SV, HAS_INITIAL=initial_state is not None, HAS_FINAL=return_final_state,
-        **constants, **config("walk", N),
+        **constants, **config(N),
     )  # fmt: skip
     out = run.like(written)
     blocks, constants = scan.rows(scan.block)
     run(
         _output_kernel, (scan.per_chunk, blocks),
         q, k, steps, documents, written, states, out, *q.stride()[:3], *k.stride()[:3], *scan.sizes,
-        SQ=scan.SQ, SK=scan.SK, **constants, **scan.common, **config("output", N),
+        SQ=scan.SQ, SK=scan.SK, **constants, **scan.common, **config(N),
     )  # fmt: skip
     if not training:
         return out, final, *(run.new(0, dtype=t.dtype) for t in (systems, steps, documents, written, states))
@@ -445,7 +452,7 @@ def _gradients(run, dy, d_final, *args):
     run(
         _values_kernel, (scan.per_chunk, blocks),
         q, k, dy, steps, documents, d_written, *strides, *dy.stride()[:3], *scan.sizes,
-        **shares, **by_block, **scan.common, **config("values", scan.N),
+        **shares, **by_block, **scan.common, **config(scan.N),
     )  # fmt: skip
     d_rest, adjoints = run.like(written), run.like(states)
     d_initial = run.new(*(scan.batch, scan.heads, scan.P, scan.N) if initial_grad else (0,))
@@ -454,7 +461,7 @@ def _gradients(run, dy, d_final, *args):
         _walk_back_kernel, grid,
         q, k, dy, systems, steps, documents, d_final, d_written, d_rest, adjoints, d_initial, *strides,
         *dy.stride()[:3], *scan.sizes, HAS_FINAL=d_final is not None, HAS_INITIAL=initial_grad, **shares, **constants,
-        **config("walk", scan.N),
+        **config(scan.N),
     )  # fmt: skip
     # Those of shared heads are summed: until then they are float32.
     dq, dk, dv = (
@@ -465,7 +472,7 @@ def _gradients(run, dy, d_final, *args):
         _gradient_kernel, (scan.per_chunk,),
         q, k, v, dy, steps, documents, written, d_rest, states, adjoints, dq, dk, dv, dg, d_beta,
         *strides, *v.stride()[:3], *dy.stride()[:3], *scan.sizes, SV=scan.SV, **shares, **by_block, **scan.common,
-        **config("gradient", scan.N),
+        **config(scan.N, tile=scan.Q * scan.N),
     )  # fmt: skip
     return dq, dk, dv, dg, d_beta, d_initial
 
@@ -540,7 +547,7 @@ def delta_scan(
 
 def _fake(q, k, v, g, beta, initial_state, seq_idx, return_final_state, chunk_size, training):
     batch, length, heads = g.shape
-    P, N, Q = v.shape[-1], k.shape[-1], chunk_length(k.shape[-1], k.dtype, chunk_size)
+    P, N, Q = v.shape[-1], k.shape[-1], chunk_length(k.dtype, chunk_size)
     chunks = (length + Q - 1) // Q
 
     def kept(*shape, dtype=k.dtype, when=True):

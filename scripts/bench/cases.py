@@ -6,11 +6,14 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from transpoint.kernels import (
     conv,
     conv_reference,
+    delta,
+    delta_reference,
     kl,
     kl_reference,
     matching,
@@ -110,6 +113,39 @@ class Maker:
             peers={"mamba_ssm": peers.mamba_step, "PyTorch": peers.plain(ssd_reference.ssd_step)},
             costs=floors.step_cost(batch, heads, head_dim, state, *counts, state_dtype.itemsize),
             sliced=("state", "x", "dt", "B", "C"),
+            cut=lambda t: t[-16:],
+            mutated=("state",),
+        )
+
+    def delta(self, batch, length, heads, head_dim, state, *, keys):
+        """delta_scan. keys: heads of q and k."""
+        return Case(
+            op="delta_scan",
+            shape=f"{batch},{length},{heads},{head_dim},{state}, keys {keys}",
+            make=lambda: self._delta_inputs((batch, length), heads, head_dim, state, keys),
+            ours=partial(delta.delta_scan, **self.backend),
+            reference=delta_reference.delta_scan,
+            peers={"fla": peers.fla_delta, "PyTorch": peers.plain(delta_reference.delta_scan)},
+            costs=floors.delta_cost(batch, length, heads, head_dim, state, keys),
+            leaves=("q", "k", "v", "g", "beta"),
+            sliced=("q", "k", "v", "g", "beta"),
+            cut=lambda t: t[-1:, :CHECKED],
+        )
+
+    def delta_step(self, batch, heads, head_dim, state, *, keys):
+        """delta_step, which updates the state in place."""
+        return Case(
+            op="delta_step",
+            shape=f"{batch},{heads},{head_dim},{state}, keys {keys}, fp32 state",
+            make=lambda: {
+                "state": self.randn(batch, heads, head_dim, state, dtype=torch.float32),
+                **self._delta_inputs((batch,), heads, head_dim, state, keys),
+            },
+            ours=partial(delta.delta_step, **self.backend),
+            reference=delta_reference.delta_step,
+            peers={"fla": peers.fla_delta_step, "PyTorch": peers.plain(delta_reference.delta_step)},
+            costs=floors.step_cost(batch, heads, head_dim, state, heads, keys, keys, state_size=4),
+            sliced=("state", "q", "k", "v", "g", "beta"),
             cut=lambda t: t[-16:],
             mutated=("state",),
         )
@@ -230,6 +266,14 @@ class Maker:
     def _scan_inputs(self, tokens, heads, head_dim, state, x_heads, b_heads, c_heads):
         shapes = {"x": (x_heads, head_dim), "B": (b_heads, state), "C": (c_heads, state)}
         return {n: self.randn(*tokens, *shape) for n, shape in shapes.items()} | self.steps(*tokens, heads)
+
+    def _delta_inputs(self, tokens, heads, head_dim, state, keys):
+        """As in a gated DeltaNet layer: keys and queries of length 1, decays as in Mamba-2."""
+        q, k = (F.normalize(self.randn(*tokens, keys, state), dim=-1) for _ in range(2))
+        steps = self.steps(*tokens, heads)
+        g = steps["A"] * F.softplus(steps["dt"].float() + steps["dt_bias"])
+        beta = self.randn(*tokens, heads, dtype=torch.float32).sigmoid()
+        return {"q": q, "k": k, "v": self.randn(*tokens, heads, head_dim), "g": g, "beta": beta}
 
     def _filter(self, channels, width):
         return {"weight": self.randn(channels, width, scale=0.5), "bias": self.randn(channels, scale=0.1)}

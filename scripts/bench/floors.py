@@ -34,6 +34,26 @@ def step_cost(batch, heads, head_dim, state, x_heads, b_heads, c_heads, state_si
     return {STEP: (batch * (2 * state_size * heads * head_dim * state + size * small), 0)}
 
 
+def delta_cost(batch, length, heads, head_dim, state, keys, size=2):
+    """Gated delta rule: pass -> (bytes, operations), by the chunked algorithm with chunks of SCAN_TILE tokens.
+
+    keys: heads of q and k. The inverse of the triangular systems is left out: it can do without the matrix unit.
+    """
+    tokens = batch * length
+    y = tokens * heads * head_dim
+    inputs = y + tokens * 2 * keys * state
+    decays = 4 * tokens * 2 * heads  # g and beta, in float32
+    tile = 2 * SCAN_TILE
+    step = 2 * state * head_dim  # of one token and head: into a state, or out of it
+    scores = tokens * keys * tile * state  # q k^T, k k^T, or a product with the gradient of one
+    forward = 2 * scores + tokens * heads * (2 * tile * head_dim + 3 * step)
+    backward = 5 * scores + tokens * heads * (4 * tile * head_dim + 6 * step)
+    return {
+        FORWARD: (size * (inputs + y) + decays, forward),
+        BOTH: (size * (3 * inputs + 2 * y) + 3 * decays, forward + backward),
+    }
+
+
 def elementwise_cost(numel, inputs, size=2):
     """y = f(inputs), all of one shape; backward reads inputs and dy and writes the gradients of the inputs."""
     return {FORWARD: (size * numel * (inputs + 1), 0), BOTH: (size * numel * (3 * inputs + 2), 0)}

@@ -120,6 +120,22 @@ def _fla_inputs(t: Inputs) -> tuple[Tensor, ...]:
     return x, expand(t["C"], heads), expand(t["B"], heads), (x * dt.unsqueeze(-1)).to(x.dtype), dt * t["A"]
 
 
+def fla_delta(t: Inputs) -> Call:
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+    return Call(lambda: chunk_gated_delta_rule(**t, scale=1.0)[0])
+
+
+def fla_delta_step(t: Inputs) -> Call:
+    """It leaves the new state elsewhere, its rows and columns exchanged."""
+    from fla.ops.gated_delta_rule import fused_recurrent_gated_delta_rule
+
+    state = t["state"].mT.contiguous()
+    token = {name: value.unsqueeze(1) for name, value in t.items() if name != "state"}
+    options = {"scale": 1.0, "initial_state": state, "output_final_state": True}
+    return Call(lambda: fused_recurrent_gated_delta_rule(**token, **options)[0].squeeze(1))
+
+
 def whole_matrices(t: Inputs) -> Call:
     """Both matrices written out."""
     length, heads, head_dim = t["q"].shape[1:]

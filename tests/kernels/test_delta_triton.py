@@ -248,7 +248,7 @@ def test_what_the_kernels_cannot_do_is_said(device):
         token = {name: args[name][:, 0] for name in TOKENS}
         delta_step(args["initial_state"].double(), **token, backend="triton")
     large = {name: t.detach() for name, t in make(device, 4, (1, 1, 1, 1), N=300).items()}
-    with pytest.raises(ValueError, match="^backend: .* keys of at most 256, got 300; use"):
+    with pytest.raises(ValueError, match="^backend: .* keys of at most 256, or 128 in float32, got 300; use"):
         delta_scan(**large, backend="triton")
     torch.testing.assert_close(delta_scan(**large), delta_scan(**large, backend="torch"))
     with pytest.raises(ValueError, match="^v: expected a number of heads that divides H = 4, got 3$"):
@@ -263,6 +263,8 @@ def test_what_the_kernels_cannot_do_is_said(device):
 @pytest.mark.parametrize("P, N", [(64, 64), (128, 128), (96, 96), (128, 64), (256, 256)])
 @pytest.mark.parametrize("grouping", [(4, 4, 4, 4), (8, 4, 4, 8), (9, 9, 3, 3)], ids=str)
 def test_real_shapes(device, grouping, P, N, dtype):
+    if dtype == torch.float32 and N > 128:
+        pytest.skip("the kernels take no such keys in float32")
     args = make(device, 700, grouping, batch=2, P=P, N=N, dtype=dtype)
     assert_close(args, {torch.float32: 1e-3}.get(dtype, 2e-2), seq_idx=documents(device, 2, 700, seed=N))
 
