@@ -1,6 +1,5 @@
 """Everything that is measured of a model beside its teacher, but for quality on a run's own held-out sequences."""
 
-import os
 from collections.abc import Callable, Iterable
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -30,8 +29,10 @@ def held_out_texts(
     """
     data, wanted = recipe.data, {}
     for source in data.heldout if len(data.heldout) > 1 else []:
-        name = os.path.basename(source.rstrip("/")) or source
-        wanted[source if (name, data.length) in wanted else name, data.length] = of_source(source)
+        parts = source.rstrip("/").split("/")
+        tails = ("/".join(parts[-n:]) for n in range(1, len(parts) + 1))  # as short as tells it from those before
+        name = next((tail for tail in tails if tail and (tail, data.length) not in wanted), source)
+        wanted[name, data.length] = of_source(source)
     wanted |= {("", length): whole.corpus for length in recipe.evaluate.lengths}
     texts = {}
     for (name, length), corpus in wanted.items():

@@ -22,10 +22,12 @@ from transpoint.teachers.random import random_teacher
 
 @pytest.fixture
 def sources(tmp_path):
-    """Two held-out texts of different kinds."""
-    for name, words in (("first", "one text of words. "), ("second", "0 1 2 3 4 5; ")):
-        (tmp_path / f"{name}.txt").write_text(words * 60)
-    return [str(tmp_path / f"{name}.txt") for name in ("first", "second")]
+    """Two held-out texts of different kinds, with one name."""
+    found = [tmp_path / "one" / "text.txt", tmp_path / "other" / "text.txt"]
+    for path, words in zip(found, ("one text of words. ", "0 1 2 3 4 5; "), strict=True):
+        path.parent.mkdir()
+        path.write_text(words * 60)
+    return [str(path) for path in found]
 
 
 def test_by_source_and_by_length(tiny_copy, run_tiny, sources):
@@ -33,7 +35,7 @@ def test_by_source_and_by_length(tiny_copy, run_tiny, sources):
     run_tiny(tiny_copy, *more)
     record = done(tiny_copy, "evaluate")
     measures = record["measures"]
-    keys = [("first.txt", 64), ("second.txt", 64), ("", 128)]
+    keys = [("text.txt", 64), ("other/text.txt", 64), ("", 128)]
     assert [(one["source"], one["length"]) for one in measures["student"]["texts"]] == keys
     assert all(one["quality"]["kl"] == pytest.approx(0, abs=1e-5) for one in measures["teacher"]["texts"])
     student, (teacher, _) = load_model(tiny_copy / "export" / "native"), random_teacher("random-llama")
@@ -47,11 +49,11 @@ def test_by_source_and_by_length(tiny_copy, run_tiny, sources):
         assert one["quality"]["tokens"] == wanted.tokens
     card = (tiny_copy / "export" / "native" / "README.md").read_text()
     kl = measures["student"]["texts"][1]["quality"]["kl"]
-    assert f"| KL from teacher (second.txt, 64 tokens) | 0.0000 | {kl:.4f} |" in card
+    assert f"| KL from teacher (other/text.txt, 64 tokens) | 0.0000 | {kl:.4f} |" in card
     shown = io.StringIO()
     for part in summary(tiny_copy):
         Console(file=shown, width=120).print(part)
-    (row,) = [line for line in shown.getvalue().splitlines() if "KL from teacher (second.txt, 64 tokens)" in line]
+    (row,) = [line for line in shown.getvalue().splitlines() if "KL from teacher (other/text.txt, 64 tokens)" in line]
     assert [cell.strip() for cell in row.split("│")[2:4]] == ["0.0000", f"{kl:.4f}"]
 
 
@@ -71,7 +73,7 @@ def test_less_text_than_a_sequence_is_left_out_and_said(tiny_copy, run_tiny, tmp
     assert "evaluate: quality at 1024 tokens is left out: the model takes 512" in said
     assert "evaluate: cost at 500 tokens is left out: with tokens to follow, the model takes 496" in said
     student = done(tiny_copy, "evaluate")["measures"]["student"]
-    assert [(one["source"], one["length"]) for one in student["texts"]] == [("first.txt", 64), ("", 128)]
+    assert [(one["source"], one["length"]) for one in student["texts"]] == [("text.txt", 64), ("", 128)]
     assert [one["length"] for one in student["costs"]] == [32, 64]
 
 
