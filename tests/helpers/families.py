@@ -13,10 +13,10 @@ LARGEST = 3e6  # parameters: of families that need other settings to be tiny, no
 LOGITS = {"granite": {"logits_scaling": 8.0}, "granitemoe": {"logits_scaling": 0.5}, "cohere": {"logit_scale": 0.25}}
 
 
-def tiny_teacher(family):
+def tiny_teacher(family, **sizes):
     """A tiny random model of a family, or None where it cannot be made tiny in this way."""
     try:
-        config = AutoConfig.for_model(family, **SIZES, **EXPERTS, **LOGITS.get(family, {}))
+        config = AutoConfig.for_model(family, **{**SIZES, **EXPERTS, **LOGITS.get(family, {}), **sizes})
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         if sum(parameter.numel() for parameter in model.parameters()) > LARGEST:
