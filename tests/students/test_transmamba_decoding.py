@@ -109,7 +109,7 @@ GENERATION = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kwargs", GENERATION.values(), ids=GENERATION.keys())
-@pytest.mark.parametrize("points", [[0, 3, 9, 14], [7, 8, "inf", 19], [6, 1, 30, 0]], ids=str)
+@pytest.mark.parametrize("points", [[0, 3, 9, 14], [7, 8, "inf", 19]], ids=str)
 def test_generation_with_a_cache_equals_generation_without(student, points, kwargs):
     student.set_trans_points(points, warn=False)
     ids = tokens(length=7)
@@ -163,11 +163,6 @@ def test_rows_that_pass_their_points_at_different_steps_can_be_rearranged(change
     assert [layer.tokens for layer in cache.layers] == [[len(prompts[row]) + 9 for row in rows]] * 4
 
 
-def test_a_static_cache_is_refused_in_generation_naming_what_to_leave_out(student):
-    with pytest.raises(ValueError, match="cache_implementation='static' is not possible for a hybrid"):
-        student.generate(tokens(), max_new_tokens=4, cache_implementation="static")
-
-
 # What is held
 
 
@@ -195,11 +190,11 @@ def test_keys_and_values_are_held_up_to_the_trans_point_and_a_state_after_it():
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_memory_is_constant_over_4096_tokens_after_the_trans_point():
+def test_memory_is_constant_over_1024_tokens_after_the_trans_point():
     sizes = {"num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
     sizes |= {"num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 8192}
     student = build("llama", [0, 32], sizes, **ALL_PARTS)
-    cache, ids = student.new_cache(), tokens(1, 4096 + 33)
+    cache, ids = student.new_cache(), tokens(1, 1024 + 33)
     student(ids[:, :32], cache=cache)
     sizes = set()
     for t in range(32, ids.shape[1]):

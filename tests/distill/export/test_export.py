@@ -191,23 +191,18 @@ def test_every_mixer_parameter_shows_in_the_logits(make_one):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "format, make_one, exact",
+    "make_one, exact",
     [
-        ("native", lambda: make(keep=[]), (".A_log", ".dt_bias", ".D")),
-        (
-            "native",
-            lambda: make_gdn(family="qwen3"),
-            (".A_log", ".dt_bias", ".norm.weight", "q_norm.weight", "k_norm.weight"),
-        ),
-        ("custom", lambda: make(keep=[]), (".A_log", ".dt_bias", ".D")),
+        (lambda: make(keep=[]), (".A_log", ".dt_bias", ".D")),
+        (lambda: make_gdn(family="qwen3"), (".A_log", ".dt_bias", ".norm.weight", "q_norm.weight", "k_norm.weight")),
     ],
-    ids=["native", "native, gated DeltaNet", "custom"],
+    ids=["mamba2", "gdn"],
 )
-def test_bfloat16_is_verified_in_a_process_without_transpoint(format, make_one, exact, tmp_path, monkeypatch):
+def test_bfloat16_is_verified_in_a_process_without_transpoint(make_one, exact, tmp_path, monkeypatch):
     """Weights are rounded, decay, step and skip are not; what was rounded is then equal."""
     monkeypatch.setattr(verification, "subprocess", subprocess)  # a process of its own
     student = make_one()
-    figures = export(student, byte_tokenizer(), tmp_path / "out", format, torch.bfloat16)
+    figures = export(student, byte_tokenizer(), tmp_path / "out", "native", torch.bfloat16)
     assert figures["logits"] < 1e-4 * figures["scale"] and 0 < figures["decode"] < 1e-4 * figures["scale"]
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"{figures['logits']:.1e}" in card and f"{figures['decode']:.1e}" in card
@@ -215,13 +210,12 @@ def test_bfloat16_is_verified_in_a_process_without_transpoint(format, make_one, 
         for name in file.keys():  # noqa: SIM118, it is no mapping
             assert file.get_tensor(name).dtype == (torch.float32 if name.endswith(exact) else torch.bfloat16), name
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
-    if format == "native":
-        model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
-        with torch.no_grad():
-            error = (model(ids_of()).logits - student(ids_of()).logits).norm() / student(ids_of()).logits.norm()
-        assert 1e-4 < error < 0.1
-        half = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-        assert half.dtype == torch.bfloat16 and greedy(half, ids_of()).shape == (2, 48)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    with torch.no_grad():
+        error = (model(ids_of()).logits - student(ids_of()).logits).norm() / student(ids_of()).logits.norm()
+    assert 1e-4 < error < 0.1
+    half = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert half.dtype == torch.bfloat16 and greedy(half, ids_of()).shape == (2, 48)
     assert student.dtype == torch.float32
 
 

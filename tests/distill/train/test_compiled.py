@@ -79,7 +79,7 @@ def assert_compiled_gives(objective, wanted, wanted_gradients, rtol, atol, gradi
 
 @pytest.mark.parametrize(
     ("kind", "mixer"),
-    [(kind, mixer) for kind in ("align", "distill") for mixer in MIXERS] + [("hidden", "mamba2")],
+    [("align", "window_mamba2"), ("align", "gdn"), ("distill", "transmamba"), ("hidden", "mamba2")],
 )
 def test_compiled_is_as_before_and_leaves_nothing_behind(kind, mixer, flex):
     """Layers that do the same are compiled once, whatever their TransPoints; afterwards all is as it was."""
@@ -109,9 +109,9 @@ def test_compiled_is_as_before_and_leaves_nothing_behind(kind, mixer, flex):
     assert torch.equal(again, wanted)
 
 
-@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["mistral", "qwen3"])
 def test_families_compile_with_their_own_masks(family, flex):
-    """Windows, biases, norms of queries and keys."""
+    """Windows, norms of queries and keys."""
     teacher, student = make(family)
     objective = Distillation(teacher, student, DistillConfig())
     assert_compiled_gives(objective, *gradients(objective, packed()), rtol=1e-4, atol=1e-6, gradient_atol=1e-5)

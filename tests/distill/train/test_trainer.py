@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -475,35 +474,6 @@ def test_the_learning_rate_rises_then_falls_along_a_cosine(steps, warmup, final)
 
 
 # A run that is killed
-
-
-@pytest.mark.slow
-def test_a_killed_run_goes_on_to_the_same_result(tiny_copy, tmp_path, run_tiny):
-    """SIGKILL in the middle of align: no handler runs, what counts is what is on the disk."""
-    killed = Path(shutil.copytree(tiny_copy, tmp_path / "killed"))
-    more = ["align.steps=80", "align.checkpoint_every=3"]
-    run_tiny(tiny_copy, *more, until_stage="distill")
-    command = [sys.executable, "-m", "transpoint.distill", "configs/tiny.yaml", f"run.dir={killed}", *more]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [*command, "--until", "distill"], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-    deadline = time.monotonic() + 120
-    while not list(killed.glob("align/checkpoints/step-*")) and time.monotonic() < deadline:
-        assert process.poll() is None, process.communicate()[0].decode()
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    output = process.communicate()[0].decode()
-    assert process.returncode == -signal.SIGKILL, output
-    assert not (killed / "align" / "done.json").exists()
-    kept = max(steps_kept(StageFolder(killed, "align")))
-    again = run_tiny(killed, *more, until_stage="distill")
-    assert "align: interrupted" in again and f"align: going on from step {kept}" in again
-    assert "calibrate: done before, reused" in again
-    paths = [run / "distill" / "student" / "model.safetensors" for run in (tiny_copy, killed)]
-    assert paths[0].read_bytes() == paths[1].read_bytes()
-    logged = [metrics(StageFolder(run, stage)) for run in (tiny_copy, killed) for stage in ("align", "distill")]
-    assert logged[:2] == logged[2:] and [line["step"] for line in logged[0]] == list(range(5, 81, 5))
 
 
 @pytest.mark.slow
