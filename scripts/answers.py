@@ -62,7 +62,7 @@ def ask(python: str, code: str, path: str, question: str, tokens: int) -> str:
     asked = f"import json, sys\nglobals().update(json.loads(sys.argv[1]))\n{code}\nprint('\\n' + json.dumps(answer))"
     environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCH_COMPILE_DISABLE": "1"}
     environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
-    command = [python, "-c", asked, json.dumps(given)]
+    command = [os.path.abspath(python), "-c", asked, json.dumps(given)]
     done = subprocess.run(command, env=environment, cwd="/", capture_output=True, text=True, errors="replace")
     if done.returncode:
         raise RuntimeError(f"{python}: {done.stderr[-2000:]}")
