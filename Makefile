@@ -33,7 +33,7 @@ test-servers: .venv/ready
 
 # What answers within two minutes: all but what is marked slow.
 test-fast: .venv/ready
-	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m "not slow and not servers"
 
 types: .venv/ready build/types/transpoint
 	MYPYPATH=build/types $(BIN)/mypy -p transpoint.distill -p transpoint.students -p transpoint.teachers

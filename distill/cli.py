@@ -4,6 +4,7 @@ import argparse
 import logging
 import os
 import re
+import shlex
 import sys
 import warnings
 from contextlib import contextmanager
@@ -90,8 +91,9 @@ def init(options) -> None:
     target = Path(options.config)
     for path in write_recipe(target, options.like):
         print(f"wrote {path}")
-    print(f"\ntranspoint plan {target}\ntranspoint run {target}")
-    print(f"accelerate launch --config_file {CONFIGS / 'accelerate' / 'ddp.yaml'} -m transpoint.distill {target}")
+    recipe, several = (shlex.quote(str(path)) for path in (target, CONFIGS / "accelerate" / "ddp.yaml"))
+    print(f"\ntranspoint plan {recipe}\ntranspoint run {recipe}")
+    print(f"accelerate launch --config_file {several} -m transpoint.distill {recipe}")
 
 
 def run(options) -> None:

@@ -1,5 +1,6 @@
 """The recipes that come with the package, and a copy of one to begin from."""
 
+import json
 import re
 from pathlib import Path
 
@@ -24,8 +25,7 @@ def write_recipe(target: Path, like: str) -> list[Path]:
     Returns the files written, the recipe first; what was there before with the same content is left out.
 
     Raises:
-        RunError: there is no recipe of that name; or a file is there already with other content, and then nothing is
-            written.
+        RunError: there is no recipe of that name; or something else is in the place of a file. Nothing is written then.
     """
     if like not in (known := shipped()):
         raise RunError(f"no recipe '{like}' comes with the package; expected one of {', '.join(known)}")
@@ -33,11 +33,16 @@ def write_recipe(target: Path, like: str) -> list[Path]:
     builds_on = _defaults(text)
     if not builds_on and not re.search(r"(?m)^data:", text):
         text += _TEACHER_AND_TEXT
-    text, named = re.subn(r"(?m)^run: \{dir: [^,}]+", f"run: {{dir: runs/{target.stem}", text)
+    run = json.dumps(f"runs/{target.stem}", ensure_ascii=False)  # a text of YAML, whatever is in it
+    run = run if re.search(r"[^\w./-]", target.stem) else run.strip('"')
+    text, named = re.subn(r"(?m)^run: \{dir: [^,}]+", lambda found: f"run: {{dir: {run}", text)
     assert named == 1, f"{like} names no run folder"
     files = {target: text.encode()}
     files |= {target.parent / name: (CONFIGS / name).read_bytes() for name in builds_on if name != target.name}
     files |= {target.parent / "sample" / path.name: path.read_bytes() for path in sorted(CONFIGS.glob("sample/*"))}
+    folders = {folder for path in files for folder in path.parents if folder.exists() and not folder.is_dir()}
+    if wrong := [*folders, *(path for path in files if path.is_dir() or path in {p.parent for p in files})]:
+        raise RunError(f"'{wrong[0]}' is in the way: name another file")
     new = {path: content for path, content in files.items() if not path.exists() or path.read_bytes() != content}
     if taken := [path for path in new if path.exists()]:
         raise RunError(f"'{taken[0]}' is there already, and something else: remove it, or name another file")

@@ -4,7 +4,7 @@
 
 NATIVE and GGUF: folders, or `-` to leave out what loads them. Each program makes the prompt by itself, from the chat
 template that the export carries, and answers greedily, in a process of its own. vLLM is that of the environment which
-`make test-servers` makes, or of --vllm. Exits with 1 where answers differ.
+`make test-servers` makes, or of --vllm. Exits with 1 where answers differ, with 2 where there are none to compare.
 """
 
 import argparse
@@ -53,6 +53,9 @@ def main(arguments: list[str] | None = None) -> int:
             continue
         answers[name] = ask(python, code, path, options.question, options.tokens)
         print(f"{name}: {answers[name]}", flush=True)
+    if len(answers) < 2:
+        print("nothing to compare")
+        return 2
     return int(len(set(answers.values())) > 1)
 
 
@@ -67,7 +70,7 @@ def ask(python: str, code: str, path: str, question: str, tokens: int) -> str:
     if done.returncode:
         raise RuntimeError(f"{python}: {done.stderr[-2000:]}")
     lines = [line for line in done.stdout.splitlines() if line.startswith('"')]
-    return json.loads(lines[-1]).strip(" \N{REPLACEMENT CHARACTER}")  # half a character, where the tokens end
+    return json.loads(lines[-1]).strip().strip("\N{REPLACEMENT CHARACTER}")  # half a character, where the tokens end
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:

@@ -34,16 +34,30 @@ def _snippet(path: str) -> str:
 
 
 def engines_of(student: HybridForCausalLM) -> tuple[Engine, ...]:
-    mixers = [mixer for mixer in student.mixer_layers() if mixer is not None]
-    lacks = (
-        "plugins/vllm serves Mamba-2 of llama, mistral, qwen2 and qwen3 teachers, gated, without positions on B and C"
-    )
-    served = student.config.base_model_type in ("llama", "mistral", "qwen2", "qwen3")
-    served &= all(type(mixer) is Mamba2Mixer and mixer.gate and not mixer.rope for mixer in mixers)
+    lacks = _why_not_in_vllm(student)
     return (
-        Engine("vLLM 0.32", TRIED, "with plugins/vllm") if served else Engine("vLLM 0.32", REFUSES, lacks),
+        Engine("vLLM 0.32", REFUSES, lacks) if lacks else Engine("vLLM 0.32", TRIED, "with plugins/vllm"),
         Engine("others", REFUSES, "they run no code that comes with a model"),
     )
+
+
+def _why_not_in_vllm(student: HybridForCausalLM) -> str | None:
+    """As plugins/vllm itself finds out from the config."""
+    config, mixers = student.config, [mixer for mixer in student.mixer_layers() if mixer is not None]
+    if not (
+        config.base_model_type in ("llama", "mistral", "qwen2", "qwen3")
+        and config.hidden_act == "silu"
+        and all(type(mixer) is Mamba2Mixer and mixer.gate and not mixer.rope for mixer in mixers)
+    ):
+        return (
+            "plugins/vllm serves Mamba-2 of llama, mistral, qwen2 and qwen3 teachers, gated, without positions on B, C"
+        )
+    if not 2 <= config.mixer_options["conv_kernel"] <= 4:
+        return "plugins/vllm serves convolutions of 2 to 4 taps"
+    kept = [student.geometry(layer).window for layer, mixer in enumerate(config.mixers) if mixer == "attention"]
+    if any(window is not None and window < config.max_position_embeddings for window in kept):
+        return "plugins/vllm serves attention without a window"
+    return None
 
 
 CUSTOM = Format(

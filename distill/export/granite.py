@@ -42,7 +42,7 @@ def why_not(student: HybridForCausalLM) -> str | None:
     if reason := why_not_around(student, FAMILIES):
         return reason
     if others := set(config.mixers) - {"attention", "mamba2"}:
-        return f"it holds Mamba-2 layers, not {', '.join(sorted(others))}"
+        return f"it holds Mamba-2 layers, not {', '.join(sorted(others))}; {FOR_STUDENT}"
     mixer = mixers[0]
     found = {name: getattr(mixer, name) for name in ("rope", "conv_activation", "gate")}
     found |= {"norm": mixer.norm is not None, "qk_norm": mixer.q_norm is not None}
@@ -183,12 +183,15 @@ def _to_config(written: dict) -> dict:
 
 def engines_of(student: HybridForCausalLM) -> tuple[Engine, ...]:
     config = student.config
-    heads = next(mixer.num_heads for mixer in student.mixer_layers() if mixer is not None)
-    takes = heads * config_of(student).head_dim == config.hidden_size
-    by_plugin = "heads are of another size than it takes them to be; the format custom and plugins/vllm serve it"
+    mixer = cast(Mamba2Mixer, next(mixer for mixer in student.mixer_layers() if mixer is not None))
+    lacks = None
+    if mixer.num_heads * mixer.head_dim != config.hidden_size:
+        lacks = "heads are of another size than it takes them to be; the format custom and plugins/vllm serve it"
+    elif not 2 <= (taps := _conv(mixer).kernel_size[0]) <= 4:
+        lacks = f"its convolution takes 2 to 4 taps, not {taps}"
     one_norm = "it norms all heads of a Mamba-2 layer together"
     return (
-        Engine("vLLM 0.32", TRIED) if takes else Engine("vLLM 0.32", REFUSES, by_plugin),
+        Engine("vLLM 0.32", TRIED) if lacks is None else Engine("vLLM 0.32", REFUSES, lacks),
         Engine("SGLang 0.5.23", READ),
         Engine("llama.cpp", REFUSES, "its converter takes wider layers only; the format gguf is for it"),
         Engine("mistral.rs 0.9.2", WRONG, one_norm),

@@ -30,13 +30,15 @@ class HybridCache(DynamicCache):
             are written to in place, so that a step of decoding can be compiled. None: it grows.
 
     Raises:
-        ValueError: it is to be static, and one of the mixers has no memory of that kind.
+        ValueError: max_cache_len is less than 1, or one of the mixers has no memory of that kind.
     """
 
     def __init__(self, config: PreTrainedConfig, max_cache_len: int | None = None):
         super().__init__(config=config)
         self.config, self.static_length = config, max_cache_len
         if max_cache_len is not None:
+            if max_cache_len < 1:
+                raise ValueError(f"max_cache_len: expected at least 1, got {max_cache_len}")
             if lacking := [mixer for mixer in config.mixers if not can_be_static(mixer)]:
                 raise ValueError(f"a layer of {lacking[0]} has no static memory: leave max_cache_len out")
             self.layers = StaticCache(config, max_cache_len).layers

@@ -135,8 +135,8 @@ class HybridForCausalLM(_Teacher):
     def new_cache(self, max_cache_len: int | None = None) -> HybridCache:
         """An empty cache for this model, to be passed as `cache` (`past_key_values` before transformers 5.24).
 
-        max_cache_len: as `HybridCache` has it, for a static one. A transmamba layer takes no part in that before its
-        TransPoint: the prompt has to be past it.
+        max_cache_len: as `HybridCache` has it, for a static one, which must not be given more tokens than that. A
+        transmamba layer takes no part in it before its TransPoint: the prompt has to be past it.
         """
         return HybridCache(self.config, max_cache_len)
 
@@ -144,14 +144,18 @@ class HybridForCausalLM(_Teacher):
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *args, **kwargs
     ):
         name, kind = cache_name(type(self.get_decoder())), generation_config.cache_implementation
-        if generation_config.use_cache is not False and model_kwargs.get(name) is None:
+        positions, given = model_kwargs.get("position_ids"), model_kwargs.get(name)
+        if isinstance(given, HybridCache) and given.static_length is not None and not given.fixed:
+            if (reason := self._why_not_static(positions)) is not None:
+                raise ValueError(f"a static cache was passed, but {reason}: pass new_cache() without max_cache_len")
+        if generation_config.use_cache is not False and given is None:
             if kind not in (None, "dynamic", "static"):
                 raise ValueError(
                     f"cache_implementation='{kind}' is not possible for a hybrid, whose mixer layers keep a state: "
                     "leave it out, or take 'static'"
                 )
             length = None
-            if kind == "static" and (reason := self._why_not_static(model_kwargs.get("position_ids"))) is not None:
+            if kind == "static" and (reason := self._why_not_static(positions)) is not None:
                 logger.warning_once(f"cache_implementation='static': {reason}; the cache that grows is taken instead")
             elif kind == "static":
                 # As transformers does: the longest so far, so that what was compiled serves again.
@@ -172,11 +176,13 @@ class HybridForCausalLM(_Teacher):
             return f"the shortest prompt has {tokens} tokens, and the last TransPoint is at {last}"
         return None
 
-    def prepare_inputs_for_generation(self, *args, attention_mask: Tensor | None = None, **kwargs):
-        inputs = super().prepare_inputs_for_generation(*args, attention_mask=attention_mask, **kwargs)  # type: ignore[misc]
+    # generate() looks in the signature for whether it may take inputs_embeds.
+    def prepare_inputs_for_generation(self, *args, attention_mask=None, inputs_embeds=None, **kwargs):
+        given = {"attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
+        inputs = super().prepare_inputs_for_generation(*args, **given, **kwargs)  # type: ignore[misc]
         # With a static cache attention's mask is made here, of a shape that stays. Mixers want the one it is made from.
         cache = inputs.get(cache_name(type(self.get_decoder())))
-        if isinstance(cache, HybridCache) and cache.is_compileable and not cache.fixed:
+        if isinstance(cache, HybridCache) and cache.is_compileable and not (cache.fixed and _columns(inputs) == 1):
             inputs["padding_mask"] = attention_mask
         return inputs
 
@@ -222,7 +228,8 @@ def _tell_mixers(name: str, decoder, args, kwargs):
         caches = [HybridCache(decoder.config)]
     cache = kwargs[name] = caches[0] if caches else None
     mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
-    known = "padding_mask" in kwargs or (isinstance(cache, HybridCache) and cache.fixed)
+    stepping = isinstance(cache, HybridCache) and cache.fixed and _columns(kwargs, *args) == 1
+    known = "padding_mask" in kwargs or stepping
     mixer_mask, spans = MixerMask(padding_mask=kwargs.pop("padding_mask", None)), {}
     packed = isinstance(mask, BlockMask) and positions is not None and cache is None
     if mask is not None and not packed and not known:
@@ -252,6 +259,12 @@ def _tell_mixers(name: str, decoder, args, kwargs):
         state.advanced = False
     kwargs["told"] = _Told(mixer_mask, spans, states, set())
     return args, kwargs
+
+
+def _columns(inputs: dict, *others) -> int:
+    """Tokens of each row in the keywords of a model, or in what it got besides."""
+    given = [*others, inputs.get("input_ids"), inputs.get("inputs_embeds")]
+    return next(tensor.shape[1] for tensor in given if tensor is not None)
 
 
 def _tell_mixer(attention_name: str, layer, args, kwargs):

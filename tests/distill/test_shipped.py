@@ -44,3 +44,18 @@ def test_a_recipe_does_not_take_the_name_of_what_it_builds_on(tmp_path, capsys):
     assert main(["init", str(tmp_path / "tiny.yaml"), "--like", "tiny-transmamba"]) == 1
     assert "has the name of the recipe that tiny-transmamba builds on" in capsys.readouterr().err
     assert not written(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a,b.yaml", "a: b.yaml", r"a\1 'b'.yaml", "ä }.yaml"])
+def test_its_run_has_the_name_of_the_file_whatever_that_is(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["init", name, "--like", "tiny"]) == 0
+    assert load_recipe(name).run.dir.endswith("runs/" + name.removesuffix(".yaml"))
+
+
+@pytest.mark.parametrize("target", [".", "taken/mine.yaml", "sample"])
+def test_what_is_in_the_way_is_named(target, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").write_text("a file")
+    assert main(["init", target, "--like", "tiny"]) == 1
+    assert capsys.readouterr().err.endswith(" is in the way: name another file\n") and len(written(tmp_path)) == 1

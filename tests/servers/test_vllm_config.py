@@ -2,15 +2,21 @@
 
 import pytest
 
+from transpoint.distill.export.custom import CUSTOM
+from transpoint.distill.export.engines import REFUSES, TRIED
 from transpoint.students import Mamba2Mixer, StudentConfig, build_student
 from transpoint.teachers.random import random_teacher
 from transpoint_vllm.config import HybridConfig
 
 
-def saved(family="llama", keep=(1,), sizes=None, **options):
-    """What is in the config's file."""
+def student_of(family="llama", keep=(1,), sizes=None, **options):
     teacher, _ = random_teacher(f"random-{family}", **(sizes or {}))
-    return build_student(teacher, StudentConfig(keep_attention=list(keep), **options)).config.to_diff_dict()
+    return build_student(teacher, StudentConfig(keep_attention=list(keep), **options))
+
+
+def saved(*args, **options):
+    """What is in the config's file."""
+    return student_of(*args, **options).config.to_diff_dict()
 
 
 def test_layers_are_told_by_their_mixers():
@@ -68,3 +74,30 @@ def test_a_window_that_no_text_passes_is_none():
 def test_other_configs_are_refused(changes, reason):
     with pytest.raises(ValueError, match=reason):
         HybridConfig.from_dict({**saved(), **changes})
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"family": "qwen3"},
+        {"family": "mistral"},
+        {"family": "mistral", "keep": []},
+        {"rope": True},
+        {"gate": False},
+        {"conv_kernel": 1},
+        {"norm": False, "conv_activation": None},
+        {"sizes": {"hidden_act": "gelu"}},
+        {"mixer": "gdn"},
+    ],
+    ids=str,
+)
+def test_a_card_says_that_it_serves_what_it_does(given):
+    student = student_of(**given)
+    (engine,) = [one for one in CUSTOM.engines(student) if one.name.startswith("vLLM")]
+    try:
+        HybridConfig.from_dict(student.config.to_diff_dict())
+    except ValueError:
+        assert engine.does == REFUSES
+    else:
+        assert engine.does == TRIED

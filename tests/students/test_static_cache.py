@@ -60,6 +60,31 @@ def test_generation_is_that_of_a_cache_that_grows(make_student, options, prompts
     assert not caplog.records
 
 
+@pytest.mark.parametrize("static", [False, True])
+@students
+def test_generation_from_embeddings_is_that_from_tokens(make_student, options, static):
+    student, (ids, mask) = make_student(**options), left_padded()
+    more = {"cache_implementation": "static"} if static else {}
+    embedded = {"inputs_embeds": student.get_input_embeddings()(ids), "attention_mask": mask, **more}
+    found = student.generate(**embedded, do_sample=False, max_new_tokens=15, eos_token_id=None, pad_token_id=PAD)
+    assert torch.equal(found, generate(student, ids, mask)[:, 9:])
+
+
+@torch.no_grad()
+def test_padding_in_a_later_piece_is_padding(make_student):
+    """Also after the cache is fixed. Past its TransPoint this student's state is all that it remembers."""
+    student, ids = make_student(**OF["past its TransPoints"]), tokens(length=15)
+    mask = torch.ones(2, 15, dtype=torch.long)
+    mask[0, 9:12] = 0
+    positions = mask.cumsum(1) - 1
+    found = []
+    for cache in (student.new_cache(), student.new_cache(max_cache_len=LENGTH)):
+        student(ids[:, :9], cache=cache, attention_mask=mask[:, :9], position_ids=positions[:, :9])
+        found.append(student(ids[:, 9:], cache=cache, attention_mask=mask, position_ids=positions[:, 9:]).logits[:, -1])
+    assert_near(found[1], found[0])
+    assert_near(found[1][0], logits(student, torch.cat((ids[:1, :9], ids[:1, 12:]), 1))[0, -1])
+
+
 @students
 def test_logits_in_pieces_are_those_of_one_pass(make_student, options):
     student, ids = make_student(**options), tokens()
@@ -136,6 +161,9 @@ def test_where_it_cannot_be_a_growing_one_is_taken_and_it_is_said(make_student, 
     assert torch.equal(found, generate(student, *left_padded()))
     said = [record.getMessage() for record in caplog.records]
     assert f"cache_implementation='static': {reason}; the cache that grows is taken instead" in said
-    if "window" in reason:
+    if "window" not in reason:
+        with pytest.raises(ValueError, match=f"^a static cache was passed, but {reason}: pass new_cache.. without"):
+            generate(student, *left_padded(), past_key_values=student.new_cache(max_cache_len=LENGTH))
+    else:
         with pytest.raises(ValueError, match=f"^{reason}: leave max_cache_len out$"):
             student.new_cache(max_cache_len=8)
