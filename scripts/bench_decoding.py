@@ -22,11 +22,12 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import Cache, CompileConfig, DynamicCache, PreTrainedModel, StaticCache
+from transformers import Cache, CompileConfig, PreTrainedModel
 
-from transpoint.distill.measure.cost import cache_bytes
+from transpoint.distill.measure.cost import cache_bytes, new_cache
 from transpoint.distill.models import load_model
 from transpoint.students import StudentConfig, build_student
+from transpoint.students.modeling.cache_layers import mark_static
 from transpoint.students.modeling.modeling_hybrid import cache_name
 from transpoint.teachers import load_teacher
 
@@ -72,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
 def measure(model: PreTrainedModel, length: int, batch: int, tokens: int, static: bool = False) -> dict:
     """Milliseconds a step of `batch` sequences after `length` tokens, bytes of cache, bytes at the peak (or None)."""
     ids = _prompt(model, length)
-    cache = _new_cache(model, length + tokens + WARM_UP if static else None)
+    cache = new_cache(model, length + tokens + WARM_UP if static else None)
     held_in = {cache_name(type(model.get_decoder())): cache, "use_cache": True}
     begun = _now(model)
     for part in ids.split(CHUNK, dim=1):
@@ -138,19 +139,11 @@ def _prompt(model: PreTrainedModel, length: int) -> torch.Tensor:
     return ids.to(model.device)
 
 
-def _new_cache(model: PreTrainedModel, longest: int | None) -> Cache:
-    if hasattr(model, "new_cache"):
-        return model.new_cache(longest)
-    return DynamicCache(config=model.config) if longest is None else StaticCache(model.config, longest)
-
-
 def _repeat(cache: Cache, batch: int, device: torch.device) -> None:
     """One row becomes `batch` rows."""
     cache.reorder_cache(torch.zeros(batch, dtype=torch.long, device=device))
     for layer in cache.layers:
-        for value in vars(layer).values():
-            if isinstance(value, torch.Tensor):
-                torch._dynamo.mark_static_address(value)
+        mark_static(layer)
 
 
 def _now(model: PreTrainedModel) -> float:

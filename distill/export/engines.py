@@ -22,3 +22,5 @@ TRIED = "the same"  # compared by running it
 READ = "the same, as its code reads"
 WRONG = "something else, without a word"
 REFUSES = "does not load it"
+
+NO_ONNX = Engine("ONNX", REFUSES, "no exporter has the class (optimum-onnx, and so transformers.js)")

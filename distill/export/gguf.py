@@ -398,7 +398,7 @@ def _compare(
     path: Path,
     tokenizer: PreTrainedTokenizerBase,
     sequences: list["_Sequence"],
-    tolerance: float = math.inf,
+    tolerance: float,
 ) -> dict[str, float]:
     """The figures of `check`.
 

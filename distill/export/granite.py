@@ -14,7 +14,7 @@ from transformers import GraniteMoeHybridConfig, GraniteMoeHybridForCausalLM
 
 from ...students import HybridForCausalLM, Mamba2Mixer, StudentConfig
 from ...students.modeling.configuration_mixers import have_trans_points
-from .engines import READ, REFUSES, TRIED, WRONG, Engine
+from .engines import NO_ONNX, READ, REFUSES, TRIED, WRONG, Engine
 from .home import FOR_CONFIG, FOR_STUDENT, Home, config_around, mlp_of, state_of_appended, why_fixed, why_not_around
 from .verify import rounded
 
@@ -196,7 +196,7 @@ def engines_of(student: HybridForCausalLM) -> tuple[Engine, ...]:
         Engine("llama.cpp", REFUSES, "its converter takes wider layers only; the format gguf is for it"),
         Engine("mistral.rs 0.9.2", WRONG, one_norm),
         Engine("MLX-lm 0.32.0", WRONG, f"{one_norm}, once its `time_step_limit` is edited so that it loads"),
-        Engine("ONNX", REFUSES, "no exporter has the class (optimum-onnx, and so transformers.js)"),
+        NO_ONNX,
     )
 
 

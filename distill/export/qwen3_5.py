@@ -17,7 +17,7 @@ from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
 from ...students import HybridForCausalLM, StudentConfig
 from ...students.modeling.gated_delta import GatedDeltaMixer
-from .engines import READ, REFUSES, Engine
+from .engines import NO_ONNX, READ, REFUSES, Engine
 from .home import FOR_CONFIG, FOR_STUDENT, Home, config_around, state_of_appended, why_fixed, why_not_around
 from .verify import rounded
 
@@ -138,7 +138,7 @@ def engines_of(student: HybridForCausalLM) -> tuple[Engine, ...]:
         Engine("llama.cpp", READ, "by `convert_hf_to_gguf.py --no-mtp` of September 2026 or later"),
         Engine("mistral.rs 0.9.2", REFUSES, "it wants a rotary embedding in three parts (`mrope_section`)"),
         Engine("MLX-lm 0.32.0", REFUSES, "it has no type for the language model alone"),
-        Engine("ONNX", REFUSES, "no exporter has the class (optimum-onnx, and so transformers.js)"),
+        NO_ONNX,
     )
 
 

@@ -5,7 +5,7 @@ import time
 from typing import cast
 
 import torch
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
 from ...students.modeling.modeling_hybrid import cache_name
 from ..run.records import Cost
@@ -30,7 +30,7 @@ def measure_cost(
     ids = ids.to(model.device)
     prefills, decodes = [], []
     for _ in range(2):  # the first pass may compile kernels
-        cache = _new_cache(model)
+        cache = new_cache(model)
         prefills.append(_seconds(model, ids, cache))
         held = cache_bytes(cache)
         decodes = [_seconds(model, ids[:, i % length, None], cache) for i in range(tokens)]
@@ -53,10 +53,12 @@ def cache_bytes(cache: Cache) -> int:
     return sum(storages.values())
 
 
-def _new_cache(model: PreTrainedModel) -> Cache:
+def new_cache(model: PreTrainedModel, max_cache_len: int | None = None) -> Cache:
+    """An empty cache for a model, of students or not; a static one for so many tokens."""
     # By name: the class of an export that came with its code is not this package's.
-    own = getattr(model, "new_cache", None)
-    return cast(Cache, own()) if own is not None else DynamicCache(config=model.config)
+    if (own := getattr(model, "new_cache", None)) is not None:
+        return cast(Cache, own() if max_cache_len is None else own(max_cache_len))
+    return DynamicCache(config=model.config) if max_cache_len is None else StaticCache(model.config, max_cache_len)
 
 
 def _seconds(model: PreTrainedModel, ids: torch.Tensor, cache: Cache) -> float:

@@ -182,7 +182,11 @@ class HybridForCausalLM(_Teacher):
         inputs = super().prepare_inputs_for_generation(*args, **given, **kwargs)  # type: ignore[misc]
         # With a static cache attention's mask is made here, of a shape that stays. Mixers want the one it is made from.
         cache = inputs.get(cache_name(type(self.get_decoder())))
-        if isinstance(cache, HybridCache) and cache.is_compileable and not (cache.fixed and _columns(inputs) == 1):
+        if (
+            isinstance(cache, HybridCache)
+            and cache.is_compileable
+            and not (cache.fixed and _given(inputs).shape[1] == 1)
+        ):
             inputs["padding_mask"] = attention_mask
         return inputs
 
@@ -228,7 +232,7 @@ def _tell_mixers(name: str, decoder, args, kwargs):
         caches = [HybridCache(decoder.config)]
     cache = kwargs[name] = caches[0] if caches else None
     mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
-    stepping = isinstance(cache, HybridCache) and cache.fixed and _columns(kwargs, *args) == 1
+    stepping = isinstance(cache, HybridCache) and cache.fixed and _given(kwargs, *args).shape[1] == 1
     known = "padding_mask" in kwargs or stepping
     mixer_mask, spans = MixerMask(padding_mask=kwargs.pop("padding_mask", None)), {}
     packed = isinstance(mask, BlockMask) and positions is not None and cache is None
@@ -245,9 +249,7 @@ def _tell_mixers(name: str, decoder, args, kwargs):
         mixer_mask = MixerMask(seq_idx=index)
         modules = [getattr(layer, decoder.config.attention_name) for layer in decoder.layers]
         if mixers := [module for module in modules if isinstance(module, Mixer) and module.spanned]:
-            inputs = [*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
-            batch = next(len(tensor) for tensor in inputs if tensor is not None)
-            seq_idx = index.expand(batch, -1)
+            seq_idx = index.expand(len(_given(kwargs, *args)), -1)
             if decoder.config._attn_implementation == "flex_attention":
                 made = Spans(seq_idx)
                 spans = {mixer: made.of(cast("Spanned", mixer)) for mixer in mixers}
@@ -261,10 +263,10 @@ def _tell_mixers(name: str, decoder, args, kwargs):
     return args, kwargs
 
 
-def _columns(inputs: dict, *others) -> int:
-    """Tokens of each row in the keywords of a model, or in what it got besides."""
-    given = [*others, inputs.get("input_ids"), inputs.get("inputs_embeds")]
-    return next(tensor.shape[1] for tensor in given if tensor is not None)
+def _given(kwargs: dict, *args) -> Tensor:
+    """What a model gets for its tokens (B, L, ...): ids or embeddings."""
+    inputs = [*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
+    return next(tensor for tensor in inputs if tensor is not None)
 
 
 def _tell_mixer(attention_name: str, layer, args, kwargs):

@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 
+from distinct import distinct_student
 from transpoint.distill.export.write import export
-from transpoint.students import StudentConfig, build_student
-from transpoint.teachers.random import byte_tokenizer, random_teacher
+from transpoint.teachers.random import byte_tokenizer
 from vllm_beside import BLOCK, CHAT, TOKENS, needs_vllm, serve
 
 WIDE = {"head_dim": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "attention_bias": True}
@@ -24,19 +24,10 @@ EXPORTS = {
 pytestmark = [pytest.mark.slow, pytest.mark.servers, needs_vllm]
 
 
-def make(family="llama", keep=(1, 3), options=None, **sizes):
-    """A student none of whose mixer parameters is zero, one, or the same in two places, of heads that vLLM's kernels
-    for CPUs take."""
-    sizes = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64} | sizes
-    teacher, _ = random_teacher(f"random-{family}", **sizes)
-    student = build_student(teacher, StudentConfig(keep_attention=list(keep), **(options or {})))
-    generator = torch.Generator().manual_seed(7)
-    size = {"in_proj.weight": 0.08, "A_log": 0.8, "dt_bias": 0.8, "z_bias": 0.5, "D": 0.5, "norm.weight": 0.3}
-    with torch.no_grad():
-        for mixer in filter(None, student.mixer_layers()):
-            for name, parameter in mixer.named_parameters():
-                parameter.add_(size.get(name, 0.1) * torch.randn(parameter.shape, generator=generator))
-    return student.eval()
+def make(**given):
+    """A student of heads that vLLM's kernels for CPUs take."""
+    sizes = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64}
+    return distinct_student(**{**sizes, **given})
 
 
 @pytest.fixture(scope="module")

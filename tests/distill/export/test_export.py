@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GraniteMoeHybridFo
 import fresh
 import transpoint.distill.export.verify as verification
 import transpoint.distill.export.write as writing
+from distinct import distinct_student
 from families import tiny_teacher
 from transpoint.distill.config import Recipe
 from transpoint.distill.data.corpus import Corpus
@@ -28,23 +29,10 @@ from transpoint.distill.export.write import export
 from transpoint.distill.measure.held_out import HeldOut
 from transpoint.students import HybridForCausalLM, StudentConfig, build_student
 from transpoint.teachers import TeacherInfo
-from transpoint.teachers.random import byte_tokenizer, random_teacher
+from transpoint.teachers.random import byte_tokenizer
 
 ALL_PARTS = {"conv_kernel": 4, "conv_activation": "silu", "gate": True, "norm": True}
 PLAIN = {"rope": True, "conv_activation": None, "gate": False, "norm": False}
-
-
-def make(family="llama", keep=(1, 3), options=None, **sizes):
-    """A student none of whose mixer parameters is zero, one, or the same in two places."""
-    teacher, _ = random_teacher(f"random-{family}", **sizes)
-    student = build_student(teacher, StudentConfig(keep_attention=list(keep), **(options or {})))
-    generator = torch.Generator().manual_seed(7)
-    size = {"in_proj.weight": 0.08, "A_log": 0.8, "dt_bias": 0.8, "z_bias": 0.5, "D": 0.5, "norm.weight": 0.3}
-    with torch.no_grad():
-        for mixer in filter(None, student.mixer_layers()):
-            for name, parameter in mixer.named_parameters():
-                parameter.add_(size.get(name, 0.1) * torch.randn(parameter.shape, generator=generator))
-    return student.eval()
 
 
 def ids_of(batch=2, length=24):
@@ -108,12 +96,12 @@ NATIVE_GDN = {
 
 
 def make_gdn(options=None, **given):
-    return make(options=GDN | (options or {}), **given)
+    return distinct_student(options=GDN | (options or {}), **given)
 
 
 @pytest.mark.parametrize("case", NATIVE)
 def test_native_is_the_student_in_plain_transformers(case, tmp_path, unverified):
-    student = make(**NATIVE[case])
+    student = distinct_student(**NATIVE[case])
     config = assert_native_is(student, GraniteMoeHybridForCausalLM, tmp_path, unverified)
     types = ["attention" if mixer == "attention" else "mamba" for mixer in student.config.mixers]
     assert config["layer_types"] == (types if "attention" in types else [*types, "attention"])
@@ -169,7 +157,7 @@ def assert_native_is(student, made, tmp_path, figures):
     return config
 
 
-@pytest.mark.parametrize("make_one", [make, make_gdn])
+@pytest.mark.parametrize("make_one", [distinct_student, make_gdn])
 def test_every_mixer_parameter_shows_in_the_logits(make_one):
     """So that the comparisons above could not miss one."""
     student = make_one()
@@ -193,7 +181,7 @@ def test_every_mixer_parameter_shows_in_the_logits(make_one):
 @pytest.mark.parametrize(
     "make_one, exact",
     [
-        (lambda: make(keep=[]), (".A_log", ".dt_bias", ".D")),
+        (lambda: distinct_student(keep=[]), (".A_log", ".dt_bias", ".D")),
         (lambda: make_gdn(family="qwen3"), (".A_log", ".dt_bias", ".norm.weight", "q_norm.weight", "k_norm.weight")),
     ],
     ids=["mamba2", "gdn"],
@@ -289,7 +277,7 @@ save_file({name: tensor.contiguous() for name, tensor in found.items()}, scratch
     ids=["plain", "qwen3", "transmamba", "transmamba, all parts", "window", "gated delta rule"],
 )
 def test_custom_goes_with_its_own_code_and_is_saved_with_it(family, options, tmp_path, unverified):
-    student = make(family, options=options)
+    student = distinct_student(family, options=options)
     folder, again = tmp_path / "custom", tmp_path / "again"
     export(student, byte_tokenizer(), folder, "custom")
     assert os.listdir(tmp_path) == ["custom"]
@@ -322,7 +310,7 @@ def test_custom_goes_with_its_own_code_and_is_saved_with_it(family, options, tmp
 def test_trans_points_are_verified_in_layers_that_the_schedule_leaves_to_attention(tmp_path, monkeypatch):
     """The state-space form of a layer with a late TransPoint is compared too."""
     options = {"mixer": "transmamba", "trans_points": "inf"}
-    figures = export(make(keep=[], options=options), byte_tokenizer(), tmp_path / "right", "custom")
+    figures = export(distinct_student(keep=[], options=options), byte_tokenizer(), tmp_path / "right", "custom")
     assert figures["logits"] < 1e-4 * figures["scale"] and 0 < figures["decode"] < 1e-4 * figures["scale"]
     real = custom.write
 
@@ -333,11 +321,11 @@ def test_trans_points_are_verified_in_layers_that_the_schedule_leaves_to_attenti
 
     monkeypatch.setitem(FORMATS, "custom", dataclasses.replace(custom.CUSTOM, write=without_skip))
     with pytest.raises(ExportError, match="is not equal to the student: logits differ by"):
-        export(make(keep=[], options=options), byte_tokenizer(), tmp_path / "wrong", "custom")
+        export(distinct_student(keep=[], options=options), byte_tokenizer(), tmp_path / "wrong", "custom")
 
 
 def test_trans_points_are_chosen_where_an_export_is_loaded(tmp_path, unverified):
-    student = make(keep=[], options={"mixer": "transmamba", "trans_points": 5})
+    student = distinct_student(keep=[], options={"mixer": "transmamba", "trans_points": 5})
     export(student, byte_tokenizer(), tmp_path / "out", "custom")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     config["measured_trans_points"] = [{"trans_points": [9] * 4, "trained": False, "quality": {"kl": 0.5}}]
@@ -353,7 +341,7 @@ def test_trans_points_are_chosen_where_an_export_is_loaded(tmp_path, unverified)
 
 def test_native_refuses_trans_points_before_and_after_training(tmp_path):
     reason = "a layer of it is attention or Mamba-2, not one up to a TransPoint and then the other"
-    student = make(options={"mixer": "transmamba"})
+    student = distinct_student(options={"mixer": "transmamba"})
     assert refusal(student, tmp_path) == f"native cannot hold this student: {reason}; use format custom"
     config = StudentConfig(mixer="transmamba")
     assert native.why_no_student(config) == f"{reason}; use export.format=custom"
@@ -378,7 +366,7 @@ def test_a_card_shows_no_path_of_this_machine(tmp_path, monkeypatch):
     recipe.distill.teacher_cache = f"{tmp_path}/teacher-cache"
     recipe.evaluate.prompts = ["/is this a path?"]
     facts = CardFacts(TeacherInfo("odd_[name]*"), recipe.to_dict())
-    write_card(tmp_path, make(), native.NATIVE, {"scale": 1.0, "logits": 0.0, "decode": 0.0}, facts)
+    write_card(tmp_path, distinct_student(), native.NATIVE, {"scale": 1.0, "logits": 0.0, "decode": 0.0}, facts)
     text = (tmp_path / "README.md").read_text()
     for word in (str(tmp_path), "owner", "~", "../", "sub/"):
         assert word not in text, word
@@ -406,7 +394,7 @@ def left_padding():
 @pytest.mark.parametrize("format", ["native", "custom"])
 def test_the_tokenizer_is_the_students(format, tmp_path, unverified):
     tokenizer = left_padding()
-    export(make(), tokenizer, tmp_path / "out", format)
+    export(distinct_student(), tokenizer, tmp_path / "out", format)
     found = AutoTokenizer.from_pretrained(tmp_path / "out")
     batch = ["a bc", "a longer prompt", "<|im_start|>"]
     assert dict(found(batch, padding=True)) == dict(tokenizer(batch, padding=True))
@@ -435,15 +423,15 @@ def test_a_tokenizer_that_is_another_one_when_it_is_loaded_is_refused(change, wh
         monkeypatch.setattr(module, "save_tokenizer", changed)
     reason = f"the tokenizer is another one when it is loaded with what was written: its {what} differ"
     with pytest.raises(ExportError, match=reason):
-        native.NATIVE.check_tokenizer(make(), left_padding())
+        native.NATIVE.check_tokenizer(distinct_student(), left_padding())
     if what == "padding side":
         with pytest.raises(ExportError, match=reason):
-            export(make(), left_padding(), tmp_path / "out")
+            export(distinct_student(), left_padding(), tmp_path / "out")
         assert not os.listdir(tmp_path)
 
 
 def test_an_export_that_the_project_loads_and_saves_again_carries_its_code(tmp_path, unverified):
-    student = make(options={"mixer": "transmamba", "trans_points": 5})
+    student = distinct_student(options={"mixer": "transmamba", "trans_points": 5})
     export(student, byte_tokenizer(), tmp_path / "first", "custom")
     HybridForCausalLM.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "again")
     first, again = ({path.name for path in (tmp_path / name).glob("*.py")} for name in ("first", "again"))
@@ -533,7 +521,7 @@ def refusal(student, tmp_path, format="native"):
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_native_cannot_hold(case, tmp_path):
     arguments, reason = REFUSED[case]
-    assert refusal(make(**arguments), tmp_path) == f"native cannot hold this student: {reason}"
+    assert refusal(distinct_student(**arguments), tmp_path) == f"native cannot hold this student: {reason}"
 
 
 @pytest.mark.parametrize(
@@ -542,20 +530,23 @@ def test_what_native_cannot_hold(case, tmp_path):
 def test_query_and_key_norms(qk_norm, reason, tmp_path, monkeypatch):
     """Of a family that is native but for them."""
     monkeypatch.setattr(granite, "FAMILIES", ("qwen3",))
-    student = make("qwen3", options={"qk_norm": qk_norm})
+    student = distinct_student("qwen3", options={"qk_norm": qk_norm})
     assert refusal(student, tmp_path) == f"native cannot hold this student: {reason}"
 
 
 def test_transformers_that_would_compute_something_else(tmp_path, monkeypatch):
     monkeypatch.setattr(granite.transformers, "__version__", "5.22.1")
-    assert refusal(make(), tmp_path) == (
+    assert refusal(distinct_student(), tmp_path) == (
         "native cannot hold this student: transformers 5.22.1 normalises all heads of a Mamba-2 layer together; "
         "it takes 5.23 or later, or format custom"
     )
 
 
 def test_an_unknown_format(tmp_path):
-    assert refusal(make(), tmp_path, "onnx") == "format 'onnx' is not known; expected one of native, custom, gguf"
+    assert (
+        refusal(distinct_student(), tmp_path, "onnx")
+        == "format 'onnx' is not known; expected one of native, custom, gguf"
+    )
 
 
 @pytest.mark.slow
@@ -572,7 +563,7 @@ def test_an_export_that_is_not_equal_is_caught(tmp_path, monkeypatch):
 
     monkeypatch.setitem(native.HOMES, "mamba2", dataclasses.replace(granite.GRANITE, state=shuffled))
     with pytest.raises(ExportError, match=r"is not equal to the student: logits differ by .*, more than [0-9.e-]+$"):
-        export(make(), byte_tokenizer(), tmp_path / "native")
+        export(distinct_student(), byte_tokenizer(), tmp_path / "native")
     assert not (tmp_path / "native").exists()
 
 
@@ -596,12 +587,12 @@ def test_an_export_that_does_not_load_is_caught(tmp_path, monkeypatch):
 
     monkeypatch.setitem(FORMATS, "native", dataclasses.replace(native.NATIVE, write=write))
     with pytest.raises(ExportError, match="does not load without Transpoint: ") as caught:
-        export(make(), byte_tokenizer(), tmp_path / "native")
+        export(distinct_student(), byte_tokenizer(), tmp_path / "native")
     assert "\n" not in str(caught.value) and not (tmp_path / "native").exists()
 
 
 def test_a_failed_write_leaves_the_earlier_export(tmp_path, monkeypatch, unverified):
-    student = make()
+    student = distinct_student()
     export(student, byte_tokenizer(), tmp_path / "native")
     before = (tmp_path / "native" / "model.safetensors").read_bytes()
 
@@ -638,7 +629,7 @@ def facts_of(tmp_path, license="mit"):
 
 
 def card(tmp_path, facts, format="native", keep=(1, 3)):
-    export(make(keep=keep), byte_tokenizer(), tmp_path / "out", format, facts=facts)
+    export(distinct_student(keep=keep), byte_tokenizer(), tmp_path / "out", format, facts=facts)
     return (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
 
@@ -699,7 +690,7 @@ def test_the_card_warns_of_programs_that_compute_something_else(tmp_path, unveri
 def test_engines_that_want_attention_at_intervals_are_told_them(keep, interval, tmp_path, unverified):
     """A student without attention has a layer of it appended."""
     folder = tmp_path / "out"
-    export(make("qwen3", keep=keep, options={"mixer": "gdn", "qk_norm": False}), byte_tokenizer(), folder)
+    export(distinct_student("qwen3", keep=keep, options={"mixer": "gdn", "qk_norm": False}), byte_tokenizer(), folder)
     written = json.loads((folder / "config.json").read_text())
     assert written.get("full_attention_interval") == interval and written["partial_rotary_factor"] == 1.0
     said = (folder / "README.md").read_text()
@@ -715,7 +706,7 @@ def test_a_card_without_facts(tmp_path, unverified):
 
 
 def test_what_is_no_export_is_not_replaced(tmp_path, unverified):
-    student, tokenizer = make(), byte_tokenizer()
+    student, tokenizer = distinct_student(), byte_tokenizer()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("mine")
     with pytest.raises(ExportError, match="is there and is no earlier export: name another folder, or remove it"):
@@ -727,7 +718,7 @@ def test_what_is_no_export_is_not_replaced(tmp_path, unverified):
 
 def test_packed_documents_are_measured_alike_in_student_and_export(tmp_path, unverified):
     """A native export cannot tell packed documents apart in its Mamba layers: quality takes them one by one."""
-    student, tokenizer = make(), byte_tokenizer()
+    student, tokenizer = distinct_student(), byte_tokenizer()
     export(student, tokenizer, tmp_path / "out")
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     tokens = torch.randint(3, 250, (96,), generator=torch.Generator().manual_seed(0), dtype=torch.int32)

@@ -9,12 +9,13 @@ from gguf import GGUFReader
 from tokenizers import Tokenizer, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
+from distinct import distinct_student
 from merges import tokenizer_with
 from run_files import done
 from transpoint.distill.export import gguf, granite
 from transpoint.distill.export.formats import FORMATS, ExportError
 from transpoint.distill.export.write import export, is_export
-from transpoint.students import StudentConfig, build_student
+from transpoint.students import StudentConfig
 from transpoint.teachers.random import byte_tokenizer, random_teacher
 
 llama_cpp = pytest.mark.skipif(
@@ -40,19 +41,10 @@ def sentencepiece_like():
     return made
 
 
-def make(family="llama", keep=(1, 3), options=None, **sizes):
-    """A student none of whose mixer parameters is zero, one, or the same in two places."""
-    sizes = {"vocab_size": len(tokenizer_with()) + 3} | sizes
-    teacher, _ = random_teacher(f"random-{family}", **sizes)
-    config = StudentConfig(keep_attention=list(keep), **{"gate_bias": False, **(options or {})})
-    student = build_student(teacher, config)
-    generator = torch.Generator().manual_seed(7)
-    size = {"in_proj.weight": 0.08, "A_log": 0.8, "dt_bias": 0.8, "D": 0.5, "norm.weight": 0.3}
-    with torch.no_grad():
-        for mixer in filter(None, student.mixer_layers()):
-            for name, parameter in mixer.named_parameters():
-                parameter.add_(size.get(name, 0.1) * torch.randn(parameter.shape, generator=generator))
-    return student.eval()
+def make(options=None, **given):
+    return distinct_student(
+        options={"gate_bias": False, **(options or {})}, **{"vocab_size": len(tokenizer_with()) + 3, **given}
+    )
 
 
 STUDENTS = {
