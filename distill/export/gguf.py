@@ -141,8 +141,7 @@ def _write_file(
 ) -> None:
     """Writes the weights of a GraniteMoeHybrid without biases in its Mamba-2 layers.
 
-    Which tensors stay in float32, and which in float16 because their rows do not go into blocks, is as `llama-quantize`
-    has it.
+    Norms, convolutions and what else is small stay in float32; rows that do not go into blocks are in float16.
     """
     c = cast(Any, config)
     heads = 2 * c.hidden_size // c.mamba_d_head
