@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from ..teachers import attention_view, output_head
+from ..teachers import attention_view, decoder_layers, output_head
 from .config import StudentConfig, layer_plan
 from .modeling.configuration_hybrid import HybridConfig
 from .modeling.configuration_mixers import MIXERS, have_trans_points
@@ -27,6 +27,7 @@ def build_student(
     The teacher stays as it is. `student.transfer_plan` is the `TransferPlan` that was executed; print it.
 
     Args:
+        teacher: or a student, of which further layers are converted, as if it were its own `start`.
         start: another student of this teacher, to go on from: its mixers stay as they are, and what is transferred to
             the others is its own attention. (Mamba in the Llama calls it progressive distillation, arXiv 2408.15237.)
 
@@ -80,14 +81,16 @@ def plan_student(
         start: of the student that it goes on from.
     """
     config.check()
-    views = attention_view(teacher)
+    own = teacher.config if isinstance(teacher, HybridForCausalLM) else None
+    start = own if start is None else start
+    geometries = _geometries(teacher)
     output_head(teacher)  # refused now rather than when it is first measured or trained
-    mixers = layer_plan(config, len(views))
+    mixers = layer_plan(config, len(geometries))
     _check_memory(teacher)
     windows = [
-        view.layer
-        for view, mixer in zip(views, mixers, strict=True)
-        if view.window is not None and mixer != "attention" and not MIXERS[mixer].load().spanned
+        layer
+        for layer, (geometry, mixer) in enumerate(zip(geometries, mixers, strict=True))
+        if geometry.window is not None and mixer != "attention" and not MIXERS[mixer].load().spanned
     ]
     if teacher.config.get_text_config(decoder=True) is not teacher.config:
         raise StudentError(
@@ -95,15 +98,19 @@ def plan_student(
             "says; take the language model alone"
         )
     fields = teacher.config.to_dict()
-    for name in ("model_type", "architectures", "auto_map", "transformers_version", "quantization_config"):
+    base = teacher.config.model_type if own is None else own.base_model_type
+    for name in _NOT_TAKEN_OVER:
         fields.pop(name, None)
     # As it is, whatever its config says: some checkpoints have an output matrix of their own all the same.
     fields["tie_word_embeddings"] = teacher.get_output_embeddings().weight is teacher.get_input_embeddings().weight
     options = config.mixer_options | {"norm_eps": fields.get("rms_norm_eps", 1e-5)}
     if have_trans_points(mixers):
         fields["trans_points"] = config.trans_points
-    hybrid = HybridConfig(base_model_type=teacher.config.model_type, mixers=mixers, mixer_options=options, **fields)
-    hybrid.set_geometry([asdict(Geometry.of(view)) for view in views])
+    hybrid = HybridConfig(base_model_type=base, mixers=mixers, mixer_options=options, **fields)
+    if own is not None and own.trans_points is not None:
+        pairs = zip(own.mixers, own.trans_points, hybrid.trans_points, strict=True)
+        hybrid.set_trans_points([new if was == "attention" else point for was, point, new in pairs], warn=False)
+    hybrid.set_geometry([asdict(geometry) for geometry in geometries])
     hybrid.architectures = ["HybridForCausalLM"]
     hybrid._attn_implementation = teacher.config._attn_implementation
     try:
@@ -118,6 +125,20 @@ def plan_student(
     if start is not None:
         _check_start(start, hybrid)
     return student, transfer_plan(teacher, student, start)
+
+
+# Of a teacher's config; and of a student's, what is made anew or was measured of another.
+_NOT_TAKEN_OVER: tuple[str, ...] = ("model_type", "architectures", "auto_map", "transformers_version")
+_NOT_TAKEN_OVER += ("quantization_config", "base_model_type", "mixers", "mixer_options", "geometry", "trans_points")
+_NOT_TAKEN_OVER += ("measured_trans_points",)
+
+
+def _geometries(teacher: PreTrainedModel) -> list[Geometry]:
+    """That of each layer's attention, which is checked; where a student has a mixer, of what was there."""
+    if not isinstance(teacher, HybridForCausalLM):
+        return [Geometry.of(view) for view in attention_view(teacher)]
+    attention_view(teacher, layers=[layer for layer, mixer in enumerate(teacher.mixer_layers()) if mixer is None])
+    return [teacher.geometry(layer) for layer in range(len(decoder_layers(teacher)))]
 
 
 def _check_start(start: HybridConfig, hybrid: HybridConfig) -> None:

@@ -170,33 +170,37 @@ def count_to_select(keep: Any, num_layers: int) -> int | None:
     return count
 
 
-def kept_layers(keep: Any, num_layers: int | None) -> set[int]:
-    """Indices that `keep_attention` keeps among `num_layers` (None: only its form is checked)."""
-    expected = "expected a list of layer indices, 'every:N' with N of at least 2, a fraction from 0 to 1, or 'select:K'"
+_KEEP = "student.keep_attention"
+
+
+def kept_layers(keep: Any, num_layers: int | None, setting: str = _KEEP) -> set[int]:
+    """Indices that `keep_attention`, or another setting, says of `num_layers` (None: only its form is checked)."""
+    expected = "expected a list of layer indices, 'every:N' with N of at least 2, "
+    expected += "a fraction from 0 to 1, or 'select:K'" if setting == _KEEP else "or a fraction from 0 to 1"
     if isinstance(keep, str):
         word, _, number = keep.partition(":")
-        if word == "select" and (number.isdigit() or _is_fraction(number)):
+        if word == "select" and setting == _KEEP and (number.isdigit() or _is_fraction(number)):
             if num_layers is None:
                 return set()
-            raise StudentError(f"student.keep_attention is '{keep}': no layers have been chosen; run the stage select")
+            raise StudentError(f"{_KEEP} is '{keep}': no layers have been chosen; run the stage select")
         if word != "every" or not number.isdigit() or int(number) < 2:
-            raise StudentError(f"student.keep_attention is '{keep}'; {expected}")
+            raise StudentError(f"{setting} is '{keep}'; {expected}")
         return set(range(int(number) - 1, num_layers or 0, int(number)))
     if isinstance(keep, int | float) and not isinstance(keep, bool):
         if not 0 <= keep <= 1:
-            raise StudentError(f"student.keep_attention is {keep}; {expected}")
+            raise StudentError(f"{setting} is {keep}; {expected}")
         layers = num_layers or 0
         count = round(keep * layers)
         # The middle of each of `count` equal parts.
         return {int((i + 0.5) * layers / count) for i in range(count)}
     if not hasattr(keep, "__iter__") or isinstance(keep, Mapping):
-        raise StudentError(f"student.keep_attention is {keep!r}; {expected}")
+        raise StudentError(f"{setting} is {keep!r}; {expected}")
     kept = set()
     for layer in keep:
         if not isinstance(layer, int) or isinstance(layer, bool):
-            raise StudentError(f"student.keep_attention holds {layer!r}; {expected}")
+            raise StudentError(f"{setting} holds {layer!r}; {expected}")
         if num_layers is not None and not -num_layers <= layer < num_layers:
-            raise StudentError(f"student.keep_attention holds layer {layer}, the teacher has 0 to {num_layers - 1}")
+            raise StudentError(f"{setting} holds layer {layer}, the teacher has 0 to {num_layers - 1}")
         kept.add(layer % num_layers if num_layers else layer)
     return kept
 

@@ -86,12 +86,13 @@ def transfer_plan(
     """
     plan, dropped = TransferPlan(), []
     before = ["attention"] * len(student.config.mixers) if start is None else start.mixers
-    for view, mixer, was in zip(attention_view(teacher, check=False), student.mixer_layers(), before, strict=True):
-        if mixer is not None and was != "attention":
-            dropped.append(f"{view.name}.")
-        elif mixer is not None:
-            plan.transfers += mixer.transfers(view)
-            dropped += [f"{view.name}.{name}" for name in mixer.drops(view)]
+    mixers = {layer: mixer for layer, mixer in enumerate(student.mixer_layers()) if mixer is not None}
+    new = {layer for layer in mixers if before[layer] == "attention"}
+    names = {module: name for name, module in student.named_modules()}
+    dropped += [f"{names[mixer]}." for layer, mixer in mixers.items() if layer not in new]
+    for view in attention_view(teacher, check=False, layers=new):
+        plan.transfers += mixers[view.layer].transfers(view)
+        dropped += [f"{view.name}.{name}" for name in mixers[view.layer].drops(view)]
     planned = {transfer.target for transfer in plan.transfers}
     plan.kept = sum(name not in planned for name, _ in student.named_parameters())
     used = student.state_dict().keys() | {transfer.source for transfer in plan.transfers}

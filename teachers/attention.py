@@ -6,6 +6,7 @@ computes. So a family that does something this file does not know (soft-capping,
 refused rather than converted wrongly, and a reader that is wrong is found out.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
@@ -157,11 +158,14 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     return layers
 
 
-def attention_view(model: PreTrainedModel, check: bool = True) -> list[AttentionView]:
+def attention_view(
+    model: PreTrainedModel, check: bool = True, layers: Collection[int] | None = None
+) -> list[AttentionView]:
     """A view of every layer's attention, each checked against its module (unless that is on the meta device).
 
     Args:
         check: False where these views were checked before.
+        layers: which layers' alone; None: all.
 
     Raises:
         TeacherError: a layer's attention has a part, or computes something, that is not understood; names it.
@@ -169,9 +173,13 @@ def attention_view(model: PreTrainedModel, check: bool = True) -> list[Attention
     from .families import ATTENTION, READERS  # which read with what is here
 
     names = {id(module): name for name, module in model.named_modules()}
-    read = READERS.get(model.config.get_text_config(decoder=True).model_type, read_attention)
+    config = model.config.get_text_config(decoder=True)
+    # A student has its teacher's attention.
+    read = READERS.get(getattr(config, "base_model_type", config.model_type), read_attention)
     views = []
     for index, layer in enumerate(decoder_layers(model)):
+        if layers is not None and index not in layers:
+            continue
         module = next((found for name in ATTENTION if (found := getattr(layer, name, None)) is not None), None)
         if module is None:
             raise TeacherError(
