@@ -29,7 +29,7 @@ class StateLayer(CacheLayerMixin):
         self.fixed = False
         self.advanced = False  # since somebody has last looked
         self.conv_state: Tensor | None = None  # (B, channels, kernel - 1): the last inputs of the convolution
-        self.ssm_state: Tensor | None = None  # (B, H, P, N), float32
+        self.ssm_state: Tensor | None = None  # (B, H, P, N) in most mixers, float32
         self.seen: int | Tensor = 0  # columns; a tensor once it is fixed
         # How many each row has seen, padding left out; one entry where all rows are alike. Not counted once fixed.
         self.tokens = [0]

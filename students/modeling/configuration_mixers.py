@@ -104,6 +104,17 @@ def _state_space(least: int, kernel: int, activation: str | None, gate: bool, no
     }
 
 
+def _without_queries(options: dict) -> dict:
+    """Without what is about B and C, which come from keys and queries."""
+    return {name: option for name, option in options.items() if name not in ("rope", "qk_norm")}
+
+
+def _pairs(options: dict) -> str | None:
+    if options["modes"] == "lin" and options["state_size"] % 2:
+        return f"student.state_size is {options['state_size']}, and modes of lin are pairs: set an even one"
+    return None
+
+
 MIXERS: dict[str, MixerKind] = {
     # As the native formats have it.
     "mamba2": MixerKind(
@@ -138,6 +149,18 @@ MIXERS: dict[str, MixerKind] = {
             "gate_bias": Option(False, "whether gate and beta have a bias; false: none, as native has it"),
         },
         check=_convolution,
+    ),
+    # Without selection: what this is worth shows beside Mamba-2.
+    "s4d": MixerKind(
+        "S4D",
+        "S",
+        "modeling_s4d.S4DMixer",
+        {
+            **_without_queries(_state_space(least=1, kernel=4, activation="silu", gate=True, norm=True, rope=False)),
+            "state_size": Option(64, "size of each channel's state, in real numbers", 1),
+            "modes": Option("lin", "of S4D-Lin (lin: complex pairs) or S4D-Real (real)", choices=("lin", "real")),
+        },
+        check=lambda options: _convolution(options) or _pairs(options),
     ),
     "window_mamba2": MixerKind(
         "window + Mamba-2",

@@ -183,7 +183,8 @@ class Transfer:
             gained = ", in what a head gains the one before" if self.heads is not None and self.heads.again else ""
             return f"the current token * {self.value:.4g}{gained}"
         values = self.value if isinstance(self.value, tuple) else (self.value,)
-        return " ".join(f"{value:.4g}" for value in (values if len(set(values)) > 1 else values[:1]))
+        shown = [f"{value:.4g}" for value in (values if len(set(values)) > 1 else values[:1])]
+        return " ".join(shown if len(shown) <= 6 else [*shown[:3], "...", shown[-1]])
 
 
 class Form(NamedTuple):

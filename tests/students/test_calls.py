@@ -17,7 +17,8 @@ from transpoint.students.modeling.configuration_hybrid import OLDEST
 
 pytestmark = pytest.mark.stack
 
-MIXERS = ("mamba2", "transmamba", "window_mamba2", "gdn")
+MIXERS: tuple[str, ...] = ("mamba2", "transmamba", "window_mamba2", "gdn")
+MIXERS += ("s4d",)
 
 
 @pytest.fixture(params=MIXERS)

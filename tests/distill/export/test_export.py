@@ -273,8 +273,9 @@ save_file({name: tensor.contiguous() for name, tensor in found.items()}, scratch
         ("mistral", {"mixer": "transmamba", "trans_points": 20, **ALL_PARTS}),
         ("qwen2", {"mixer": "window_mamba2", "window": 6, "feature_map": "softmax"}),
         ("qwen2", {"mixer": "gdn", "gate_bias": True}),
+        ("qwen2", {"mixer": "s4d", "state_size": 8}),
     ],
-    ids=["plain", "qwen3", "transmamba", "transmamba, all parts", "window", "gated delta rule"],
+    ids=["plain", "qwen3", "transmamba", "transmamba, all parts", "window", "gated delta rule", "s4d"],
 )
 def test_custom_goes_with_its_own_code_and_is_saved_with_it(family, options, tmp_path, unverified):
     student = distinct_student(family, options=options)
@@ -352,6 +353,13 @@ def test_native_refuses_gated_deltanet_that_no_class_has_before_it_is_made():
     reason = "its gated DeltaNet layer is fixed in student.rope (must be false); use export.format=custom"
     assert native.why_no_student(StudentConfig(mixer="gdn", rope=True)) == reason
     assert native.why_no_student(StudentConfig(mixer="gdn")) is None
+
+
+@pytest.mark.parametrize("format", ["native", "gguf"])
+def test_s4d_is_refused_where_no_class_has_it(format):
+    reason = "it holds Mamba-2 layers, and student.mixer is s4d; use export.format=custom"
+    assert find_format(format).why_no_student(StudentConfig(mixer="s4d")) == reason
+    assert find_format("custom").why_no_student(StudentConfig(mixer="s4d")) is None
 
 
 def test_a_card_shows_no_path_of_this_machine(tmp_path, monkeypatch):

@@ -27,6 +27,7 @@ GPU = torch.cuda.is_available()
 SCHEDULE = [0, 8, 20, "inf"]
 MIXERS = {"mamba2": {}, "transmamba": {"trans_points": SCHEDULE}, "window_mamba2": {"window": 6, "sinks": 2}}
 MIXERS |= {"gdn": {}}
+MIXERS |= {"s4d": {"state_size": 8}}
 pytestmark = pytest.mark.slow  # all compile: seconds each
 
 
@@ -79,7 +80,13 @@ def assert_compiled_gives(objective, wanted, wanted_gradients, rtol, atol, gradi
 
 @pytest.mark.parametrize(
     ("kind", "mixer"),
-    [("align", "window_mamba2"), ("align", "gdn"), ("distill", "transmamba"), ("hidden", "mamba2")],
+    [
+        ("align", "window_mamba2"),
+        ("align", "gdn"),
+        ("align", "s4d"),
+        ("distill", "transmamba"),
+        ("hidden", "mamba2"),
+    ],
 )
 def test_compiled_is_as_before_and_leaves_nothing_behind(kind, mixer, flex):
     """Layers that do the same are compiled once, whatever their TransPoints; afterwards all is as it was."""
