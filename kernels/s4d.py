@@ -4,7 +4,8 @@
 
 (Gu, Gupta, Goel and Re 2022, arXiv 2206.11893, by zero-order hold, with B in C.) Each channel has M modes of its own:
 real ones, or complex ones, of which each stands for its conjugate too, so that what is read of it counts twice. Complex
-numbers are pairs (real part, imaginary part) in a last dimension of 2, as compilers want them; real ones have one of 1.
+numbers lie in a dimension of 2, first the real parts, and then the imaginary ones, as compilers want them; real numbers
+in one of 1.
 
 Plain PyTorch throughout: it runs wherever PyTorch does.
 """
@@ -45,10 +46,10 @@ def s4d_scan(
     Args:
         x: (B, L, E) inputs, of E channels.
         dt: (E,) positive step sizes.
-        A: (E, M, 2) complex, or (E, M, 1) real, rates of the modes; with negative real parts.
+        A: (E, 2, M) complex, or (E, 1, M) real, rates of the modes; with negative real parts.
         C: output weights, shaped as A.
         D: (E,) skip weights, or None for no skip.
-        initial_state: (B, E, M, 2 or 1) state before the first token, or None for zeros.
+        initial_state: (B, E, 2 or 1, M) state before the first token, or None for zeros.
         seq_idx: (B, L) integers, the document of each token. The state is reset to zero wherever the value changes;
             initial_state belongs to the document of the first token.
         return_final_state: also return the state after the last token.
@@ -81,31 +82,30 @@ def s4d_scan(
             by_chunk = by_chunk.masked_fill(document != document[..., -1:], 0)
 
         step = dt[:, None, None] * A
-        powers = _exp(step[:, :, None] * torch.arange(size + 1, device=x.device)[:, None])  # (E, M, Q+1, 2 or 1)
-        # (E, M, Q, 2 or 1): what a token of 1 has made of the state after k more tokens, and
-        written = _times(powers[:, :, :-1], _divide(_expm1(step), A)[:, :, None])
-        # how the token after k others reads the state before these.
-        read = _weights(_times(powers[:, :, 1:], C[:, :, None]))
-        kernel = (written * _weights(C)[:, :, None]).sum((1, 3))
-
-        y = _convolve(inputs, kernel, document)
+        powers = _exp(step[:, None] * torch.arange(size + 1, device=x.device)[:, None, None])  # (E, Q+1, 2 or 1, M)
+        # What a token adds to a state has the same factor at all of them. States have it where they come in and go out,
+        # and in here only what reads them has.
+        gain = _divide(_expm1(step), A)
+        read = _weights(_times(powers, _times(gain, C)[:, None]))
+        y = _convolve(inputs, read[:, :-1, 0].sum(-1), document)
         if D is not None:
             y = y + D.to(dtype)[:, None, None] * inputs
-        written = written.transpose(2, 3).flatten(1, 2)  # (E, N, Q)
-        states = _entering(by_chunk[:, :, :-1], written, step * size, initial_state, before)
-        old = states.flatten(1, 2).flatten(2) @ read.transpose(2, 3).flatten(1, 2)
-        old = old.unflatten(1, (-1, chunks))
+        state = None if initial_state is None else _divide(initial_state.to(dtype).transpose(0, 1), gain[:, None])
+        written = powers[:, :-1].flatten(2)  # (E, Q, N), after so many more tokens
+        states = _entering(by_chunk[:, :, :-1], written, step * size, state, before)
+        old = (states.flatten(1, 2).flatten(2) @ read[:, 1:].flatten(2).mT).unflatten(1, (-1, chunks))
         if document is not None:
             old = old.masked_fill(document != before[..., None], 0)
         y = (y + old.flatten(2))[..., :length].permute(1, 2, 0).to(x.dtype)
         if not return_final_state:
             return y
         left = size - padding  # tokens of the last chunk
-        kept = _times(states[:, :, -1], _exp(step * left)[:, None])
+        kept = _times(states[:, :, -1], powers[:, left, None])
         if document is not None:
             kept = kept.masked_fill((before[:, -1] != document[:, -1, -1])[:, None, None], 0)
-        new = by_chunk[:, :, -1, :left] @ written[..., :left].flip(-1).mT
-        return y, (kept + new.unflatten(-1, kept.shape[-2:])).transpose(0, 1).contiguous()
+        new = by_chunk[:, :, -1, :left] @ written[:, :left].flip(1)
+        state = _times(kept + new.unflatten(-1, A.shape[1:]), gain[:, None])
+        return y, state.transpose(0, 1).contiguous()
 
 
 @torch.no_grad()
@@ -113,7 +113,7 @@ def s4d_step(state, x, dt, A, C, *, D=None):
     """Advance the recurrence by one token, for decoding. Not differentiable.
 
     Args:
-        state: (B, E, M, 2 or 1) float32 (or float64), updated in place.
+        state: (B, E, 2 or 1, M) float32 (or float64), updated in place.
         x: (B, E); dt, A, C, D: as in s4d_scan.
 
     Returns:
@@ -148,65 +148,63 @@ def _convolve(inputs, kernel, document):
         second = (first.flatten(1, 2) @ matrix.mT).view(first.shape)
         if document is not None:
             second = second.masked_fill(halves[..., 1, :] != last, 0)
-        y = y + F.pad(second, (width, 0)).flatten(2)
+        y.unflatten(-1, (-1, 2, width))[..., 1, :].add_(second)
         width *= 2
     return y
 
 
-def _entering(inputs, written, step, initial_state, before):
-    """States (E, B, c, M, 2 or 1) entering each chunk.
+def _entering(inputs, written, step, state, before):
+    """States (E, B, c, 2 or 1, M) entering each chunk.
 
     Args:
         inputs: (E, B, c-1, Q) of all chunks but the last, zero where they are not of a chunk's last document.
-        written: (E, N, Q). step: (E, M, 2 or 1) of a whole chunk. before: (B, c) documents of these states, or None.
+        written: (E, Q, N). step: (E, 2 or 1, M) of a whole chunk. state: (E, B, 2 or 1, M) entering the first, or None.
+        before: (B, c) documents of these states, or None.
     """
-    added = inputs @ written.flip(-1).mT[:, None]
-    added = added.unflatten(-1, step.shape[1:])
-    first = added.new_zeros(*added.shape[:2], 1, *step.shape[1:])
-    if initial_state is not None:
-        first = initial_state.to(added.dtype).transpose(0, 1)[:, :, None]
-    states, chunks, span = torch.cat((first, added), 2), inputs.shape[2] + 1, 1
-    while span < chunks:  # each state has what the last `span` chunks have added; then twice as many
+    added = (inputs.flatten(1, 2) @ written.flip(1)).view(*inputs.shape[:3], *step.shape[1:])
+    state = added.new_zeros(*added.shape[:2], *step.shape[1:]) if state is None else state
+    states, span = torch.cat((state[:, :, None], added), 2), 1
+    while span < states.shape[2]:  # each has what the last `span` chunks have added; then twice as many
         carried = _times(states[:, :, :-span], _exp(step * span)[:, None, None])
         if before is not None:
             carried = carried.masked_fill((before[:, span:] != before[:, :-span])[..., None, None], 0)
-        states = states + F.pad(carried, (0, 0, 0, 0, span, 0))
+        states = torch.cat((states[:, :, :span], states[:, :, span:] + carried), 2)
         span *= 2
     return states
 
 
 def _weights(c):
     """By which parts of a state are to be multiplied so that their sum is Re(c . h), of pairs twice that."""
-    return c if c.shape[-1] == 1 else torch.stack((2 * c[..., 0], -2 * c[..., 1]), -1)
+    return c if c.shape[-2] == 1 else torch.stack((2 * c[..., 0, :], -2 * c[..., 1, :]), -2)
 
 
 def _times(a, b):
-    if a.shape[-1] == 1:
+    if a.shape[-2] == 1:
         return a * b
-    (a, ai), (b, bi) = a.unbind(-1), b.unbind(-1)
-    return torch.stack((a * b - ai * bi, a * bi + ai * b), -1)
+    (a, ai), (b, bi) = a.unbind(-2), b.unbind(-2)
+    return torch.stack((a * b - ai * bi, a * bi + ai * b), -2)
 
 
 def _divide(a, b):
-    if b.shape[-1] == 1:
+    if b.shape[-2] == 1:
         return a / b
-    conjugate = torch.stack((b[..., 0], -b[..., 1]), -1)
-    return _times(a, conjugate) / b.square().sum(-1, keepdim=True)
+    conjugate = torch.stack((b[..., 0, :], -b[..., 1, :]), -2)
+    return _times(a, conjugate) / b.square().sum(-2, keepdim=True)
 
 
 def _exp(z):
-    if z.shape[-1] == 1:
+    if z.shape[-2] == 1:
         return z.exp()
-    size, angle = z.unbind(-1)
-    return size.exp()[..., None] * torch.stack((angle.cos(), angle.sin()), -1)
+    size, angle = z[..., 0, :].exp(), z[..., 1, :]
+    return torch.stack((size * angle.cos(), size * angle.sin()), -2)
 
 
 def _expm1(z):
     """exp(z) - 1, without cancellation where z is small."""
-    if z.shape[-1] == 1:
+    if z.shape[-2] == 1:
         return z.expm1()
-    size, angle = z.unbind(-1)
-    return torch.stack((size.expm1() * angle.cos() - 2 * (angle / 2).sin().square(), size.exp() * angle.sin()), -1)
+    size, angle = z.unbind(-2)
+    return torch.stack((size.expm1() * angle.cos() - 2 * (angle / 2).sin().square(), size.exp() * angle.sin()), -2)
 
 
 def _check(x, dt, A, C, D, state, seq_idx=None, chunk_size=None):
@@ -216,14 +214,14 @@ def _check(x, dt, A, C, D, state, seq_idx=None, chunk_size=None):
     batch, length, channels = x.shape
     if batch == 0 or length == 0:
         raise ValueError(f"x: expected at least one token, got {'B' if batch == 0 else 'L'} = 0")
-    if A.dim() != 3 or len(A) != channels or A.shape[-1] not in (1, 2):
-        raise ValueError(f"A: expected shape (E, M, 2 or 1) with E = {channels}, got {tuple(A.shape)}")
+    if A.dim() != 3 or len(A) != channels or A.shape[1] not in (1, 2):
+        raise ValueError(f"A: expected shape (E, 2 or 1, M) with E = {channels}, got {tuple(A.shape)}")
     _check_shape("C", C, "as A", tuple(A.shape))
     _check_shape("dt", dt, "E", (channels,))
     if D is not None:
         _check_shape("D", D, "E", (channels,))
     if state is not None:
-        _check_shape("state", state, "B, E, M, 2 or 1", (batch, *A.shape))
+        _check_shape("state", state, "B, E, 2 or 1, M", (batch, *A.shape))
     if seq_idx is not None:
         _check_shape("seq_idx", seq_idx, "B, L", (batch, length))
         if seq_idx.is_floating_point() or seq_idx.is_complex():

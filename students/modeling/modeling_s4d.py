@@ -162,5 +162,5 @@ class S4DMixer(FusedProjection):
 
 
 def _numbers(real: Tensor, imaginary: Tensor | None) -> Tensor:
-    """(channels, modes, 2 or 1), of parts (channels, modes)."""
-    return real[..., None] if imaginary is None else torch.stack((real, imaginary), -1)
+    """(channels, 2 or 1, modes), of parts (channels, modes)."""
+    return real[:, None] if imaginary is None else torch.stack((real, imaginary), 1)

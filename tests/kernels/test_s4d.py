@@ -8,9 +8,9 @@ from transpoint.kernels.s4d import s4d_scan, s4d_step
 
 
 def recurrence(x, dt, A, C, D, initial_state, seq_idx=None):
-    """The recurrence as it is defined; y (B, L, E) and the last state (B, E, M, 2 or 1)."""
-    pairs = A.shape[-1] == 2
-    A, C, state = (torch.view_as_complex(t) if pairs else t[..., 0] for t in (A, C, initial_state))
+    """The recurrence as it is defined; y (B, L, E) and the last state (B, E, 2 or 1, M)."""
+    pairs = A.shape[1] == 2
+    A, C, state = (torch.complex(*t.unbind(-2)) if pairs else t[..., 0, :] for t in (A, C, initial_state))
     decay = (dt[:, None] * A).exp()
     ys = []
     for t in range(x.shape[1]):
@@ -18,7 +18,7 @@ def recurrence(x, dt, A, C, D, initial_state, seq_idx=None):
             state = state * (seq_idx[:, t] == seq_idx[:, t - 1])[:, None, None]
         state = decay * state + (decay - 1) / A * x[:, t, :, None]
         ys.append((C * state).sum(-1).real * (2 if pairs else 1) + D * x[:, t])
-    return torch.stack(ys, 1), torch.view_as_real(state) if pairs else state[..., None]
+    return torch.stack(ys, 1), torch.stack((state.real, state.imag), -2) if pairs else state[..., None, :]
 
 
 def make(length, parts=2, batch=2, channels=3, modes=4, dtype=torch.float64, seed=0):
@@ -28,14 +28,14 @@ def make(length, parts=2, batch=2, channels=3, modes=4, dtype=torch.float64, see
     def normal(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    rates = torch.stack((-normal(channels, modes).exp(), 3 * normal(channels, modes)), -1)[..., :parts]
+    rates = torch.stack((-normal(channels, modes).exp(), 3 * normal(channels, modes)), 1)[:, :parts]
     found = dict(
         x=normal(batch, length, channels),
         dt=0.1 * normal(channels).exp(),
         A=rates.contiguous(),
-        C=normal(channels, modes, parts),
+        C=normal(channels, parts, modes),
         D=normal(channels),
-        initial_state=normal(batch, channels, modes, parts),
+        initial_state=normal(batch, channels, parts, modes),
     )
     return {name: t.to(dtype).requires_grad_() for name, t in found.items()}
 
@@ -81,6 +81,9 @@ def test_it_goes_on_from_a_state_and_steps(parts):
     second, end = s4d_scan(x[:, 77:], **args, initial_state=state, return_final_state=True)
     torch.testing.assert_close(torch.cat((first, second), 1), whole)
     torch.testing.assert_close(end, last)
+    for length in (1, 9, 100):  # in one chunk and in several
+        zeros = s4d_scan(x[:, :length], **args, initial_state=torch.zeros_like(start))
+        assert torch.equal(s4d_scan(x[:, :length], **args), zeros)
     state = start.clone()
     ys = [s4d_step(state, x[:, t], **args) for t in range(100)]
     torch.testing.assert_close(torch.stack(ys, 1), whole)
@@ -112,8 +115,8 @@ def test_it_is_in_float32_whatever_it_is_given():
 @pytest.mark.parametrize("half_life", [0.5, 4096.0])
 def test_long_sequences_in_float32_are_near_float64(half_life):
     """With the modes of S4D-Lin, of which the fastest turn many times in a token or slowly through the sequence."""
-    A = torch.stack((torch.full((1, 32), -0.5), torch.pi * torch.arange(32.0)[None]), -1)
-    dt, C = torch.full((1,), 1.386 / half_life), torch.randn(1, 32, 2, generator=torch.Generator().manual_seed(0))
+    A = torch.stack((torch.full((1, 32), -0.5), torch.pi * torch.arange(32.0)[None]), 1)
+    dt, C = torch.full((1,), 1.386 / half_life), torch.randn(1, 2, 32, generator=torch.Generator().manual_seed(0))
     x = torch.randn(1, 5000, 1, generator=torch.Generator().manual_seed(1))
     wanted = s4d_scan(x.double(), dt.double(), A.double(), C.double())
     found = s4d_scan(x, dt, A, C).double()
@@ -125,12 +128,13 @@ def test_long_sequences_in_float32_are_near_float64(half_life):
     [
         ({"x": (2, 9)}, r"x: expected shape \(B, L, E\), got \(2, 9\)"),
         ({"x": (2, 0, 3)}, "x: expected at least one token, got L = 0"),
-        ({"A": (3, 4)}, r"A: expected shape \(E, M, 2 or 1\) with E = 3, got \(3, 4\)"),
-        ({"A": (2, 4, 2)}, r"A: expected shape \(E, M, 2 or 1\) with E = 3, got \(2, 4, 2\)"),
-        ({"C": (3, 4, 1)}, r"C: expected shape \(as A\) = \(3, 4, 2\), got \(3, 4, 1\)"),
+        ({"A": (3, 4)}, r"A: expected shape \(E, 2 or 1, M\) with E = 3, got \(3, 4\)"),
+        ({"A": (2, 2, 4)}, r"A: expected shape \(E, 2 or 1, M\) with E = 3, got \(2, 2, 4\)"),
+        ({"A": (3, 4, 2)}, r"A: expected shape \(E, 2 or 1, M\) with E = 3, got \(3, 4, 2\)"),
+        ({"C": (3, 1, 4)}, r"C: expected shape \(as A\) = \(3, 2, 4\), got \(3, 1, 4\)"),
         ({"dt": (1,)}, r"dt: expected shape \(E\) = \(3,\), got \(1,\)"),
         ({"D": (1,)}, r"D: expected shape \(E\) = \(3,\), got \(1,\)"),
-        ({"initial_state": (2, 3, 8)}, r"state: expected shape \(B, E, M, 2 or 1\) = \(2, 3, 4, 2\), got"),
+        ({"initial_state": (2, 3, 8)}, r"state: expected shape \(B, E, 2 or 1, M\) = \(2, 3, 2, 4\), got"),
         ({"seq_idx": (9,)}, r"seq_idx: expected shape \(B, L\) = \(2, 9\), got \(9,\)"),
         ({"seq_idx": (2, 9)}, "seq_idx: expected integers, got torch.float32"),
         ({"chunk_size": 24}, "chunk_size: expected a power of two, got 24"),
@@ -144,5 +148,5 @@ def test_what_does_not_fit_is_refused(change, told):
 
 def test_a_state_of_another_shape_does_not_step():
     args = {name: t.detach() for name, t in make(1).items()}
-    with pytest.raises(ValueError, match=r"state: expected shape \(B, E, M, 2 or 1\) = \(2, 3, 4, 2\), got"):
+    with pytest.raises(ValueError, match=r"state: expected shape \(B, E, 2 or 1, M\) = \(2, 3, 2, 4\), got"):
         s4d_step(args.pop("initial_state")[:1], args.pop("x")[:, 0], **args)
