@@ -114,9 +114,8 @@ def plan(options) -> None:
 
     from ..students import plan_student
     from ..students.modeling.configuration_mixers import have_trans_points, names_with_trans_points
-    from ..teachers import load_teacher
     from .config import load_recipe
-    from .models import load_config
+    from .models import load_config, teacher_of
     from .stages.preflight import gpu_name, what_will_run
     from .stages.select import as_far_as_known
     from .stages.transfer import start_folder
@@ -125,11 +124,8 @@ def plan(options) -> None:
 
     console = console_of()
     recipe = load_recipe(options.config, options.overrides)
-    source = recipe.teacher
     gpu = gpu_name(torch.device("cpu" if recipe.run.device == "cpu" else _device()))
-    teacher, _ = load_teacher(
-        source.source, source.dtype, trust_remote_code=source.trust_remote_code, revision=source.revision
-    )
+    teacher, _ = teacher_of(recipe)
     longest = getattr(teacher.config, "max_position_embeddings", None)
     check_schedules(recipe, teacher.config.num_hidden_layers, longest)
     config, not_yet = as_far_as_known(recipe, teacher.config.num_hidden_layers)
@@ -338,19 +334,15 @@ def figure(options) -> None:
 
     from ..students import plan_student
     from ..students.modeling.configuration_transmamba import fixed_point
-    from ..teachers import load_teacher
     from .config import load_recipe
-    from .models import load_config
+    from .models import load_config, teacher_of
     from .report.figure import draw
     from .stages.select import as_far_as_known
 
     path = _model_folder(options.model)
     if Path(path).is_file():
         recipe = load_recipe(path)
-        settings = recipe.teacher
-        teacher, _ = load_teacher(
-            settings.source, settings.dtype, trust_remote_code=settings.trust_remote_code, revision=settings.revision
-        )
+        teacher, _ = teacher_of(recipe)
         student, not_yet = as_far_as_known(recipe, teacher.config.num_hidden_layers)
         if not_yet is not None:
             print(not_yet)

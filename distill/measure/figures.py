@@ -1,5 +1,6 @@
 """What was measured, as named numbers and as rows of text. Loads nothing heavy."""
 
+import math
 from typing import NamedTuple
 
 from ..run.records import Measures, Quality, shown
@@ -14,6 +15,15 @@ class Figure(NamedTuple):
 
     def __str__(self) -> str:
         return shown(self.value, self.form, self.unit)
+
+
+def in_words(quality: Quality) -> str:
+    """A line of it."""
+    perplexity = quality.perplexity if quality.perplexity is not None else math.nan
+    if quality.kl is None:
+        loss = math.log(perplexity)
+        return f"loss {loss:.4f} nats a token, perplexity {perplexity:.2f}, {quality.bits_per_byte:.4f} bits per byte"
+    return f"KL {quality.kl:.4f}, perplexity {perplexity:.2f}, same top token {quality.same_top:.1%}"
 
 
 def figures(measures: Measures) -> dict[str, Figure]:

@@ -1,0 +1,137 @@
+"""Runs from scratch: what they learn, which stages they have, and that no teacher is spoken of where there is none."""
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from run_files import CONFIGS, TINY, done, metrics, student
+from transpoint.distill.config import ConfigError, load_recipe
+from transpoint.distill.data.sources import read, resolve
+from transpoint.distill.objectives import LanguageModeling
+from transpoint.distill.stages import stage_inputs
+from transpoint.distill.stages.pipeline import pipeline_of
+from transpoint.students import StudentConfig, untrained
+
+SCRATCH = CONFIGS / "tiny-scratch.yaml"
+SHORT = ("train.steps=6", "train.log_every=2", "train.checkpoint_every=2", "teacher.sizes.hidden_size=16")
+
+
+@pytest.fixture(scope="module")
+def scratch_output(run_tiny, tmp_path_factory):
+    """(run folder, what the run printed). Only to be read."""
+    folder = tmp_path_factory.mktemp("scratch") / "run"
+    return folder, run_tiny(folder, config=SCRATCH)
+
+
+@pytest.fixture(scope="module")
+def scratch_run(scratch_output):
+    return scratch_output[0]
+
+
+def texts(name, most=None):
+    (item,) = resolve(str(CONFIGS / "sample" / name))
+    text = [row["text"].encode() for _, row in read(item, ("text",))]
+    return text if most is None else [b"".join(text)[:most]]
+
+
+def bits_by_counts(n):
+    """Bits a byte of the held-out text, each byte predicted from the n - 1 before it as the training text has them."""
+    seen, before = Counter(), Counter()
+    for text in texts("train.jsonl.zst", load_recipe(SCRATCH).data.max_train_tokens):
+        for end in range(n, len(text) + 1):
+            seen[text[end - n : end]] += 1
+            before[text[end - n : end - 1]] += 1
+    bits = [
+        -math.log2((seen[text[end - n : end]] + 0.01) / (before[text[end - n : end - 1]] + 2.56))
+        for text in texts("heldout.jsonl.zst", load_recipe(SCRATCH).data.max_heldout_tokens)
+        for end in range(n, len(text) + 1)
+    ]
+    return sum(bits) / len(bits)
+
+
+def test_it_has_learned_more_than_which_byte_follows_which(scratch_run):
+    reached = done(scratch_run, "train")["quality"]["bits_per_byte"]
+    assert done(scratch_run, "transfer")["quality"]["bits_per_byte"] > 7.5  # 8 is chance
+    assert reached < bits_by_counts(2) - 0.1 < bits_by_counts(1) - 0.5
+    assert done(scratch_run, "evaluate")["quality"]["bits_per_byte"] == pytest.approx(reached, rel=1e-3)
+
+
+def test_it_has_the_stages_that_need_no_teacher(scratch_run):
+    stages = [stage.name for stage in pipeline_of(load_recipe(SCRATCH))]
+    assert stages == ["transfer", "train", "export", "evaluate"]
+    assert {path.parent.name for path in scratch_run.glob("*/done.json")} == set(stages)
+    assert "train" not in [stage.name for stage in pipeline_of(load_recipe(TINY))]
+
+
+def test_all_parameters_train(scratch_run):
+    before, after = (
+        load_file(scratch_run / stage / "student" / "model.safetensors") for stage in ("transfer", "train")
+    )
+    assert [name for name in before if torch.equal(before[name], after[name])] == []
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(run_tiny, tmp_path):
+    def stop(step):
+        if step == 3:
+            raise KeyboardInterrupt
+
+    options = {"config": SCRATCH, "until_stage": "train"}
+    run_tiny(tmp_path / "whole", *SHORT, **options)
+    with pytest.raises(KeyboardInterrupt):
+        run_tiny(tmp_path / "parts", *SHORT, **options, on_step=stop)
+    assert "train: going on from step 2" in run_tiny(tmp_path / "parts", *SHORT, **options)
+    assert student(tmp_path / "parts", "train") == student(tmp_path / "whole", "train")
+    assert metrics(tmp_path / "parts", "train") == metrics(tmp_path / "whole", "train")
+
+
+def test_the_loss_is_the_cross_entropy_of_each_document_by_all_tokens():
+    model = untrained("llama", StudentConfig(keep_attention=[1]), hidden_size=32, num_hidden_layers=2)
+    ids = torch.randint(3, 250, (2, 20), generator=torch.Generator().manual_seed(0))
+    positions = torch.stack([torch.arange(20), torch.cat([torch.arange(8), torch.arange(12)])])
+    loss, _ = LanguageModeling(model)({"input_ids": ids, "position_ids": positions})
+    documents = ids[:1], ids[1:, :8], ids[1:, 8:]
+    total = sum(model(one, labels=one).loss * (one.shape[1] - 1) for one in documents)
+    assert loss.item() == pytest.approx(total.item() / ids.numel(), rel=1e-5)
+    (gradient,) = torch.autograd.grad(loss, model.model.embed_tokens.weight, retain_graph=True)
+    (expected,) = torch.autograd.grad(total / ids.numel(), model.model.embed_tokens.weight)
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_first_weights_depend_on_seed_and_sizes_of_runs_from_scratch_alone():
+    def needs(config, *overrides):
+        return stage_inputs(load_recipe(config, overrides))["transfer"]
+
+    assert needs(SCRATCH) != needs(SCRATCH, "run.seed=1")
+    assert needs(SCRATCH) != needs(SCRATCH, "teacher.sizes.hidden_size=32")
+    assert needs(TINY) == needs(TINY, "run.seed=1")
+    assert "sizes" not in needs(TINY)["teacher"]  # or what earlier versions made would have to be made again
+    assert needs(TINY) != needs(TINY, "teacher.sizes.hidden_size=32")
+
+
+def test_a_transmamba_student_trains_at_its_own_transpoints(run_tiny, tmp_path):
+    options = [*SHORT, "student.mixer=transmamba", "student.keep_attention=[]", "student.trans_points=[0,16]"]
+    said = run_tiny(tmp_path, *options, config=SCRATCH, until_stage="train")
+    assert "never reaches" not in said
+    lines = metrics(tmp_path, "train")
+    assert lines[-1]["loss"] < lines[0]["loss"] and 0 < lines[-1]["attention"] < 0.5
+    assert done(tmp_path, "train")["trained_schedules"] == {"[0, 16]": [0, 16]}
+    beyond = run_tiny(tmp_path, *options, "student.trans_points=[0,64]", config=SCRATCH, until_stage="transfer")
+    assert "train never reaches the state-space form of layers with TransPoints of 64" in beyond
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("tune.steps=5", "an untrained model, and the stage tune, which this recipe asks for, takes something from"),
+        ("orient.steps=5", "and the stage orient, which"),
+        ("student.keep_attention=select:1", "and the stage select, which"),
+        ("teacher.source=smollm2-135m", "expected none: teacher.source 'smollm2-135m' has sizes of its own"),
+    ],
+)
+def test_what_needs_a_teacher_is_refused(override, message):
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(SCRATCH, [override])
+    assert message in str(caught.value)
