@@ -1,16 +1,23 @@
 """Runs from scratch: what they learn, which stages they have, and that no teacher is spoken of where there is none."""
 
+import io
 import math
+import re
 from collections import Counter
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
 from run_files import CONFIGS, TINY, done, metrics, student
+from transpoint.distill.cli import main
 from transpoint.distill.config import ConfigError, load_recipe
 from transpoint.distill.data.sources import read, resolve
+from transpoint.distill.errors import RunError
 from transpoint.distill.objectives import LanguageModeling
+from transpoint.distill.report.page import write_report
+from transpoint.distill.report.summary import summary
 from transpoint.distill.stages import stage_inputs
 from transpoint.distill.stages.pipeline import pipeline_of
 from transpoint.students import StudentConfig, untrained
@@ -73,6 +80,7 @@ def test_all_parameters_train(scratch_run):
     assert [name for name in before if torch.equal(before[name], after[name])] == []
 
 
+@pytest.mark.slow
 def test_interrupted_and_resumed_equals_uninterrupted(run_tiny, tmp_path):
     def stop(step):
         if step == 3:
@@ -135,3 +143,56 @@ def test_what_needs_a_teacher_is_refused(override, message):
     with pytest.raises(ConfigError) as caught:
         load_recipe(SCRATCH, [override])
     assert message in str(caught.value)
+
+
+def words_on(folder, said):
+    """What a run from scratch shows, but for its recipe."""
+    card = (folder / "export" / "native" / "README.md").read_text().partition("## Recipe")[0]
+    page = write_report(folder).read_text()
+    return said, card, re.sub(r"<style>.*?</style>", "", page, flags=re.DOTALL).partition("The whole recipe")[0]
+
+
+def test_nothing_that_it_shows_speaks_of_a_teacher(scratch_output, capsys):
+    folder, said = scratch_output
+    console = Console(file=io.StringIO(), width=200)
+    for part in summary(folder):
+        console.print(part)
+    shown = console.file.getvalue()
+    for text in (*words_on(folder, said), shown):
+        assert not re.search(r"teacher|KL|same top|distill", text)
+    assert "after train" in shown and "bits per byte" in shown and "text: It was the" in shown
+    for arguments in (["status", str(folder)], ["plan", str(SCRATCH)], ["eval", str(folder)]):
+        assert main(arguments) == 0
+        said = capsys.readouterr().out
+        assert not re.search(r"teacher|KL|same top", said) and re.search("bits per byte|parameters", said)
+
+
+def test_it_goes_on_with_a_text(scratch_run, capsys):
+    assert main(["generate", str(scratch_run), "It was the ", "--max-new-tokens", "8"]) == 0
+    said = capsys.readouterr().out
+    assert said.strip() and "im_start" not in said
+
+
+@pytest.mark.parametrize("command", ["synthesize", "cache-teacher"])
+def test_commands_that_ask_a_teacher_are_refused(command, capsys):
+    assert main([command, str(SCRATCH)]) == 1
+    assert "'scratch-llama' is an untrained model: it has nothing to say" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_attention_alone_is_compared_with_a_hybrid(tmp_path, capsys):
+    (tmp_path / "attention.yaml").write_text("student: {keep_attention: 1.0}\nexport: {format: custom}")
+    (tmp_path / "narrow.yaml").write_text("teacher: {sizes: {intermediate_size: 32}}")
+    recipes = [str(tmp_path / name) for name in ("attention.yaml", "narrow.yaml")]
+    out = tmp_path / "out"
+    assert main(["compare", *recipes, *SHORT, f"--base={SCRATCH}", f"--out={out}"]) == 0
+    table = (out / "comparison.md").read_text()
+    assert "# 2 recipes" in table and "|  | attention | narrow |" in table and "teacher" not in table
+    assert "bits per byte" in (out / "comparison.svg").read_text()
+    card = (out / "attention-seed0" / "export" / "custom" / "README.md").read_text()
+    assert "# A Transformer, trained from scratch" in card
+
+
+def test_the_native_format_refuses_attention_alone(run_tiny, tmp_path):
+    with pytest.raises(RunError, match="native cannot hold this student: .* use format custom"):
+        run_tiny(tmp_path, *SHORT, "student.keep_attention=1.0", config=SCRATCH)
