@@ -1,9 +1,7 @@
 """Runs from scratch: what they learn, which stages they have, and that no teacher is spoken of where there is none."""
 
 import io
-import math
 import re
-from collections import Counter
 
 import pytest
 import torch
@@ -11,9 +9,9 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from run_files import CONFIGS, TINY, done, metrics, student
+from scripts.count_bytes import bits_per_byte
 from transpoint.distill.cli import main
 from transpoint.distill.config import ConfigError, load_recipe
-from transpoint.distill.data.sources import read, resolve
 from transpoint.distill.errors import RunError
 from transpoint.distill.objectives import LanguageModeling
 from transpoint.distill.report.page import write_report
@@ -38,31 +36,11 @@ def scratch_run(scratch_output):
     return scratch_output[0]
 
 
-def texts(name, most=None):
-    (item,) = resolve(str(CONFIGS / "sample" / name))
-    text = [row["text"].encode() for _, row in read(item, ("text",))]
-    return text if most is None else [b"".join(text)[:most]]
-
-
-def bits_by_counts(n):
-    """Bits a byte of the held-out text, each byte predicted from the n - 1 before it as the training text has them."""
-    seen, before = Counter(), Counter()
-    for text in texts("train.jsonl.zst", load_recipe(SCRATCH).data.max_train_tokens):
-        for end in range(n, len(text) + 1):
-            seen[text[end - n : end]] += 1
-            before[text[end - n : end - 1]] += 1
-    bits = [
-        -math.log2((seen[text[end - n : end]] + 0.01) / (before[text[end - n : end - 1]] + 2.56))
-        for text in texts("heldout.jsonl.zst", load_recipe(SCRATCH).data.max_heldout_tokens)
-        for end in range(n, len(text) + 1)
-    ]
-    return sum(bits) / len(bits)
-
-
 def test_it_has_learned_more_than_which_byte_follows_which(scratch_run):
     reached = done(scratch_run, "train")["quality"]["bits_per_byte"]
     assert done(scratch_run, "transfer")["quality"]["bits_per_byte"] > 7.5  # 8 is chance
-    assert reached < bits_by_counts(2) - 0.1 < bits_by_counts(1) - 0.5
+    alone, pairs = (bits_per_byte(load_recipe(SCRATCH), n) for n in (1, 2))
+    assert reached < pairs - 0.1 < alone - 0.5
     assert done(scratch_run, "evaluate")["quality"]["bits_per_byte"] == pytest.approx(reached, rel=1e-3)
 
 
