@@ -26,6 +26,7 @@ from .stages.pipeline import names, pipeline_of
 
 if TYPE_CHECKING:
     from ..students import HybridForCausalLM
+    from .config import Recipe
     from .data.corpus import Corpus
     from .data.packed import PackedDataset
 
@@ -114,9 +115,8 @@ def plan(options) -> None:
 
     from ..students import plan_student
     from ..students.modeling.configuration_mixers import have_trans_points, names_with_trans_points
-    from ..teachers import load_teacher
     from .config import load_recipe
-    from .models import load_config
+    from .models import load_config, teacher_of
     from .stages.preflight import gpu_name, what_will_run
     from .stages.select import as_far_as_known
     from .stages.transfer import start_folder
@@ -125,11 +125,8 @@ def plan(options) -> None:
 
     console = console_of()
     recipe = load_recipe(options.config, options.overrides)
-    source = recipe.teacher
     gpu = gpu_name(torch.device("cpu" if recipe.run.device == "cpu" else _device()))
-    teacher, _ = load_teacher(
-        source.source, source.dtype, trust_remote_code=source.trust_remote_code, revision=source.revision
-    )
+    teacher, _ = teacher_of(recipe)
     longest = getattr(teacher.config, "max_position_embeddings", None)
     check_schedules(recipe, teacher.config.num_hidden_layers, longest)
     config, not_yet = as_far_as_known(recipe, teacher.config.num_hidden_layers)
@@ -141,7 +138,7 @@ def plan(options) -> None:
     for layer, mixer in enumerate(mixers):
         name = mixer if mixer == "attention" else f"[bold]{mixer}[/bold]"
         table.add_row(str(layer), name, *([str(points[layer])] if points else []))
-    console.print(table, transfers.table())
+    console.print(table, *(() if recipe.from_scratch else (transfers.table(),)))
     if not_yet is not None:
         console.print(not_yet, highlight=False)
     before, after = (sum(p.numel() for p in model.parameters()) for model in (teacher, student))
@@ -153,7 +150,8 @@ def plan(options) -> None:
         groups = stage.groups(own, recipe)
         only_these_train(own, groups)
         console.print(what_will_run(stage.name, groups, own, taken, recipe, device=gpu), highlight=False)
-    console.print(f"parameters: {before:,} in the teacher, {after:,} in the student", highlight=False)
+    beside = f"{after:,}" if recipe.from_scratch else f"{before:,} in the teacher, {after:,} in the student"
+    console.print(f"parameters: {beside}", highlight=False)
     converted = [layer for layer, mixer in enumerate(student.mixer_layers()) if mixer is not None]
     tokens = [2 * g.num_kv_heads * g.head_dim * 2 for g in map(student.geometry, range(len(mixers)))]
     state = sum(mixer.state_bytes() for mixer in student.mixer_layers() if mixer is not None)
@@ -176,23 +174,24 @@ def plan(options) -> None:
 def status(options) -> None:
     from .config import load_recipe
     from .run.folder import StageFolder
-    from .run.records import Training, shown
+    from .run.records import Quality, Training, shown
     from .stages.inputs import finished_elsewhere, stage_inputs
 
     root = _run_folder(options.run)
     recipe = load_recipe(root / "recipe.yaml")
     needs = stage_inputs(recipe)
-    table = Table("stage", "state", "held-out KL", "tokens", "finished", title=escape(str(root)))
+    measure = "held-out bits per byte" if recipe.from_scratch else "held-out KL"
+    table = Table("stage", "state", measure, "tokens", "finished", title=escape(str(root)))
     for stage in [stage.name for stage in pipeline_of(recipe)]:
         folder = StageFolder(root, stage)
         reason, record = folder.why_not_reusable(needs[stage]), folder.record
-        kl, training = record.quality.kl if record.quality else None, record.training or Training()
+        quality, training = record.quality or Quality(), record.training or Training()
         if reason is not None and (other := finished_elsewhere(recipe, stage, needs[stage])) is not None:
             reason = f"taken over from {other.path.parent}"
         table.add_row(
             stage,
             "done" if reason is None else f"would run: {escape(reason)}",
-            shown(kl, "{:.4f}"),
+            shown(quality.bits_per_byte if recipe.from_scratch else quality.kl, "{:.4f}"),
             shown(training.tokens, "{:,}") + (f" ({training.skipped} steps skipped)" if training.skipped else ""),
             record.finished or "",
         )
@@ -338,19 +337,15 @@ def figure(options) -> None:
 
     from ..students import plan_student
     from ..students.modeling.configuration_transmamba import fixed_point
-    from ..teachers import load_teacher
     from .config import load_recipe
-    from .models import load_config
+    from .models import load_config, teacher_of
     from .report.figure import draw
     from .stages.select import as_far_as_known
 
     path = _model_folder(options.model)
     if Path(path).is_file():
         recipe = load_recipe(path)
-        settings = recipe.teacher
-        teacher, _ = load_teacher(
-            settings.source, settings.dtype, trust_remote_code=settings.trust_remote_code, revision=settings.revision
-        )
+        teacher, _ = teacher_of(recipe)
         student, not_yet = as_far_as_known(recipe, teacher.config.num_hidden_layers)
         if not_yet is not None:
             print(not_yet)
@@ -364,11 +359,10 @@ def figure(options) -> None:
 
 
 def cache_teacher(options) -> None:
-    from .config import load_recipe
     from .data.teacher_cache import cache_teacher as write, describe
     from .stages.session import Session
 
-    session = Session(load_recipe(options.config, options.overrides))
+    session = Session(_with_teacher(options))
     index = write(
         session.recipe,
         session.teacher,
@@ -387,11 +381,10 @@ def report(options) -> None:
 
 
 def synthesize(options) -> None:
-    from .config import load_recipe
     from .data.synthesize import describe, synthesize as sample
     from .stages.session import Session
 
-    session = Session(load_recipe(options.config, options.overrides))
+    session = Session(_with_teacher(options))
     recipe = session.recipe
     record = sample(recipe, session.teacher, session.tokenizer, session.accelerator, session.console)
     session.say(describe(recipe.synthesize.out or Path(recipe.run.dir) / "synthetic", record))
@@ -558,6 +551,17 @@ def _parser() -> argparse.ArgumentParser:
 
     command("keys", "list every key of a recipe with its default and what it is")
     return parser
+
+
+def _with_teacher(options) -> "Recipe":
+    """The recipe of a command that asks a teacher. Raises RunError where there is none."""
+    from .config import load_recipe
+    from .errors import RunError
+
+    recipe = load_recipe(options.config, options.overrides)
+    if recipe.from_scratch:
+        raise RunError(f"teacher.source '{recipe.teacher.source}' is an untrained model: it has nothing to say")
+    return recipe
 
 
 def _run_folder(path: str) -> Path:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 ALIKE = (
     "teacher.source",
     "teacher.revision",
+    "teacher.sizes",
     "teacher.dtype",
     "data.heldout",
     "data.max_heldout_tokens",
@@ -87,7 +88,10 @@ def load_recipes(
         recipes[name] = load_recipe(path, overrides, base)
     first, *others = recipes
     for name in others:
+        both_scratch = recipes[name].from_scratch and recipes[first].from_scratch
         for key in ALIKE:
+            if both_scratch and key.startswith("teacher."):  # of models without a teacher: those are what is compared
+                continue
             if attrgetter(key)(recipes[name]) != attrgetter(key)(recipes[first]):
                 raise RunError(
                     f"'{name}' and '{first}' differ in {key}: a comparison is on one teacher and one held-out text, "
@@ -118,7 +122,7 @@ def at_tokens(recipe: Recipe, tokens: int) -> Recipe:
     """The same with as many training tokens in all, its stages in proportion. Raises RunError where it trains none."""
     total, recipe = training_tokens(recipe), dataclasses.replace(recipe)
     if total == 0:
-        raise RunError("a recipe without steps cannot be given tokens: set align.steps and distill.steps")
+        raise RunError("a recipe without steps cannot be given tokens: set those of its stages, as distill.steps")
     left = tokens
     stages = [stage for stage in pipeline_of(recipe) if stage.trains and stage.of(recipe).steps]
     for stage in stages:

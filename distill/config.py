@@ -29,7 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ..students.config import StudentConfig
 from ..students.modeling.configuration_mixers import names_with_trans_points
 from ..students.modeling.errors import StudentError
-from ..teachers.names import REGISTRY, is_hub_id
+from ..teachers.names import REGISTRY, SCRATCH, is_hub_id, is_scratch
 from .errors import DistillError
 from .settings import (
     AlignConfig,
@@ -94,6 +94,11 @@ class Recipe:
         stages = {stage.name: stage.settings for stage in PIPELINE if stage.settings is not None}
         more = {"student": student} | {name: kind for name, kind in stages.items() if name not in cls.__annotations__}
         return _extended(tuple(more.items()))
+
+    @property
+    def from_scratch(self) -> bool:
+        """Whether there is no teacher."""
+        return is_scratch(self.teacher.source)
 
     def length_in(self, stage: str) -> int:
         """Tokens of a sequence that a stage trains on."""
@@ -177,6 +182,17 @@ def load_recipe(
             f"teacher.revision is '{recipe.teacher.revision}'; expected null: teacher.source '{recipe.teacher.source}' "
             "is not from the hub"
         )
+    if recipe.teacher.sizes and not recipe.teacher.source.startswith(("random-", SCRATCH)):
+        raise ConfigError(
+            f"teacher.sizes is {recipe.teacher.sizes}; expected none: teacher.source '{recipe.teacher.source}' has "
+            "sizes of its own"
+        )
+    for one in PIPELINE if recipe.from_scratch else ():
+        if one.needs_teacher and one.wanted(recipe) and not one.wanted(Recipe()):
+            raise ConfigError(
+                f"teacher.source '{recipe.teacher.source}' is an untrained model, and the stage {one.name}, which "
+                "this recipe asks for, takes something from a teacher: leave it out"
+            )
     if not recipe.student.kind.trans_points:
         who = names_with_trans_points()
         for key, asked in (
@@ -353,7 +369,7 @@ def _map_paths(values: dict, kind: Any, change: Callable[[str, str], str]) -> No
 
 def _is_name(teacher: str) -> bool:
     """Whether a teacher is named, and no path."""
-    return teacher in REGISTRY or teacher.startswith("random-") or is_hub_id(teacher)
+    return teacher in REGISTRY or teacher.startswith(("random-", SCRATCH)) or is_hub_id(teacher)
 
 
 def _at_home(path: str) -> str:

@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -19,9 +19,12 @@ from transformers import (
 
 from ..students import HybridConfig, HybridForCausalLM
 from ..students.modeling.configuration_mixers import have_trans_points, names_with_trans_points
-from ..teachers import incomplete
+from ..teachers import incomplete, load_teacher
 from .errors import RunError
 from .run.files import read_json
+
+if TYPE_CHECKING:
+    from .config import Recipe
 
 
 def load_model(
@@ -52,6 +55,13 @@ def load_model(
             raise RunError(f"model '{path}' has no TransPoints to set: it has no {names_with_trans_points()} layer")
         cast(HybridForCausalLM, model).set_trans_points(trans_points)
     return model.eval()
+
+
+def teacher_of(recipe: "Recipe", device: str | torch.device = "cpu") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A recipe's teacher, or untrained model, and its tokenizer. Raises TeacherError where there is none."""
+    own = recipe.teacher
+    seed = recipe.run.seed if recipe.from_scratch else 0
+    return load_teacher(own.source, own.dtype, device, own.trust_remote_code, own.revision, own.sizes, seed)
 
 
 def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -259,6 +259,28 @@ class AnswerTuning(EndToEnd):
         return loss, {name: loss.detach()} | attention_share(self.student, batch)
 
 
+class LanguageModeling(EndToEnd):
+    """End to end, from the text alone: cross-entropy on the next token, where there is one in the document, in nats per
+    token of text."""
+
+    beside: tuple[Any, ...] = ()
+
+    def __init__(self, student: HybridForCausalLM):
+        super().__init__()
+        self.student = student
+
+    def models(self) -> list[PreTrainedModel]:
+        return [self.student]
+
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        inputs, head = decoder_inputs(batch, self.student), output_head(self.student, check=False)
+        own = head.operands(hidden_states(self.student, inputs, every=False)[-1])
+        # From itself it has no divergence, and none in the gradient.
+        target = (operand.detach() for operand in own)
+        loss = linear_kl(*own, *target, labels=next_tokens(batch), ce_over="tokens", softcap=head.softcap)
+        return loss, attention_share(self.student, batch)
+
+
 def hidden_states(model: PreTrainedModel, inputs: dict, every: bool) -> list[Tensor]:
     """What the layers of a decoder give, (B, L, hidden) each, the last one after the last norm; unless `every`, that
     alone.

@@ -3,7 +3,7 @@
 The section of a stage that came later stands in the stage's own file.
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any
 
 from .export.formats import DTYPES, FORMATS, QUANTISED
@@ -53,7 +53,15 @@ class RunConfig:
 
 @dataclass
 class TeacherConfig:
-    source: str = setting("smollm2-135m", "registry name, random-FAMILY, hub id, folder, or .gguf file", path="teacher")
+    source: str = setting(
+        "smollm2-135m",
+        "registry name, random-FAMILY, hub id, folder, or .gguf file; scratch-FAMILY: none, train begins anew",
+        path="teacher",
+    )
+    sizes: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "of a random or scratch model, fields of its config: hidden_size and others", "added": True},
+    )
     # The commit that it stands for is what counts: `run.identity.file_identity`.
     revision: str | None = setting(
         None, "branch, tag or commit of a hub teacher; null: its default branch", result=False
@@ -383,5 +391,9 @@ def resultless(section: type, values: dict) -> set[str]:
         entry.name
         for entry in fields(section)
         if entry.metadata.get("result") is False
-        or (entry.metadata.get("added") and values.get(entry.name) == entry.default)
+        or (entry.metadata.get("added") and values.get(entry.name) == _default(entry))
     }
+
+
+def _default(entry: Field) -> Any:
+    return entry.default if entry.default_factory is MISSING else entry.default_factory()

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 from ..students import HybridForCausalLM, StudentError, parse_trans_points
 from ..students.modeling.configuration_mixers import have_trans_points
+from ..students.modeling.configuration_transmamba import written
 from .config import Recipe
 from .settings import DistillConfig
 
@@ -83,14 +84,25 @@ def never_distilled(recipe: Recipe, mixers: list[str], longest: int | None) -> s
         return None
     trained = zip(*schedules["student.trans_points"], *schedules["distill.sample_schedules"], strict=True)
     least = {min(points) for points, mixer in zip(trained, mixers, strict=True) if have_trans_points([mixer])}
-    never = sorted(point for point in least if recipe.length_in("distill") <= point < math.inf)
+    stage = "train" if recipe.from_scratch else "distill"
+    length = recipe.length_in(stage)
+    never = sorted(point for point in least if length <= point < math.inf)
     if not never:
         return None
-    setting = "distill.length" if recipe.distill.length else "data.length"
+    setting = f"{stage}.length" if getattr(recipe, stage).length else "data.length"
     return (
-        f"{setting} is {recipe.length_in('distill'):,}: distill never reaches the state-space form of layers with "
+        f"{setting} is {length:,}: {stage} never reaches the state-space form of layers with "
         f"TransPoints of {', '.join(map(str, never))}; raise {setting}, or lower them"
     )
+
+
+def mark_trained(student: HybridForCausalLM, schedules: dict[str, TransPoints]) -> dict[str, list]:
+    """Has the student's config say on which schedules it is trained, by name; returns them as they are written."""
+    trained = {name: written(points) for name, points in schedules.items()}
+    student.config.measured_trans_points = [
+        {"schedule": name, "trans_points": points, "trained": True, "quality": None} for name, points in trained.items()
+    ]
+    return trained
 
 
 def resolve(student: HybridForCausalLM, specs: list) -> dict[str, TransPoints]:

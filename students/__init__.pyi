@@ -1,4 +1,4 @@
-from .build import build_student as build_student, plan_student as plan_student
+from .build import build_student as build_student, plan_student as plan_student, untrained as untrained
 from .config import StudentConfig as StudentConfig, layer_plan as layer_plan
 from .modeling.cache import HybridCache as HybridCache
 from .modeling.configuration_hybrid import MODEL_TYPE as MODEL_TYPE, HybridConfig as HybridConfig

@@ -7,13 +7,15 @@ import torch
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from ..teachers import attention_view, decoder_layers, output_head
+from ..teachers import attention_view, decoder_layers, load_teacher, output_head
+from ..teachers.names import SCRATCH
 from .config import StudentConfig, layer_plan
 from .modeling.configuration_hybrid import HybridConfig
 from .modeling.configuration_mixers import MIXERS, have_trans_points
 from .modeling.errors import StudentError
 from .modeling.modeling_hybrid import HybridForCausalLM, hybrid_model_class
 from .modeling.modeling_mixer import Geometry
+from .scratch import start_mixers
 from .transfer import TransferPlan, transfer_plan
 
 logger = logging.getLogger(__name__)
@@ -24,7 +26,8 @@ def build_student(
 ) -> HybridForCausalLM:
     """A student with the teacher's weights transferred, on its device and in its dtype (A_log, dt_bias, D in float32).
 
-    The teacher stays as it is. `student.transfer_plan` is the `TransferPlan` that was executed; print it.
+    The teacher stays as it is. `student.transfer_plan` is the `TransferPlan` that was executed; print it. Where the
+    teacher is an untrained model (`scratch-llama`), the mixers are then started anew, as `untrained` does.
 
     Args:
         teacher: or a student, of which further layers are converted, as if it were its own `start`.
@@ -39,10 +42,32 @@ def build_student(
     student = student.to_empty(device=teacher.device)
     student.tie_weights()
     plan.execute(teacher, student, start)
+    if student.config.scratch_seed is not None:
+        start_mixers(student, student.config.scratch_seed, [] if start is None else start.config.mixers)
     _restore_buffers(student, teacher)
     student.generation_config = hybrid_generation_config(teacher.generation_config)
     student.transfer_plan = plan
     return student.train(teacher.training)
+
+
+def untrained(family: str, config: StudentConfig, seed: int = 0, **sizes) -> HybridForCausalLM:
+    """A model of any layer plan to train from scratch; its tokens are those of `teachers.random.byte_tokenizer`.
+
+    What is no mixer starts as `teachers.scratch.untrained_teacher` has it, with the same standard deviation the linear
+    layers of mixers; steps and decays of a state as published (`Mixer.start`). All layers may keep attention.
+
+    Args:
+        family: whose layers it has: llama, mistral, qwen2 or qwen3.
+        config: its layer plan.
+        seed: of the weights; the global generator is left as it was.
+        sizes: any field of the family's config: hidden_size, num_hidden_layers, num_attention_heads, ...
+
+    Raises:
+        StudentError: the config is impossible for this model.
+        TeacherError: no such family or field, or sizes that do not go together.
+    """
+    model, _ = load_teacher(f"{SCRATCH}{family}", sizes=sizes, seed=seed)
+    return build_student(model, config).train()
 
 
 def hybrid_generation_config(generation: GenerationConfig) -> GenerationConfig:
@@ -85,7 +110,8 @@ def plan_student(
     start = own if start is None else start
     geometries = _geometries(teacher)
     output_head(teacher)  # refused now rather than when it is first measured or trained
-    mixers = layer_plan(config, len(geometries))
+    scratch = getattr(teacher.config, "scratch_seed", None) is not None
+    mixers = layer_plan(config, len(geometries), from_scratch=scratch)
     _check_memory(teacher)
     windows = [
         layer

@@ -133,15 +133,18 @@ def _shown(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else "none" if value is None else str(value)
 
 
-def layer_plan(config: StudentConfig, num_layers: int) -> list[str]:
+def layer_plan(config: StudentConfig, num_layers: int, from_scratch: bool = False) -> list[str]:
     """The mixer of each layer, "attention" where it is kept.
 
+    Args:
+        from_scratch: whether there is no teacher; then every layer may be attention.
+
     Raises:
-        StudentError: `keep_attention` names a layer that is not there, is malformed, or keeps every layer.
+        StudentError: `keep_attention` names a layer that is not there, is malformed, or keeps every layer of a teacher.
     """
     keep = config.resolved().keep_attention
     kept = kept_layers(keep, num_layers)
-    if len(kept) == num_layers:
+    if len(kept) == num_layers and not from_scratch:
         raise StudentError(
             f"student.keep_attention is {keep!r}: all {num_layers} layers keep attention, "
             "so there is nothing to convert"

@@ -18,11 +18,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from .errors import TeacherError
 from .gguf_files import complete, open_gguf, read_once, refuse_part
 from .hub import TIMEOUT, teacher_commit
-from .names import REGISTRY, TeacherInfo, is_hub_id
+from .names import REGISTRY, SCRATCH, TeacherInfo, is_hub_id, is_scratch
 from .random import RANDOM_FAMILIES, random_teacher
+from .scratch import untrained_teacher
 
 logger = logging.getLogger(__name__)
 
+_MADE = ("random-", SCRATCH)  # models that no file holds
 # Tensors of a checkpoint that a causal language model rightly has no use for.
 _HARMLESS = (
     r"\.rotary_emb\.inv_freq$",  # computed from the config
@@ -37,16 +39,20 @@ def load_teacher(
     device: torch.device | str = "cpu",
     trust_remote_code: bool = False,
     revision: str | None = None,
+    sizes: dict | None = None,
+    seed: int = 0,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads a causal language model and its tokenizer.
 
     Args:
-        source: registry name (`smollm2-135m`), `random-FAMILY` (a tiny random model, for tests), hub id, folder with a
-            `config.json`, folder with one `.gguf` file, or a `.gguf` file.
+        source: registry name (`smollm2-135m`), `random-FAMILY` (a tiny random model, for tests), `scratch-FAMILY` (an
+            untrained one), hub id, folder with a `config.json`, folder with one `.gguf` file, or a `.gguf` file.
         dtype: of the weights (`torch.bfloat16` or `"bfloat16"`).
         device: where the weights go.
         trust_remote_code: whether code that travels with the checkpoint may run.
         revision: branch, tag or commit of a hub teacher (None: its default branch). All its files are of one commit.
+        sizes: of a random or untrained model, fields of its config.
+        seed: of its weights.
 
     Returns:
         The model, in eval mode, and the tokenizer. A model from a GGUF file is dequantised and can be saved again.
@@ -57,8 +63,9 @@ def load_teacher(
     dtype, source = _dtype(dtype), str(source)
     commit = teacher_commit(source, revision)
     tokenizer: PreTrainedTokenizerBase
-    if source.startswith("random-"):
-        model, tokenizer = random_teacher(source)
+    if source.startswith(_MADE):
+        make = untrained_teacher if is_scratch(source) else random_teacher
+        model, tokenizer = make(source, seed, **sizes or {})
         for parameter in model.parameters():  # alone: rotary frequencies stay in float32, as in `from_pretrained`
             parameter.data = parameter.data.to(dtype)
         return model.to(device).eval(), tokenizer  # type: ignore[arg-type]  # transformers wraps `to`
@@ -126,7 +133,7 @@ def teacher_info(source: str, commit: str | None = None) -> TeacherInfo:
     """
     if source in REGISTRY:
         return TeacherInfo(source, REGISTRY[source]["license"], REGISTRY[source]["hub"])
-    if source.startswith("random-"):
+    if source.startswith(_MADE):
         return TeacherInfo(source, "apache-2.0")
     path = Path(source).expanduser()
     try:
@@ -184,7 +191,7 @@ def _locate(source: str) -> tuple[str, str | None]:
         raise TeacherError(f"teacher folder '{source}' holds {found}")
     if is_hub_id(source):
         return source, None
-    names = [*REGISTRY, *(f"random-{family}" for family in RANDOM_FAMILIES)]
+    names = [*REGISTRY, *(kind + family for kind in _MADE for family in RANDOM_FAMILIES)]
     near = difflib.get_close_matches(source, names, n=1)
     raise TeacherError(
         f"no teacher '{source}': not a file or folder, not a hub id (OWNER/NAME), not one of {', '.join(names)}"

@@ -13,6 +13,7 @@ REGISTRY = {
         "license": "apache-2.0",
     },
 }
+SCRATCH = "scratch-"  # before a family: an untrained model of it
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,11 @@ class TeacherInfo:
     license: str | None = None
     hub_id: str | None = None
     commit: str | None = None
+
+
+def is_scratch(source: str) -> bool:
+    """Whether that is no teacher, but an untrained model to train from scratch."""
+    return source.startswith(SCRATCH)
 
 
 def is_hub_id(source: str) -> bool:

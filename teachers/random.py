@@ -41,7 +41,7 @@ def random_teacher(name: str, seed: int = 0, **sizes) -> tuple[PreTrainedModel, 
         sizes: any field of the family's config, in place of the tiny defaults.
 
     Raises:
-        TeacherError: no such family.
+        TeacherError: no such family, or no such field.
     """
     family = name.removeprefix("random-")
     if family not in RANDOM_FAMILIES:
@@ -50,6 +50,7 @@ def random_teacher(name: str, seed: int = 0, **sizes) -> tuple[PreTrainedModel, 
             f"no random teacher '{name}'; expected one of {', '.join(f'random-{f}' for f in RANDOM_FAMILIES)}"
             + (f"; did you mean 'random-{near[0]}'?" if near else "")
         )
+    check_sizes(family, sizes)
     tokenizer = byte_tokenizer()
     fields = {**SIZES, "vocab_size": len(tokenizer), **RANDOM_FAMILIES[family], **sizes}
     for token in ("bos", "eos", "pad"):
@@ -65,6 +66,18 @@ def random_teacher(name: str, seed: int = 0, **sizes) -> tuple[PreTrainedModel, 
                 elif parameter.ndim == 1:
                     parameter.add_(0.1 * torch.randn_like(parameter))
     return model.eval(), tokenizer
+
+
+def check_sizes(family: str, sizes: dict) -> None:
+    """Raises TeacherError for a field that the config of a family does not have: transformers takes any."""
+    family = sizes.get("model_type", family)
+    config = AutoConfig.for_model(family)
+    for name in sizes:
+        if not hasattr(config, name):
+            near = difflib.get_close_matches(name, vars(config), n=1)
+            raise TeacherError(
+                f"a {family} model has no size '{name}'" + (f"; did you mean '{near[0]}'?" if near else "")
+            )
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ from jinja2 import Environment, StrictUndefined
 from ...students.modeling.configuration_mixers import MIXERS, have_trans_points
 from ...teachers.names import TeacherInfo
 from ..config import for_others
-from ..measure.figures import rows_beside
+from ..measure.figures import filled, rows_beside
 from ..run.records import Cost, Measures, Quality, ScheduleRecord, read_record, shown
 from .engines import WRONG
 from .formats import Format, quantising_costs
@@ -37,21 +38,23 @@ def write_card(
     folder: Path, student: "HybridForCausalLM", format: Format, figures: dict[str, float], facts: CardFacts
 ) -> None:
     """Writes README.md into an exported folder. `figures` are those of `export.verify`."""
+    scratch = student.config.scratch_seed is not None
     teacher = facts.teacher or TeacherInfo("an unnamed teacher")
     mixers = student.config.mixers
     kinds = kinds_in(mixers)
     front = ModelCardData(
-        license=teacher.license or "unknown",
-        base_model=teacher.hub_id,
+        license=None if scratch else teacher.license or "unknown",
+        base_model=None if scratch else teacher.hub_id,
         library_name=format.library,
         pipeline_tag="text-generation",
-        tags=["transpoint", *kinds, "hybrid", "distillation"],
+        tags=["transpoint", *kinds, *(["from-scratch"] if scratch else ["hybrid", "distillation"])],
     )
     known = getattr(student.config, "measured_trans_points", None) or ()
     measured = [read_record(ScheduleRecord, record) for record in known]
+    beside = rows_beside(facts.measures)
     text = _TEMPLATE.render(
         front=front.to_yaml().strip(),
-        teacher=teacher,
+        teacher=None if scratch else teacher,
         kinds=list(kinds.values()),
         letters=[f"{letter(name)} {words}" for name, words in {"attention": "attention", **kinds}.items()],
         converted=sum(mixer != "attention" for mixer in mixers),
@@ -60,10 +63,11 @@ def write_card(
         trans_points=student.trans_points if have_trans_points(mixers) else None,
         choosing=[words for name, words in kinds.items() if have_trans_points([name])],
         schedules=[record for record in measured if record.cost is not None],
-        schedule_rows=schedule_rows,
+        schedule_table=lambda records: _markdown(_schedule_head(records), schedule_rows(records)),
         tokens=facts.tokens,
         quality=facts.quality,
-        measures=rows_beside(facts.measures),
+        quality_table=_markdown(_QUALITY, [_quality_cells(row) for row in facts.quality]),
+        measures=_markdown(("", "teacher", "student"), beside) if beside else "",
         note=format.note(student),
         engines=format.engines(student),
         wrong=WRONG,
@@ -103,9 +107,8 @@ def plan_in_letters(mixers: list[str]) -> str:
 
 def plan_in_words(mixers: list[str]) -> str:
     """`10 of 30 layers are Mamba-2`."""
-    return ", ".join(
-        f"{mixers.count(kind)} of {len(mixers)} layers are {name}" for kind, name in kinds_in(mixers).items()
-    )
+    found = [f"{mixers.count(kind)} of {len(mixers)} layers are {name}" for kind, name in kinds_in(mixers).items()]
+    return ", ".join(found) or f"all {len(mixers)} layers are attention"
 
 
 def schedule_rows(records: list[ScheduleRecord]) -> list[tuple[str, ...]]:
@@ -135,6 +138,35 @@ def quality_row(model: str, quality: Quality) -> dict:
     return {"model": model, **dataclasses.asdict(quality)}
 
 
+_QUALITY = ("model", "perplexity", "bits per byte", "KL from teacher, nats per token", "same most likely token")
+
+
+def _quality_cells(row: dict) -> tuple[str, ...]:
+    return (
+        row["model"],
+        shown(row["perplexity"], "{:.2f}"),
+        shown(row["bits_per_byte"], "{:.4f}"),
+        shown(row["kl"], "{:.4f}"),
+        shown(row["same_top"], "{:.1f} %", 100),
+    )
+
+
+def _schedule_head(records: list[ScheduleRecord]) -> tuple[str, ...]:
+    late = (records[0].quality or Quality()).late
+    kl = ("KL", f"KL past {late}")
+    return ("schedule", "trained on", *kl, "perplexity", "same top", "attention", "cache", "prefill", "next token")
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table without the columns that are empty."""
+    head, cells = filled(head, rows)
+    return "\n".join((_line(head), "|---" * len(head) + "|", *map(_line, cells)))
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
 def _escaped(text: str) -> str:
     """Text whose characters have no meaning in Markdown."""
     return re.sub(r"([\\`*_\[\]()<>|#])", r"\\\1", text)
@@ -148,6 +180,16 @@ _TEMPLATE = _ENVIRONMENT.from_string(
 {{ front }}
 ---
 
+{% if teacher is none %}
+# A {{ kinds | join(" and ") | escaped if kinds else "Transformer" }}
+{{- " hybrid" if kinds and converted < layers }}, trained from scratch
+
+{% if kinds %}
+{{ converted }} of its {{ layers }} layers are {{ kinds | join(" or ") | escaped }} layers
+{{- ", the others attention" if converted < layers }}.
+{% endif %}
+It was trained on text with Transpoint, from random weights.
+{% else %}
 # A {{ kinds | join(" and ") | escaped }} hybrid of {{ teacher.name | escaped }}
 
 {{ converted }} of the {{ layers }} attention layers of
@@ -160,8 +202,7 @@ attention they replace
 {%- if "distill" in tokens %}, and distilled end to end{% endif %}
 {%- if "tune" in tokens %}, and tuned on answers{% endif %}.
 {%- if converted < layers %} The other layers keep the teacher's attention.{% endif %}
-
-
+{% endif %}
 
 Layer plan ({{ letters | join(", ") }}), first layer to last: `{{ plan }}`
 
@@ -172,7 +213,9 @@ later ones by a state space with the same weights, whose memory does not grow. T
 `model.set_trans_points(...)`.
 {% endif %}
 
-{% if teacher.license %}
+{% if teacher is none %}
+Licence: for whoever trained it to say.
+{% elif teacher.license %}
 Licence: that of the teacher, {{ teacher.license }}.
 {% else %}
 Licence: the teacher's, which could not be read from its files; look it up before you share this model.
@@ -200,25 +243,15 @@ What is the same was compared by running it, or reads so in the program's code.
 {% if quality %}
 ## Quality on held-out text
 
-| model | perplexity | bits per byte | KL from teacher, nats per token | same most likely token |
-|---|---|---|---|---|
-{% for row in quality %}
-| {{ row.model }} | {{ row.perplexity | shown("{:.2f}") }} | {{ row.bits_per_byte | shown("{:.4f}") }} |
-{{- " " }}{{ row.kl | shown("{:.4f}") }} | {{ row.same_top | shown("{:.1f} %", 100) }} |
-
-{% endfor %}
+{{ quality_table }}
 
 Measured on {{ quality[0].tokens | shown("{:,}") }} tokens.
 {% endif %}
 
 {% if measures %}
-## Beside its teacher
+## {{ "Beside its teacher" if teacher is not none else "Other measures" }}
 
-| | teacher | student |
-|---|---|---|
-{% for row in measures %}
-| {{ row | join(" | ") }} |
-{% endfor %}
+{{ measures }}
 
 Passkey: a number in a text is found again. Multikey: one of several numbers. Pairs: all of a list, asked in another
 order. An answer counts where it would be generated.
@@ -228,14 +261,13 @@ order. An answer counts where it would be generated.
 {% set late = schedules[0].quality.late %}
 ## TransPoints
 
-| schedule | trained on | KL | KL past {{ late }} | perplexity | same top | attention | cache | prefill | next token |
-|---|---|---|---|---|---|---|---|---|---|
-{% for row in schedule_rows(schedules) %}
-| {{ row | join(" | ") }} |
-{% endfor %}
+{{ schedule_table(schedules) }}
 
+{% if teacher is not none %}
 KL: from the teacher, nats per token; past {{ late }}: over tokens after so many of their document. Same top: the
-fraction of tokens with the teacher's most likely next token. Attention: the fraction of tokens and layers that take it.
+fraction of tokens with the teacher's most likely next token.
+{% endif %}
+Attention: the fraction of tokens and layers that take it.
 It, cache and times are those of one sequence of {{ schedules[0].cost.length | shown("{:,}") }} tokens in
 {{ schedules[0].cost.dtype }} on {{ schedules[0].cost.device }}.
 {% if schedules[0].longest is not none %}

@@ -47,11 +47,10 @@ def _why_not_in_vllm(student: HybridForCausalLM) -> str | None:
     if not (
         config.base_model_type in ("llama", "mistral", "qwen2", "qwen3")
         and config.hidden_act == "silu"
+        and mixers
         and all(type(mixer) is Mamba2Mixer and mixer.gate and not mixer.rope for mixer in mixers)
     ):
-        return (
-            "plugins/vllm serves Mamba-2 of llama, mistral, qwen2 and qwen3 teachers, gated, without positions on B, C"
-        )
+        return "plugins/vllm serves Mamba-2 of llama, mistral, qwen2 and qwen3 models, gated, without positions on B, C"
     if not 2 <= config.mixer_options["conv_kernel"] <= 4:
         return "plugins/vllm serves convolutions of 2 to 4 taps"
     kept = [student.geometry(layer).window for layer, mixer in enumerate(config.mixers) if mixer == "attention"]

@@ -13,7 +13,7 @@ from ...students import HybridForCausalLM, StudentConfig
 from ..run.files import write_json
 from .formats import Format
 from .granite import GRANITE
-from .home import Home
+from .home import FOR_STUDENT, Home
 from .qwen3_5 import QWEN3_5
 from .verify import check_tokenizer_with, verify
 
@@ -32,6 +32,8 @@ def why_no_student(config: StudentConfig) -> str | None:
 
 def why_not(student: HybridForCausalLM) -> str | None:
     """Why this format cannot hold this student; None if it can."""
+    if not any(student.mixer_layers()):
+        return f"the classes that hold students have layers without attention, and this one has none; {FOR_STUDENT}"
     return home_of(student).why_not(student)
 
 

@@ -1,5 +1,7 @@
 """What was measured, as named numbers and as rows of text. Loads nothing heavy."""
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from ..run.records import Measures, Quality, shown
@@ -14,6 +16,15 @@ class Figure(NamedTuple):
 
     def __str__(self) -> str:
         return shown(self.value, self.form, self.unit)
+
+
+def in_words(quality: Quality) -> str:
+    """A line of it."""
+    perplexity = quality.perplexity if quality.perplexity is not None else math.nan
+    if quality.kl is None:
+        loss = math.log(perplexity)
+        return f"loss {loss:.4f} nats a token, perplexity {perplexity:.2f}, {quality.bits_per_byte:.4f} bits per byte"
+    return f"KL {quality.kl:.4f}, perplexity {perplexity:.2f}, same top token {quality.same_top:.1%}"
 
 
 def figures(measures: Measures) -> dict[str, Figure]:
@@ -44,6 +55,12 @@ def rows_beside(measures: dict[str, Measures]) -> list[tuple[str, str, str]]:
     """The figures of a student as rows of text: what, the teacher's, the student's."""
     teacher, student = (figures(measures.get(name, Measures())) for name in ("teacher", "student"))
     return [(name, str(teacher.get(name, "")), str(figure)) for name, figure in student.items()]
+
+
+def filled(head: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
+    """A table without the columns that are empty in every row."""
+    kept = [i for i in range(len(head)) if not rows or any(row[i] for row in rows)]
+    return [head[i] for i in kept], [[row[i] for i in kept] for row in rows]
 
 
 def _tokens(length: int | None) -> str:

@@ -15,23 +15,24 @@ COLOURS = ("#2257a5", "#c2410c", "#17803d", "#7c3aed", "#0e7490", "#a16207", "#b
 
 
 def rows_of(found: Comparison) -> list[list[str]]:
-    """A head (measure, teacher, recipes) and a row for each figure: means over seeds, and where there are several their
-    standard deviation."""
+    """A head (measure, teacher if there is one, recipes) and a row for each figure: means over seeds, and where there
+    are several their standard deviation."""
     names = list(dict.fromkeys(run.recipe for run in found.runs))
     teacher = _figures(found.teacher, found.teacher_measures)
     by_recipe = {name: [_of(run) for run in found.runs if run.recipe == name] for name in names}
     shown = list(dict.fromkeys(name for runs in by_recipe.values() for run in runs for name in run))
-    rows = [["", "teacher", *names]]
+    rows = []
     for figure in shown:
         own = teacher.get(figure)
         rows.append([figure, "" if own is None else str(own), *(_mean(runs, figure) for runs in by_recipe.values())])
-    return rows
+    known = teacher or not rows  # of runs from scratch there is none
+    return [row if known else [row[0], *row[2:]] for row in [["", "teacher", *names], *rows]]
 
 
 def as_markdown(found: Comparison) -> str:
     """The table, and what failed."""
     head, *rows = rows_of(found)
-    lines = [f"# {len(head) - 2} recipes at {found.tokens:,} training tokens", ""]
+    lines = [f"# {len({run.recipe for run in found.runs})} recipes at {found.tokens:,} training tokens", ""]
     lines += [
         "| " + " | ".join(head) + " |",
         "|---" * len(head) + "|",
@@ -53,8 +54,8 @@ def check_drawing() -> None:
 
 
 def draw(found: Comparison, out: Path) -> Path:
-    """Writes the plot: held-out KL after each stage against the tokens trained on. Raises RunError where it cannot be
-    written."""
+    """Writes the plot: held-out KL after each stage, or without a teacher bits per byte, against the tokens trained on.
+    Raises RunError where it cannot be written."""
     import matplotlib
     from matplotlib.figure import Figure as Drawing
 
@@ -62,16 +63,19 @@ def draw(found: Comparison, out: Path) -> Path:
     axes = drawing.subplots()
     names = list(dict.fromkeys(run.recipe for run in found.runs))
     labelled: set[str] = set()
+    scratch = all(point.quality.kl is None for run in found.runs for point in run.points if point.quality)
     for run in found.runs:
         colour = COLOURS[names.index(run.recipe) % len(COLOURS)]
-        points = [(point.tokens, point.quality.kl) for point in run.points if point.quality and point.quality.kl]
-        points = [(tokens, kl) for tokens, kl in points if tokens]  # before training there is nothing to compare
+        measured = [(point.tokens, point.quality) for point in run.points if point.quality]
+        points = [(tokens, quality.bits_per_byte if scratch else quality.kl) for tokens, quality in measured]
+        points = [(tokens, value) for tokens, value in points if tokens and value]  # untrained, nothing is compared
         if points:
-            tokens, kl = zip(*points, strict=True)
+            tokens, values = zip(*points, strict=True)
             label = None if run.recipe in labelled else run.recipe
             labelled.add(run.recipe)
-            axes.plot(tokens, kl, marker="o", color=colour, alpha=0.8, label=label)
-    axes.set(xlabel="training tokens", ylabel="held-out KL from the teacher (nats per token)", yscale="log")
+            axes.plot(tokens, values, marker="o", color=colour, alpha=0.8, label=label)
+    measure = "bits per byte of held-out text" if scratch else "held-out KL from the teacher (nats per token)"
+    axes.set(xlabel="training tokens", ylabel=measure, yscale="linear" if scratch else "log")
     axes.grid(True, alpha=0.3)
     if axes.has_data():
         axes.legend(frameon=False)

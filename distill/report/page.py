@@ -20,6 +20,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from ...students.modeling.configuration_mixers import have_trans_points
+from ...teachers.names import is_scratch
 from ..errors import RunError
 from ..export.card import kinds_in, quality_row
 from ..measure.figures import rows_beside
@@ -28,6 +29,7 @@ from ..run.folder import StageFolder
 from ..run.records import Cost, Quality, Recall, StageRecord, number, read_record
 from ..stages.inputs import lineage
 from ..stages.pipeline import names
+from ..stages.train import TRAIN
 from .charts import heat_map, layer_bars, line_chart, loss_chart
 
 DEPTHS = 4  # parts of a text, in maps of recall
@@ -130,8 +132,11 @@ def _contents(root: Path, text: str | None) -> dict:
         recipe = yaml.safe_load(text)
     except yaml.YAMLError:
         recipe = {}
+    source = _get(recipe, "teacher", "source")
+    scratch = isinstance(source, str) and is_scratch(source)
     current = lineage(root)
-    stages = {name: _Stage(root, name, current, recipe) for name in names()}
+    own = names(lambda stage: not stage.needs_teacher if scratch else stage is not TRAIN)
+    stages = {name: _Stage(root, name, current, recipe) for name in own}
     results = read_record(StageRecord, read_json(root / "evaluate" / "results.json") if "evaluate" in current else None)
     quality, damaged = _quality(root, current, results), [stage.name for stage in stages.values() if stage.damaged]
     layers = _layers(root, stages, results)
@@ -140,10 +145,10 @@ def _contents(root: Path, text: str | None) -> dict:
         "name": root.resolve().name,
         "written": time.strftime("%Y-%m-%d %H:%M"),
         "finished": max((s.record.finished for s in stages.values() if s.record.finished), default=None),
-        "teacher": _readable(_get(recipe, "teacher", "source") or "unknown teacher"),
+        "teacher": None if scratch else _readable(source or "unknown teacher"),
         "student": _student_in_words(layers),
         "stages": list(stages.values()),
-        "settings": _settings(recipe),
+        "settings": _settings(recipe, [name for name, stage in stages.items() if stage.steps is not None]),
         "layers": layers,
         "kinds": list(dict.fromkeys((cell["kind"], cell["words"]) for cell in layers)),
         "quality": quality,
@@ -247,12 +252,13 @@ def _recall_map(task: tuple[str, dict[str, list[Recall]]]) -> dict | None:
     """Fractions of answers given, by depth in the text (rows) and its length (columns), of each model."""
     name, models = task
     lengths = sorted({cast(int, record.length) for records in models.values() for record in records})
-    if set(models) != {"teacher", "student"}:
+    shown = [model for model in ("teacher", "student") if model in models]
+    if "student" not in shown:
         return None
     rows = []
     for low in range(0, 100, 100 // DEPTHS):
         cells = []
-        for model in ("teacher", "student"):
+        for model in shown:
             by_length = {record.length: record for record in models[model]}
             for length in lengths:
                 one = by_length.get(length, Recall())
@@ -263,7 +269,7 @@ def _recall_map(task: tuple[str, dict[str, list[Recall]]]) -> dict | None:
                 ]
                 cells.append(round(100 * sum(here) / len(here)) if here else None)
         rows.append({"depth": f"{low} to {low + 100 // DEPTHS} %", "cells": cells})
-    return {"task": name, "lengths": lengths, "rows": rows}
+    return {"task": name, "models": shown, "lengths": lengths, "rows": rows}
 
 
 def _student_in_words(layers: list[dict]) -> str | None:
@@ -273,8 +279,8 @@ def _student_in_words(layers: list[dict]) -> str | None:
     return ", ".join(counts) or None
 
 
-def _settings(recipe: Any) -> list[tuple[str, str]]:
-    """What matters most, by name."""
+def _settings(recipe: Any, training: list[str]) -> list[tuple[str, str]]:
+    """What matters most, by name; training: the stages that train."""
 
     def of(*keys: str) -> str | None:
         value = _get(recipe, *keys)
@@ -285,12 +291,12 @@ def _settings(recipe: Any) -> list[tuple[str, str]]:
         ("training text", _base_names(_get(recipe, "data", "train"))),
         ("held-out text", _base_names(_get(recipe, "data", "heldout"))),
     ]
-    for stage in names(lambda stage: stage.trains):
+    for stage in training:
         steps, batch, lr = (of(stage, key) for key in ("steps", "batch_size", "lr"))
         if steps is not None:
             found.append((stage, f"{steps} steps of {batch} sequences, learning rate {lr}"))
     found += [
-        ("teacher's weights", of("teacher", "dtype")),
+        ("weights" if is_scratch(of("teacher", "source") or "") else "teacher's weights", of("teacher", "dtype")),
         ("matrix products", of("run", "precision")),
         ("seed", of("run", "seed")),
         ("export", of("export", "format") and f"{of('export', 'format')}, {of('export', 'dtype')}"),

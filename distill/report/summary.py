@@ -7,9 +7,10 @@ from rich.table import Table
 from rich.text import Text
 
 from ...teachers import TeacherInfo, teacher_info
+from ...teachers.names import is_scratch
 from ..export.card import CardFacts, plan_in_letters, plan_in_words, quality_row, schedule_rows
 from ..export.formats import find_format
-from ..measure.figures import rows_beside
+from ..measure.figures import filled, rows_beside
 from ..run.files import read_json
 from ..run.records import Cost, Measures, Quality, ScheduleRecord, StageRecord, read_record, shown
 from ..stages.inputs import lineage
@@ -23,9 +24,9 @@ def card_facts(root: Path) -> CardFacts:
     recipe = list(done.values())[-1].recipe
     tokens = {stage: record.training.tokens or 0 for stage, record in done.items() if record.training is not None}
     # Read when the run began, or now where an earlier version did not.
-    known = done["transfer"].teacher
-    info = TeacherInfo(**known) if known else teacher_info(recipe["teacher"]["source"])
-    if info.commit is not None:  # whoever runs the recipe gets the same teacher
+    known, source = done["transfer"].teacher, recipe["teacher"]["source"]
+    info = TeacherInfo(**known) if known else None if is_scratch(source) else teacher_info(source)
+    if info is not None and info.commit is not None:  # whoever runs the recipe gets the same teacher
         recipe = {**recipe, "teacher": {**recipe["teacher"], "revision": info.commit}}
     return CardFacts(info, recipe, tokens, quality_rows(root), lineage(root).get("evaluate", StageRecord()).measures)
 
@@ -48,7 +49,8 @@ def summary(root: Path) -> list:
         rows.append(quality_row("exported checkpoint", evaluated.quality))
     table = quality_table(rows, "held-out quality")
     parts: list = []
-    beside = beside_table(evaluated.measures, {"teacher": "teacher", "student": "student"}, "teacher beside student")
+    models: dict[str, str] = {name: name for name in ("teacher", "student") if name in evaluated.measures}
+    beside = beside_table(evaluated.measures, models, " beside ".join(models))
     if "transfer" in done:
         mixers = done["transfer"].mixers
         parts = [f"layer plan: {plan_in_letters(mixers)}  ({plan_in_words(mixers)})", table]
@@ -57,7 +59,9 @@ def summary(root: Path) -> list:
     if evaluated.schedules:
         parts.append(schedule_table(evaluated.schedules))
     for entry in evaluated.answers:
-        parts.append(f"question: {entry.prompt}\n teacher: {entry.teacher}\n student: {entry.student}")
+        answered = {"teacher": entry.teacher, "student": entry.student} if "teacher" in models else {"": entry.student}
+        lines = [f"{'question' if 'teacher' in models else 'text'}: {entry.prompt}"]
+        parts.append("\n".join(lines + [f" {name or 'goes on'}: {text}" for name, text in answered.items()]))
     if "export" in done and (name := done["export"].folder):
         folder = (root / "export" / name).resolve()
         parts.append(f"checkpoint: {folder}\n\n{find_format(name).snippet(str(folder))}")
@@ -66,15 +70,22 @@ def summary(root: Path) -> list:
 
 def quality_table(rows: list[dict], title: str) -> Table:
     """Held-out quality, a row for each model: see `export.card.quality_row`."""
-    table = Table("model", "KL from teacher", "perplexity", "bits per byte", "same top token", title=escape(title))
-    for row in rows:
-        table.add_row(
-            escape(row["model"]),
-            shown(row["kl"], "{:.4f}"),
-            shown(row["perplexity"], "{:.2f}"),
-            shown(row["bits_per_byte"], "{:.4f}"),
-            shown(row["same_top"], "{:.1%}"),
-        )
+    head, cells = filled(
+        ("model", "KL from teacher", "perplexity", "bits per byte", "same top token"),
+        [
+            (
+                escape(row["model"]),
+                shown(row["kl"], "{:.4f}"),
+                shown(row["perplexity"], "{:.2f}"),
+                shown(row["bits_per_byte"], "{:.4f}"),
+                shown(row["same_top"], "{:.1%}"),
+            )
+            for row in rows
+        ],
+    )
+    table = Table(*head, title=escape(title))
+    for row in cells:
+        table.add_row(*row)
     return table
 
 
@@ -91,14 +102,16 @@ def schedule_table(records: list[ScheduleRecord]) -> Table:
     cost, late = records[0].cost or Cost(), (records[0].quality or Quality()).late
     length = shown(cost.length, "{:,}")
     title = f"schedules (cost: one sequence of {length} tokens, {cost.dtype} on {cost.device})"
-    table = Table("schedule", title=title, padding=(0, 0, 0, 1))
-    for name in ("trained", "KL", f"KL>{late}", "ppl", "top", "attn", "cache", "token"):
+    head = ("schedule", "trained", "KL", f"KL>{late}", "ppl", "top", "attn", "cache", "", "token")
+    (first, *others), rows = filled(head, [(*row[:8], "", row[9]) for row in schedule_rows(records)])  # no prefill
+    table = Table(first, title=title, padding=(0, 0, 0, 1))
+    for name in others:
         table.add_column(name, no_wrap=True)
     lists: list[str] = []
-    for name, *row, _, token in schedule_rows(records):  # without the time of a prefill
+    for name, *row in rows:
         if len(name) > 14:  # a list too long for its column
             lists.append(f"({len(lists) + 1}) {name}")
             name = f"({len(lists)})"
-        table.add_row(name, *row, token)
+        table.add_row(name, *row)
     table.caption = Text("\n".join(lists)) if lists else None  # not a string, in which brackets are markup
     return table

@@ -52,4 +52,5 @@ ALIGN = Stage(
     trains=True,
     groups=groups,
     operations=operations,
+    needs_teacher=True,
 )

@@ -24,4 +24,4 @@ def run(session: "Session", folder: "StageFolder") -> dict:
     return {"layers": found, "quality": session.measure(student, "calibrate")}
 
 
-CALIBRATE = Stage("calibrate", run, reads=("calibrate", "data"), makes_student=True)
+CALIBRATE = Stage("calibrate", run, reads=("calibrate", "data"), makes_student=True, needs_teacher=True)

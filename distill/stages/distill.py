@@ -15,11 +15,10 @@ def run(session: "Session", folder: "StageFolder") -> dict:
     """Trains the student end to end on the KL from the teacher's predictions."""
     import copy
 
-    from ...students.modeling.configuration_transmamba import written
     from ...teachers import output_head
     from ..models import has_trans_points
     from ..objectives import CachedDistillation, Distillation
-    from ..trans_points import resolve, trans_points_in_step
+    from ..trans_points import mark_trained, resolve, trans_points_in_step
     from .training import end_to_end, trained as train_student
 
     settings = session.recipe.distill
@@ -40,10 +39,7 @@ def run(session: "Session", folder: "StageFolder") -> dict:
     if not has_trans_points(student):
         return train_student(session, folder, student, trained_groups, objective, cached) | own
     schedules = resolve(student, [session.recipe.student.trans_points, *settings.sample_schedules])
-    trained = {name: written(points) for name, points in schedules.items()} if settings.steps else {}
-    student.config.measured_trans_points = [
-        {"schedule": name, "trans_points": points, "trained": True, "quality": None} for name, points in trained.items()
-    ]
+    trained = mark_trained(student, schedules if settings.steps else {})
 
     def trans_points(step: int) -> list:
         targets, recipe = list(schedules.values()), session.recipe
@@ -85,4 +81,5 @@ DISTILL = Stage(
     takes_teacher=lambda recipe: not recipe.distill.teacher_cache,
     operations=operations,
     look_ahead=look_ahead,
+    needs_teacher=True,
 )

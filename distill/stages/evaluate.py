@@ -41,17 +41,16 @@ def run(session: "Session", folder: "StageFolder") -> dict:
     if has_trans_points(model):
         schedules = measure_schedules(session, model, quality)
         results["schedules"] = [dataclasses.asdict(record) for record in schedules]
-    texts, teacher = session.held_out_texts, session.teacher
+    texts, teacher = session.held_out_texts, None if session.recipe.from_scratch else session.teacher
     measuring = Measuring(
-        session.recipe, session.tokenizer, session.held_out_data, texts, teacher, teacher, session.say
+        session.recipe, session.tokenizer, session.held_out_data, texts, teacher, teacher or model, session.say
     )
-    results["measures"] = {"teacher": teacher_measures(session, folder, measuring), "student": measuring(model)}
+    results["measures"] = {} if teacher is None else {"teacher": teacher_measures(session, folder, measuring)}
+    results["measures"]["student"] = measuring(model)
+    models = {"student": model} if teacher is None else {"teacher": session.teacher, "student": model}
     results["answers"] = [
-        {
-            "prompt": prompt,
-            "teacher": answer(session.teacher, session.tokenizer, prompt, settings.max_new_tokens),
-            "student": answer(model, session.tokenizer, prompt, settings.max_new_tokens),
-        }
+        {"prompt": prompt}
+        | {name: answer(one, session.tokenizer, prompt, settings.max_new_tokens) for name, one in models.items()}
         for prompt in settings.prompts
     ]
     if session.accelerator.is_main_process:

@@ -60,6 +60,8 @@ def stage_inputs(recipe: Recipe) -> dict[str, dict]:
         if "teacher" in own:
             own["teacher"]["files"] = file_identity(recipe.teacher.source, recipe.teacher.revision)
             del own["teacher"]["training_dtype"]  # which counts where something is trained
+            if recipe.from_scratch:
+                own["run"] = {"seed": recipe.run.seed}
         if stage.trains:
             own["run"] = {"seed": recipe.run.seed, "precision": recipe.run.precision}
             own["teacher"] = {"training_dtype": recipe.teacher.training_dtype}

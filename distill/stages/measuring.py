@@ -18,9 +18,11 @@ from .session import Session
 
 
 def refresh_quality(session: Session) -> None:
-    """Measures again what earlier runs measured on other held-out sequences, the teacher included."""
+    """Measures again what earlier runs measured on other held-out sequences, a teacher included."""
     main, teacher = session.accelerator.is_main_process, session.root / "teacher_quality.json"
-    if read_record(Quality, read_json(teacher)).measured_on != session.measured_on:
+    if session.recipe.from_scratch:
+        pass
+    elif read_record(Quality, read_json(teacher)).measured_on != session.measured_on:
         quality = session.measure(session.teacher, "teacher")
         if main:
             write_json(teacher, quality)
@@ -63,7 +65,8 @@ def measure_schedules(session: Session, model: HybridForCausalLM, own: Quality) 
     length = recipe.evaluate.cost_length or recipe.data.length
     done = [session.folder(stage.name).record for stage in pipeline_of(recipe) if stage.trains]
     trained = next((record.trained_schedules for record in reversed(done) if record.trained_schedules), {})
-    others = ["teacher", "mamba"] if recipe.evaluate.schedules is None else recipe.evaluate.schedules
+    unasked = ["inf" if recipe.from_scratch else "teacher", "mamba"]
+    others = unasked if recipe.evaluate.schedules is None else recipe.evaluate.schedules
     specs = [recipe.student.trans_points, *recipe.distill.sample_schedules, *others]
     records: list[ScheduleRecord] = []
     never: set[int | float] = set()

@@ -64,4 +64,5 @@ ORIENT: Stage = Stage(
     operations=operations,
     check=check,
     wanted=lambda recipe: ORIENT.of(recipe).steps > 0,
+    needs_teacher=True,
 )

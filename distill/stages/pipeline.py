@@ -15,13 +15,14 @@ from .export import EXPORT
 from .orient import ORIENT
 from .select import SELECT
 from .stage import Stage
+from .train import TRAIN
 from .transfer import TRANSFER
 from .tune import TUNE
 
 if TYPE_CHECKING:
     from ..config import Recipe
 
-PIPELINE: list[Stage] = [SELECT, TRANSFER, CALIBRATE, ORIENT, ALIGN, DISTILL, TUNE, EXPORT, EVALUATE]
+PIPELINE: list[Stage] = [SELECT, TRANSFER, CALIBRATE, ORIENT, ALIGN, DISTILL, TUNE, TRAIN, EXPORT, EVALUATE]
 
 
 def names(only: Callable[[Stage], bool] = lambda stage: True) -> list[str]:
@@ -36,7 +37,8 @@ def stage_of(name: str) -> Stage:
 
 def pipeline_of(recipe: "Recipe") -> list[Stage]:
     """The stages of a recipe's run."""
-    return [stage for stage in PIPELINE if stage.wanted(recipe)]
+    scratch = recipe.from_scratch
+    return [stage for stage in PIPELINE if stage.wanted(recipe) and not (scratch and stage.needs_teacher)]
 
 
 def student_before(recipe: "Recipe", name: str) -> str:

@@ -226,4 +226,5 @@ SELECT: Stage = Stage(
     unread=unread,
     check=check,
     in_precision=True,
+    needs_teacher=True,
 )

@@ -14,7 +14,7 @@ from rich.text import Text
 from transformers import PreTrainedModel
 
 from ...students import HybridForCausalLM
-from ...teachers import load_teacher, output_head, share_layers
+from ...teachers import output_head, share_layers
 from ..config import Recipe
 from ..console import console_of
 from ..data.corpus import Corpus, tokenize_corpus
@@ -23,9 +23,10 @@ from ..data.rows import check_tokens
 from ..data.sources import DataError, source_identity
 from ..data.streaming import StreamedDataset
 from ..data.teacher_cache import CachedTargets
+from ..measure.figures import in_words
 from ..measure.held_out import HeldOut
 from ..measure.measures import Texts, held_out_texts
-from ..models import embedding_rows, load_model, on_device
+from ..models import embedding_rows, load_model, on_device, teacher_of
 from ..run.folder import StageFolder
 from ..run.identity import identity
 from ..run.records import Quality
@@ -69,14 +70,7 @@ class Session:
 
     def _load(self) -> tuple[PreTrainedModel, Any]:
         if self._loaded is None:
-            settings = self.recipe.teacher
-            model, tokenizer = load_teacher(
-                settings.source,
-                settings.dtype,
-                self.accelerator.device,
-                settings.trust_remote_code,
-                settings.revision,
-            )
+            model, tokenizer = teacher_of(self.recipe, self.accelerator.device)
             check_vocabulary(tokenizer, model, "teacher")
             self._loaded = model.requires_grad_(False), tokenizer
         return self._loaded
@@ -197,7 +191,8 @@ class Session:
     def held_out(self) -> HeldOut:
         if self._held_out is None:
             sequences = self.recipe.evaluate.sequences
-            self._held_out = HeldOut(self.held_out_data, sequences, self.tokenizer, self.teacher)
+            teacher = None if self.recipe.from_scratch else self.teacher
+            self._held_out = HeldOut(self.held_out_data, sequences, self.tokenizer, teacher)
         return self._held_out
 
     @cached_property
@@ -256,8 +251,5 @@ class Session:
     def measure(self, student: PreTrainedModel, stage: str, late: int | None = None) -> Quality:
         """The student's held-out quality, said and for the record; `late`: see `HeldOut.measure`."""
         quality = dataclasses.replace(self.held_out.measure(student, late), measured_on=self.measured_on)
-        self.say(
-            f"{stage}: held-out KL {quality.kl:.4f}, perplexity {quality.perplexity:.2f}, "
-            f"same top token {quality.same_top:.1%}"
-        )
+        self.say(f"{stage}: held-out {in_words(quality)}")
         return quality

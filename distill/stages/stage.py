@@ -30,6 +30,7 @@ class Stage:
         takes_teacher: whether a stage that trains runs the teacher meanwhile.
         operations: takes teacher, student and the length of a sequence; the operations of a token, where it trains (see
             `flops`).
+        needs_teacher: whether it takes something from a teacher, and so is no part of a run from scratch.
         wanted: whether a recipe asks for it. One that is not is no part of its run.
         check: refuses a recipe that it cannot do, before anything is loaded or written.
         look_ahead: refuses, before any stage runs, what would only be found out after those before it.
@@ -47,6 +48,7 @@ class Stage:
     groups: "Callable[[HybridForCausalLM, Recipe], list[ParameterGroup]] | None" = None
     takes_teacher: Callable[["Recipe"], bool] = lambda recipe: True
     operations: Callable[[Any, Any, int], float] | None = None
+    needs_teacher: bool = False
     wanted: Callable[["Recipe"], bool] = lambda recipe: True
     check: Callable[["Recipe"], None] = lambda recipe: None
     look_ahead: Callable[["Session"], None] = lambda session: None

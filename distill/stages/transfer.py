@@ -1,4 +1,5 @@
-"""*transfer*: the student is built, and gets the teacher's weights, or those of a student to go on from."""
+"""*transfer*: the student is built, and gets the teacher's weights, or those of a student to go on from; without a
+teacher, those that training from scratch begins with."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,11 +55,13 @@ def run(session: "Session", folder: "StageFolder") -> dict:
     if line := never_distilled(recipe, student.config.mixers, longest):
         session.say(f"transfer: {line}")
     session.save(student, folder)
-    if session.accelerator.is_main_process:
+    if session.accelerator.is_main_process and not recipe.from_scratch:
         (folder / "transfer_plan.txt").write_text(str(student.transfer_plan), encoding="utf-8")
-    source = recipe.teacher.source
-    teacher = teacher_info(source, teacher_commit(source, recipe.teacher.revision))
-    facts = {"mixers": student.config.mixers, "teacher": dataclasses.asdict(teacher)}
+    facts: dict = {"mixers": student.config.mixers}
+    if not recipe.from_scratch:
+        source = recipe.teacher.source
+        teacher = teacher_info(source, teacher_commit(source, recipe.teacher.revision))
+        facts["teacher"] = dataclasses.asdict(teacher)
     return facts | {"quality": session.measure(student, "transfer")}
 
 

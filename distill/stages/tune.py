@@ -92,4 +92,5 @@ TUNE: Stage = Stage(
     unread=unread,
     check=check,
     look_ahead=look_ahead,
+    needs_teacher=True,
 )

@@ -37,7 +37,7 @@ AUTO_MAP = {
 
 
 class HybridConfig(PreTrainedConfig):
-    """Every field of the teacher's config, and six of ours.
+    """Every field of the teacher's config, and seven of ours.
 
     Fields:
         base_model_type: the teacher's `model_type` ("llama"): whose module tree the student is.
@@ -51,6 +51,7 @@ class HybridConfig(PreTrainedConfig):
         measured_trans_points: what is known of this student under some schedules, each {"trans_points": as above,
             "trained": whether it was trained on them, "quality": figures by name, or None}, and "schedule": its name,
             if it has one, "longest": the tokens of the longest document it was measured on, "cost".
+        scratch_seed: of a model without a teacher, trained from scratch, the seed of its first weights; else None.
 
     `HybridConfig(base_model_type=..., ...)`, `from_dict` and `from_pretrained` give an instance of a class that is
     both this one and the teacher's config class.
@@ -64,6 +65,7 @@ class HybridConfig(PreTrainedConfig):
     geometry: dict | None = None
     trans_points: Any = None
     measured_trans_points: list[dict] | None = None
+    scratch_seed: int | None = None
 
     def __new__(cls, *args, base_model_type: str | None = None, **kwargs):
         return super().__new__(hybrid_config_class(base_model_type) if cls is HybridConfig else cls)

@@ -4,6 +4,7 @@ them: where these rows, the convolution after them, and the output projection co
 This file travels with exported checkpoints: it imports torch only.
 """
 
+import torch
 from torch import nn
 
 from .modeling_mixer import Heads, Transfer
@@ -64,6 +65,12 @@ class FusedProjection(StateSpace):
         for parameter in ("weight",) if view.o_proj.bias is None else ("weight", "bias"):
             found.append(Transfer.taken(named("out_proj", parameter), view, "o_proj", parameter))
         return found
+
+    @torch.no_grad()
+    def start(self, generator: torch.Generator, spread: float) -> None:
+        super().start(generator, spread)
+        if self.z_bias is not None:
+            self.z_bias.zero_()
 
     def drops(self, view) -> list[str]:
         return ["q_norm.", "k_norm."] if self.q_norm is None else []

@@ -51,6 +51,7 @@ class GatedDeltaMixer(FusedProjection):
 
     exact: ClassVar[tuple[str, ...]] = ("A_log", "dt_bias")
     strengths: ClassVar[tuple[float, ...]] = (0.03, 0.1, 0.3, 0.8)
+    rates: ClassVar[tuple[float, float]] = (1e-6, 16.0)  # from 0 on, as flash-linear-attention starts it
 
     def __init__(
         self,
@@ -141,6 +142,12 @@ class GatedDeltaMixer(FusedProjection):
         if self.b_bias is not None:
             found.append(Transfer(f"{view.name}.b_bias", "constant", value=torch.tensor(STRENGTH).logit().item()))
         return found
+
+    @torch.no_grad()
+    def start(self, generator: torch.Generator, spread: float) -> None:
+        super().start(generator, spread)
+        if self.b_bias is not None:
+            self.b_bias.zero_()
 
     @property
     def gate_shut(self) -> bool:

@@ -269,6 +269,26 @@ class Mixer(nn.Module):
         """Bytes of what it remembers of one sequence, however long: states in float32, keys and values in bfloat16."""
         raise NotImplementedError
 
+    @torch.no_grad()
+    def start(self, generator: torch.Generator, spread: float) -> None:
+        """Draws its parameters for training from scratch, where no attention has anything to hand over: convolutions
+        and linear layers, all that there is by default. What is no linear layer's stays as transferred unless it is
+        said here.
+
+        Args:
+            generator: of a CPU, where the mixer is then.
+            spread: standard deviation of linear layers' weights, `out` included, which is scaled by depth afterwards.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                module.weight.normal_(std=spread, generator=generator)
+                if module.bias is not None:
+                    module.bias.zero_()
+            elif isinstance(module, nn.Conv1d):  # as PyTorch starts it
+                bound = module.weight[0].numel() ** -0.5
+                for parameter in module.parameters():
+                    parameter.uniform_(-bound, bound, generator=generator)
+
     def mixing(self, hidden_states: Tensor, position_embeddings: Any, seq_idx: Tensor) -> dict[str, Tensor]:
         """Where there is a `matrix`: that of its state-space form on hidden states (B,L,hidden) of packed documents
         (B,L), as the arguments dt, A, B, C and dt_bias of `kernels.matching.mixing_distance`."""

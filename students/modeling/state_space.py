@@ -30,6 +30,9 @@ SILU_INPUT = {"x": 0.25, "B": 0.25, "C": 1.0}
 # Half-life, in tokens, that a head starts with before `calibrate` has measured the teacher's.
 HALF_LIFE = 32.0
 
+# Between which steps, on a logarithmic scale, heads start that are trained from scratch.
+STEPS = (1e-3, 1e-1)
+
 
 class WidenedLinear(nn.Linear):
     """A linear map without bias whose outputs lie in rows of a multiple of 8 numbers, as tensor cores want them.
@@ -49,7 +52,11 @@ class StateSpace(Mixer):
     """What mixers with a state, and a decay for each head, share.
 
     All have dt_bias and A_log, D, conv1d and norm (or None for these), and q_norm and k_norm (or None).
+
+    rates: between which -A starts, where it is trained from scratch.
     """
+
+    rates: ClassVar[tuple[float, float]] = (1.0, 16.0)
 
     exact: ClassVar[tuple[str, ...]] = ("A_log", "dt_bias", "D")
     apart = ("conv1d", "norm")
@@ -98,6 +105,17 @@ class StateSpace(Mixer):
         constants |= {} if self.D is None else {"D": 0.0}
         constants |= {} if self.norm is None else {"norm.weight": 1.0}
         return [Transfer(f"{name}.{part}", "constant", value=value) for part, value in constants.items()]
+
+    @torch.no_grad()
+    def start(self, generator: torch.Generator, spread: float) -> None:
+        """Steps, decays and skip as mamba_ssm's Mamba2 starts them."""
+        super().start(generator, spread)
+        low, high = STEPS
+        step = torch.empty_like(self.dt_bias).uniform_(math.log(low), math.log(high), generator=generator).exp()
+        self.dt_bias.copy_(step.expm1().log())  # softplus backwards
+        self.A_log.copy_(torch.empty_like(self.A_log).uniform_(*self.rates, generator=generator).log())
+        if self.D is not None:
+            self.D.fill_(1.0)
 
     @torch.no_grad()
     def set_decay(self, half_life: Tensor, scale: Tensor) -> None:

@@ -441,7 +441,7 @@ def test_every_key_is_documented():
     assert len(described) == len(describe_keys())
 
     def flatten(value, key):
-        if not isinstance(value, dict):
+        if not isinstance(value, dict) or not value:
             return {key: value}
         return {k: v for name, part in value.items() for k, v in flatten(part, f"{key}.{name}".lstrip(".")).items()}
 
@@ -466,7 +466,7 @@ def test_nothing_is_loaded_when_the_recipe_is_wrong(command, override, tmp_path,
     def load_teacher(*args, **kwargs):
         raise AssertionError("the teacher was loaded")
 
-    monkeypatch.setattr(transpoint.distill.stages.session, "load_teacher", load_teacher)
+    monkeypatch.setattr(transpoint.distill.models, "load_teacher", load_teacher)
     monkeypatch.setattr(transpoint.teachers, "load_teacher", load_teacher)
     monkeypatch.setattr(transpoint.distill.stages.session, "tokenize_corpus", load_teacher)
     assert cli.main([command, str(TINY), f"run.dir={tmp_path / 'run'}", override]) == 1

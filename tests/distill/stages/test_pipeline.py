@@ -154,7 +154,7 @@ def test_what_a_run_prints(tiny_output):
 
 
 def test_a_second_run_does_nothing(tiny_copy, run_tiny, monkeypatch):
-    monkeypatch.setattr(session_module, "load_teacher", lambda *args: pytest.fail("the teacher was loaded"))
+    monkeypatch.setattr(session_module, "teacher_of", lambda *args: pytest.fail("the teacher was loaded"))
     before, recipe = files(tiny_copy), (tiny_copy / "recipe.yaml").read_text()
     recipe = recipe.replace(recipe.split("dir: ")[1].split("\n")[0], str(tiny_copy))
     assert run_tiny(tiny_copy).endswith("".join(f"{stage}: done before, reused\n" for stage in STAGES))
@@ -488,7 +488,7 @@ def test_errors_of_data_and_teacher_come_in_one_line(tmp_path, monkeypatch):
     assert refused(TeacherError, run, "teacher.source=random-lama").startswith(
         "no random teacher 'random-lama'; expected one of random-llama, "
     )
-    monkeypatch.setattr(session_module, "load_teacher", lambda *args: pytest.fail("the teacher was loaded"))
+    monkeypatch.setattr(session_module, "teacher_of", lambda *args: pytest.fail("the teacher was loaded"))
     gone = SAMPLE / "tarin.jsonl.zst"
     assert refused(DataError, run, f"data.train=[{gone}]") == (
         f"no such file or folder: {gone}; did you mean {SAMPLE / 'train.jsonl.zst'}?"
@@ -605,7 +605,7 @@ def test_a_bfloat16_teacher_has_a_float32_student(precision, tmp_path, run_tiny)
 def test_a_teacher_in_another_precision_while_a_stage_trains(tiny_copy, run_tiny, monkeypatch):
     """It is transferred and measured as it was loaded; the teacher of training is recognisably rounded."""
     exact, loaded = metrics(tiny_copy, "align"), []
-    load, measure = session_module.load_teacher, Session.measure
+    load, measure = session_module.teacher_of, Session.measure
 
     def remembered(*args):
         model, tokenizer = load(*args)
@@ -617,7 +617,7 @@ def test_a_teacher_in_another_precision_while_a_stage_trains(tiny_copy, run_tiny
             assert loaded[0]() is None
         return measure(session, *args)
 
-    monkeypatch.setattr(session_module, "load_teacher", remembered)
+    monkeypatch.setattr(session_module, "teacher_of", remembered)
     monkeypatch.setattr(Session, "measure", measured)
     output = run_tiny(tiny_copy, "teacher.training_dtype=bfloat16", until_stage="align")
     assert len(loaded) == 2
