@@ -17,6 +17,7 @@ OF = {
     "all mixers": {"keep_attention": ()},
     "window in attention": {"family": "mistral"},
     "norms": {"family": "qwen3", "mixer": "gdn"},
+    "Mamba-1": {"mixer": "mamba1"},
     "past its TransPoints": {"keep_attention": (), "mixer": "transmamba", "trans_points": 4},
 }
 students = pytest.mark.parametrize("options", OF.values(), ids=OF.keys())

@@ -273,8 +273,9 @@ save_file({name: tensor.contiguous() for name, tensor in found.items()}, scratch
         ("mistral", {"mixer": "transmamba", "trans_points": 20, **ALL_PARTS}),
         ("qwen2", {"mixer": "window_mamba2", "window": 6, "feature_map": "softmax"}),
         ("qwen2", {"mixer": "gdn", "gate_bias": True}),
+        ("qwen2", {"mixer": "mamba1"}),
     ],
-    ids=["plain", "qwen3", "transmamba", "transmamba, all parts", "window", "gated delta rule"],
+    ids=["plain", "qwen3", "transmamba", "transmamba, all parts", "window", "gated delta rule", "Mamba-1"],
 )
 def test_custom_goes_with_its_own_code_and_is_saved_with_it(family, options, tmp_path, unverified):
     student = distinct_student(family, options=options)
