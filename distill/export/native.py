@@ -14,10 +14,11 @@ from ..run.files import write_json
 from .formats import Format
 from .granite import GRANITE
 from .home import FOR_STUDENT, Home
+from .jamba import JAMBA
 from .qwen3_5 import QWEN3_5
 from .verify import check_tokenizer_with, verify
 
-HOMES = {"mamba2": GRANITE, "gdn": QWEN3_5}  # by mixer
+HOMES = {"mamba2": GRANITE, "gdn": QWEN3_5, "mamba1": JAMBA}  # by mixer
 
 
 def home_of(student: HybridForCausalLM) -> Home:
@@ -48,8 +49,9 @@ def write(student: HybridForCausalLM, folder: Path, dtype: torch.dtype) -> None:
     model.generation_config = student.generation_config
     model.save_pretrained(folder)
     written = json.loads((folder / "config.json").read_text())
-    # SGLang reads only a top-level rope_theta.
-    written |= {"rope_theta": written["rope_parameters"]["rope_theta"], **home.otherwise(written)}
+    if rope := written.get("rope_parameters"):  # SGLang reads only a top-level rope_theta
+        written["rope_theta"] = rope["rope_theta"]
+    written |= home.otherwise(written)
     write_json(folder / "config.json", written)
 
 

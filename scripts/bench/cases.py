@@ -20,6 +20,8 @@ from transpoint.kernels import (
     matching_reference,
     norm,
     norm_reference,
+    selective,
+    selective_reference,
     ssd,
     ssd_reference,
 )
@@ -150,6 +152,45 @@ class Maker:
             mutated=("state",),
         )
 
+    def selective(self, batch, length, channels, state, *, groups):
+        """selective_scan. groups: of B and C."""
+        return Case(
+            op="selective_scan",
+            shape=f"{batch},{length},{channels},{state}, groups {groups}",
+            make=lambda: self._selective_inputs((batch, length), channels, state, groups),
+            ours=partial(selective.selective_scan, **self.backend),
+            reference=selective_reference.selective_scan,
+            peers={
+                "mamba_ssm": peers.mamba_selective,
+                "PyTorch": peers.plain(selective_reference.selective_scan),
+            },
+            costs=floors.selective_cost(batch, length, channels, state, groups),
+            leaves=("x", "dt", "A", "B", "C", "D", "dt_bias"),
+            sliced=("x", "dt", "B", "C"),
+            cut=lambda t: t[-1:, :CHECKED],
+        )
+
+    def selective_step(self, batch, channels, state, *, groups):
+        """selective_step, which updates the state in place."""
+        return Case(
+            op="selective_step",
+            shape=f"{batch},{channels},{state}, groups {groups}, fp32 state",
+            make=lambda: {
+                "state": self.randn(batch, channels, state, dtype=torch.float32),
+                **self._selective_inputs((batch,), channels, state, groups),
+            },
+            ours=partial(selective.selective_step, **self.backend),
+            reference=selective_reference.selective_step,
+            peers={
+                "mamba_ssm": peers.mamba_selective_step,
+                "PyTorch": peers.plain(selective_reference.selective_step),
+            },
+            costs=floors.step_cost(batch, channels, 1, state, channels, groups, groups, state_size=4),
+            sliced=("state", "x", "dt", "B", "C"),
+            cut=lambda t: t[-16:],
+            mutated=("state",),
+        )
+
     def distance(self, batch, length, heads, head_dim, state, kv):
         """mixing_distance; k and B have `kv` heads."""
 
@@ -274,6 +315,12 @@ class Maker:
         g = steps["A"] * F.softplus(steps["dt"].float() + steps["dt_bias"])
         beta = self.randn(*tokens, heads, dtype=torch.float32).sigmoid()
         return {"q": q, "k": k, "v": self.randn(*tokens, heads, head_dim), "g": g, "beta": beta}
+
+    def _selective_inputs(self, tokens, channels, state, groups):
+        """As in a Mamba-1 layer: steps as in Mamba-2, and rates of 1 to N for the numbers of a state."""
+        maps = {name: self.randn(*tokens, groups, state) for name in ("B", "C")}
+        rates = -torch.arange(1.0, state + 1, device=self.device).expand(channels, -1).contiguous()
+        return {"x": self.randn(*tokens, channels), **self.steps(*tokens, channels), "A": rates, **maps}
 
     def _filter(self, channels, width):
         return {"weight": self.randn(channels, width, scale=0.5), "bias": self.randn(channels, scale=0.1)}

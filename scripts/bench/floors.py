@@ -54,6 +54,14 @@ def delta_cost(batch, length, heads, head_dim, state, keys, size=2):
     }
 
 
+def selective_cost(batch, length, channels, state, groups, size=2):
+    """Selective scan: pass -> (bytes, operations). None of its operations is one of the matrix unit."""
+    tokens = batch * length
+    inputs = tokens * 2 * (channels + groups * state)  # x, dt, B and C
+    y = tokens * channels
+    return {FORWARD: (size * (inputs + y), 0), BOTH: (size * (3 * inputs + 2 * y), 0)}
+
+
 def elementwise_cost(numel, inputs, size=2):
     """y = f(inputs), all of one shape; backward reads inputs and dy and writes the gradients of the inputs."""
     return {FORWARD: (size * numel * (inputs + 1), 0), BOTH: (size * numel * (3 * inputs + 2), 0)}

@@ -136,6 +136,33 @@ def fla_delta_step(t: Inputs) -> Call:
     return Call(lambda: fused_recurrent_gated_delta_rule(**token, **options)[0].squeeze(1))
 
 
+def mamba_selective(t: Inputs) -> Call:
+    """It takes tokens last."""
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+    x, dt = (leaf(t[name].mT) for name in ("x", "dt"))
+    B, C = (leaf(t[name].permute(0, 2, 3, 1)) for name in ("B", "C"))
+    A, D, bias = (leaf(t[name]) for name in ("A", "D", "dt_bias"))
+    return Call(
+        lambda: selective_scan_fn(x, dt, A, B, C, D=D, delta_bias=bias, delta_softplus=True),
+        (x, dt, A, B, C, D, bias),
+        compare=lambda y: y.mT,
+    )
+
+
+def mamba_selective_step(t: Inputs) -> Call:
+    """Its heads are our groups."""
+    from mamba_ssm.ops.triton.selective_state_update import selective_state_update
+
+    groups = t["B"].shape[1]
+    x, dt = (t[name].unflatten(1, (groups, -1)) for name in ("x", "dt"))
+    state = t["state"].unflatten(1, (groups, -1))
+    A, D, bias = (t[name].unflatten(0, (groups, -1)) for name in ("A", "D", "dt_bias"))
+    return Call(
+        lambda: selective_state_update(state, x, dt, A, t["B"], t["C"], D=D, dt_bias=bias, dt_softplus=True).flatten(1)
+    )
+
+
 def whole_matrices(t: Inputs) -> Call:
     """Both matrices written out."""
     length, heads, head_dim = t["q"].shape[1:]

@@ -90,6 +90,12 @@ def _state_factor(options: dict) -> str | None:
     return None
 
 
+def _selection(options: dict) -> str | None:
+    if options["selection"] == "x" and options["rope"]:
+        return "student.rope is true with student.selection=x, whose B and C are not of heads; set student.rope=false"
+    return None
+
+
 def _state_space(least: int, kernel: int, activation: str | None, gate: bool, norm: bool | None, rope: bool) -> dict:
     """The options of mixers with a state, with these defaults, and at least so many taps of the convolution; a norm of
     None is always there."""
@@ -161,6 +167,23 @@ MIXERS: dict[str, MixerKind] = {
             "modes": Option("lin", "of S4D-Lin (lin: complex pairs) or S4D-Real (real)", choices=("lin", "real")),
         },
         check=lambda options: _convolution(options) or _pairs(options),
+    ),
+    # As the paper has it, and with `selection=x` as the native format has it.
+    "mamba1": MixerKind(
+        "Mamba-1",
+        "1",
+        "mamba1.Mamba1Mixer",
+        {
+            **_state_space(least=1, kernel=4, activation="silu", gate=True, norm=False, rope=False),
+            "gate_bias": Option(True, "whether the gate has a bias"),
+            "selection": Option(
+                "hidden",
+                "what step, B and C are computed from: hidden, as attention's keys and queries are, or x, the "
+                "convolved x, as in the paper: these then start at random",
+                choices=("hidden", "x"),
+            ),
+        },
+        check=lambda options: _convolution(options) or _selection(options),
     ),
     "window_mamba2": MixerKind(
         "window + Mamba-2",

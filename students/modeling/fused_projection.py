@@ -1,11 +1,11 @@
-"""What mixers share whose first projections are rows of one matrix, as released Mamba-2 and gated DeltaNet layers have
+"""What mixers share whose first projections are rows of one matrix, as released Mamba and gated DeltaNet layers have
 them: where these rows, the convolution after them, and the output projection come from.
 
 This file travels with exported checkpoints: it imports torch only.
 """
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .modeling_mixer import Heads, Transfer
 from .state_space import GATE_OPEN, SILU_INPUT, StateSpace
@@ -16,8 +16,55 @@ class FusedProjection(StateSpace):
 
     copied = ("in_proj.", "out_proj.", "q_norm.", "k_norm.")
     sizes: dict[str, int]
+    in_proj: nn.Linear
     z_bias: nn.Parameter | None
     out_proj: nn.Linear
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        cache=None,
+        padding_mask: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        **others,
+    ) -> tuple[Tensor, None]:
+        """Mixes hidden states (B,L,hidden) along L.
+
+        Args:
+            position_embeddings: cos and sin (B or 1, L, R), used with `rope`.
+            attention_mask: a `MixerMask`, in place of the keywords of its names; another one is not read.
+            cache: a `HybridCache`, updated; `past_key_values` is the same.
+            padding_mask: (B, at least L), 1 for tokens and 0 for padding; its last L columns belong to these tokens.
+            seq_idx: (B or 1, L) document index of packed sequences: the convolution and the state start anew at each.
+
+        Returns:
+            The output (B,L,hidden), and None where attention has its weights.
+
+        Raises:
+            TypeError: a keyword that is not known; or the cache is one without a state for this layer.
+        """
+        padding_mask, seq_idx, *_ = self.told(attention_mask, padding_mask, seq_idx)
+        batch, length, _ = hidden_states.shape
+        memory = self.memory(cache, others, packed=seq_idx is not None)
+        if seq_idx is not None:
+            seq_idx = seq_idx.expand(batch, -1)
+        stepping, padding, pads = self._padding(memory, padding_mask, length)
+        where = (memory, stepping, padding, seq_idx)
+        z, x, B, C, dt, conv_state = self._project(hidden_states, position_embeddings, *where)
+        state = None if memory is None else memory.ssm_state
+        y, ssm_state = self._recur(x, dt, B, C, state, stepping, memory is not None, seq_idx)
+        if memory is not None:
+            memory.advance(conv_state, ssm_state, length, memory.tokens_after(length, pads))
+        if self.z_bias is not None:
+            z = z + self.z_bias
+        y = self._gate_and_norm(y.flatten(2), z if self.gate else None)
+        return self.out_proj(y.to(hidden_states.dtype)), None
+
+    def _project(self, hidden: Tensor, position_embeddings, memory=None, stepping=False, padding=None, seq_idx=None):
+        """z, what `_recur` takes (x, B, C and dt) of hidden states (B,L,hidden), and the convolution's tail."""
+        raise NotImplementedError
 
     def take_norms(self, attention: nn.Module, qk_norm: bool) -> None:
         """The teacher's k/q norms, where it has them and they are wanted."""
@@ -74,6 +121,14 @@ class FusedProjection(StateSpace):
 
     def drops(self, view) -> list[str]:
         return ["q_norm.", "k_norm."] if self.q_norm is None else []
+
+    @property
+    def gate_shut(self) -> bool:
+        return self.gate and self.z_bias is None
+
+    @torch.no_grad()
+    def open_gate(self, row: Tensor) -> None:
+        self.in_proj.weight[: self.sizes["z"]] = GATE_OPEN * row
 
     @property
     def out(self) -> nn.Linear:

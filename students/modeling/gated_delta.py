@@ -90,7 +90,7 @@ class GatedDeltaMixer(FusedProjection):
         seq_idx: Tensor | None = None,
         **others,
     ) -> tuple[Tensor, None]:
-        """Mixes hidden states (B,L,hidden) along L; arguments, results and errors as `Mamba2Mixer.forward`."""
+        """Mixes hidden states (B,L,hidden) along L; arguments, results and errors as `FusedProjection.forward`."""
         padding_mask, seq_idx, *_ = self.told(attention_mask, padding_mask, seq_idx)
         batch, length, _ = hidden_states.shape
         memory = self.memory(cache, others, packed=seq_idx is not None)

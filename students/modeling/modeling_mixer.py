@@ -5,6 +5,7 @@ checkpoints: it imports torch only.
 """
 
 import math
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -125,11 +126,11 @@ class Transfer:
     """One student tensor (or some of its rows) and where it comes from."""
 
     target: str  # parameter's name in the student: "model.layers.1.self_attn.in_proj.weight"
-    operation: str  # "copy", "scale", "constant", "identity"
+    operation: str  # "copy", "scale", "constant", "identity", "uniform"
     source: str | None = None  # parameter's name in the teacher
     rows: tuple[int, int] | None = None  # of the target; None: all
     part: str = ""  # what those rows are: "C"
-    value: float | tuple[float, ...] | None = None  # factor of scale, or the constant
+    value: float | tuple[float, ...] | None = None  # factor of scale, the constant, or the bound of uniform
     source_rows: Any = None  # of the source, `teachers.attention.Rows`; None: all
     heads: Heads | None = None  # how the source's rows, or for identity the target's channels, are laid out; None: so
 
@@ -158,6 +159,10 @@ class Transfer:
         """
         if self.operation == "constant":
             return torch.as_tensor(self.value, dtype=like.dtype).expand_as(like)
+        if self.operation == "uniform":  # the same each time: what one plan makes is one student
+            generator = torch.Generator().manual_seed(zlib.crc32(self.target.encode()))
+            bound = cast("float", self.value)
+            return torch.empty(like.shape).uniform_(-bound, bound, generator=generator).to(like.dtype)
         if self.operation == "identity":  # of a depthwise convolution (channels, 1, taps): the current token alone
             taps = torch.zeros_like(like, device="cpu")
             taps[..., -1] = cast("float", self.value)
@@ -182,6 +187,8 @@ class Transfer:
         if self.operation == "identity":
             gained = ", in what a head gains the one before" if self.heads is not None and self.heads.again else ""
             return f"the current token * {self.value:.4g}{gained}"
+        if self.operation == "uniform":
+            return f"at random, {self.value:.4g} at most"
         values = self.value if isinstance(self.value, tuple) else (self.value,)
         shown = [f"{value:.4g}" for value in (values if len(set(values)) > 1 else values[:1])]
         return " ".join(shown if len(shown) <= 6 else [*shown[:3], "...", shown[-1]])
@@ -199,7 +206,7 @@ class Mixer(nn.Module):
     """What takes the place of self-attention in a layer: a module with the call signature of self-attention.
 
     `forward(hidden_states, position_embeddings, attention_mask, cache, padding_mask, seq_idx, **others)` gives the
-    output (B,L,hidden) and None; see `Mamba2Mixer.forward`. Its first lines are
+    output (B,L,hidden) and None; see `FusedProjection.forward`. Its first lines are
 
         padding_mask, seq_idx, documents, span = self.told(attention_mask, padding_mask, seq_idx)
         memory = self.memory(cache, others, packed=seq_idx is not None)

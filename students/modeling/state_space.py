@@ -34,6 +34,10 @@ HALF_LIFE = 32.0
 STEPS = (1e-3, 1e-1)
 
 
+def softplus_inverse(step: Tensor) -> Tensor:
+    return torch.where(step > 20, step, step.expm1().log())
+
+
 class WidenedLinear(nn.Linear):
     """A linear map without bias whose outputs lie in rows of a multiple of 8 numbers, as tensor cores want them.
 
@@ -84,16 +88,31 @@ class StateSpace(Mixer):
         self.state_heads = self.num_kv_heads  # of x and B
         self.state_factor = 1
 
-    def add_recurrence(self, conv_kernel: int, norm: bool, skip: bool = True, conv_bias: bool = True) -> None:
-        """Makes what any state has. The parameters of a depthwise convolution: the convolution is `causal_conv1d`."""
+    def add_recurrence(
+        self,
+        conv_kernel: int,
+        norm: bool,
+        skip: bool = True,
+        conv_bias: bool = True,
+        channels: int | None = None,
+        steps: int | None = None,
+        rates: tuple[int, ...] | None = None,
+    ) -> None:
+        """Makes what any state has. The parameters of a depthwise convolution: the convolution is `causal_conv1d`.
+
+        Args:
+            channels: of the convolution; None: those of x, B and C.
+            steps: how many step sizes and skips there are, and
+            rates: the shape of the rates of decay; None: one for each head.
+        """
         P, H, N = self.head_dim, self.num_heads, self.state_size
-        channels = self.state_heads * (P + N) + H * N
+        channels = self.state_heads * (P + N) + H * N if channels is None else channels
         self.conv1d = (
             nn.Conv1d(channels, channels, conv_kernel, groups=channels, bias=conv_bias) if conv_kernel else None
         )
-        self.dt_bias = nn.Parameter(torch.full((H,), STEP_ONE))
-        self.A_log = nn.Parameter(torch.zeros(H))
-        self.D = nn.Parameter(torch.zeros(H)) if skip else None  # type: ignore[assignment]
+        self.dt_bias = nn.Parameter(torch.full((steps or H,), STEP_ONE))
+        self.A_log = nn.Parameter(torch.zeros(rates or (H,)))
+        self.D = nn.Parameter(torch.zeros(steps or H)) if skip else None  # type: ignore[assignment]
         self.norm = nn.Module() if norm else None
         if self.norm is not None:
             self.norm.weight = nn.Parameter(torch.ones(H * P))
@@ -121,7 +140,7 @@ class StateSpace(Mixer):
     def set_decay(self, half_life: Tensor, scale: Tensor) -> None:
         ones = torch.ones_like(half_life)
         step = scale[:, 0].clamp(min=SMALLEST_SCALE) if self.norm is None else ones
-        self.dt_bias.copy_(torch.where(step > 20, step, step.expm1().log()))  # softplus backwards
+        self.dt_bias.copy_(softplus_inverse(step))
         self.A_log.copy_((math.log(2) / (half_life * step)).log())
         if self.norm is not None:
             self.norm.get_parameter("weight").copy_(scale.expand(-1, self.head_dim).flatten())

@@ -57,8 +57,8 @@ def test_every_op_runs_on_the_cpu(tmp_path, capsys):
     report = json.loads((tmp_path / "kernels-cpu.json").read_text())
     ops = {record["op"] for record in report["records"]}
     assert ops == {
-        "ssd_scan", "ssd_step", "delta_scan", "delta_step", "causal_conv1d", "causal_conv1d_step", "gated_rms_norm",
-        "linear_kl", "mixing_distance",
+        "ssd_scan", "ssd_step", "delta_scan", "delta_step", "selective_scan", "selective_step", "causal_conv1d",
+        "causal_conv1d_step", "gated_rms_norm", "linear_kl", "mixing_distance",
     }  # fmt: skip
     for record in report["records"]:
         assert record["results"][OURS]["eager_ms"] > 0

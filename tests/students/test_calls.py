@@ -17,8 +17,7 @@ from transpoint.students.modeling.configuration_hybrid import OLDEST
 
 pytestmark = pytest.mark.stack
 
-MIXERS: tuple[str, ...] = ("mamba2", "transmamba", "window_mamba2", "gdn")
-MIXERS += ("s4d",)
+MIXERS = ("mamba2", "transmamba", "window_mamba2", "gdn", "mamba1", "s4d")
 
 
 @pytest.fixture(params=MIXERS)

@@ -10,6 +10,7 @@ STUDENTS = {
     "window": {"family": "mistral", "keep_attention": (0,)},
     "gated delta rule": {"family": "qwen3", "keep_attention": (1,), "mixer": "gdn"},
     "s4d": {"family": "qwen3", "keep_attention": (1,), "mixer": "s4d", "state_size": 8},
+    "Mamba-1": {"family": "qwen2", "keep_attention": (1,), "mixer": "mamba1"},
     "all mixers": {"family": "qwen2", "keep_attention": ()},
 }
 

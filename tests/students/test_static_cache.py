@@ -18,6 +18,7 @@ OF = {
     "window in attention": {"family": "mistral"},
     "norms": {"family": "qwen3", "mixer": "gdn"},
     "s4d": {"mixer": "s4d", "state_size": 8},
+    "Mamba-1": {"mixer": "mamba1"},
     "past its TransPoints": {"keep_attention": (), "mixer": "transmamba", "trans_points": 4},
 }
 students = pytest.mark.parametrize("options", OF.values(), ids=OF.keys())

@@ -12,7 +12,13 @@ import torch
 import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GraniteMoeHybridForCausalLM, Qwen3_5ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GraniteMoeHybridForCausalLM,
+    JambaForCausalLM,
+    Qwen3_5ForCausalLM,
+)
 
 import fresh
 import transpoint.distill.export.verify as verification
@@ -95,6 +101,20 @@ NATIVE_GDN = {
 }
 
 
+MAMBA1 = {"mixer": "mamba1", "selection": "x"}
+NATIVE_MAMBA1 = {
+    "llama": {},
+    "qwen2-conv2-untied": {"family": "qwen2", "options": {"conv_kernel": 2}, "tie_word_embeddings": False},
+    "qwen3-conv1-no-gate-bias": {"family": "qwen3", "options": {"conv_kernel": 1, "gate_bias": False}},
+    "llama-biases": {"attention_bias": True, "options": {"gate_bias": False}},
+    "mistral-windows-given-up": {"family": "mistral"},
+}
+
+
+def make_mamba1(options=None, keep=(), **given):
+    return distinct_student(options=MAMBA1 | (options or {}), keep=keep, **given)
+
+
 def make_gdn(options=None, **given):
     return distinct_student(options=GDN | (options or {}), **given)
 
@@ -121,8 +141,19 @@ def test_gated_deltanet_is_the_student_in_plain_transformers(case, tmp_path, unv
     assert "It is a Qwen3.5 language model (`Qwen3_5ForCausalLM`)" in (tmp_path / "native" / "README.md").read_text()
 
 
-def assert_native_is(student, made, tmp_path, figures):
-    """An export is the student in a class of plain transformers. Returns its config.json."""
+@pytest.mark.parametrize("case", NATIVE_MAMBA1)
+def test_mamba_1_is_the_student_in_plain_transformers(case, tmp_path, unverified):
+    student = make_mamba1(**NATIVE_MAMBA1[case])
+    config = assert_native_is(student, JambaForCausalLM, tmp_path, unverified, positions=False)
+    mixer = student.mixer_layers()[0]
+    assert config["mamba_proj_bias"] == (mixer.z_bias is not None or mixer.out_proj.bias is not None)
+    assert (config["mamba_d_state"], config["mamba_dt_rank"], config["num_experts"]) == (16, mixer.rank, 1)
+
+
+def assert_native_is(student, made, tmp_path, figures, positions=True):
+    """An export is the student in a class of plain transformers. Returns its config.json.
+
+    positions: whether the class knows any."""
     folder = tmp_path / "native"
     assert export(student, byte_tokenizer(), folder) == figures
     assert os.listdir(tmp_path) == ["native"]
@@ -150,17 +181,19 @@ def assert_native_is(student, made, tmp_path, figures):
         assert torch.equal(both[1, 24:], greedy(student, ids[1:, 9:])[0, 15:])
     assert AutoTokenizer.from_pretrained(folder)("Où?")["input_ids"] == byte_tokenizer()("Où?")["input_ids"]
     config = json.loads((folder / "config.json").read_text())
-    assert (
-        config["rope_theta"] == config["rope_parameters"]["rope_theta"] == student.config.rope_parameters["rope_theta"]
-    )
+    if positions:
+        theta = student.config.rope_parameters["rope_theta"]
+        assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == theta
+    else:
+        assert "rope_theta" not in config and "rope_parameters" not in config
     assert "auto_map" not in config and not list(folder.glob("*.py"))
     return config
 
 
-@pytest.mark.parametrize("make_one", [distinct_student, make_gdn])
+@pytest.mark.parametrize("make_one", [distinct_student, make_gdn, make_mamba1])
 def test_every_mixer_parameter_shows_in_the_logits(make_one):
     """So that the comparisons above could not miss one."""
-    student = make_one()
+    student, generator = make_one(), torch.Generator().manual_seed(0)
     ids = ids_of()
     with torch.no_grad():
         expected = student(ids).logits
@@ -172,7 +205,8 @@ def test_every_mixer_parameter_shows_in_the_logits(make_one):
         places += [(p, slice(None)) for n, p in mixer.named_parameters() if n != "in_proj.weight"]
         for parameter, part in places:
             before = parameter.detach().clone()
-            parameter[part] = 1.1 * parameter[part]
+            # Not by one factor, which an RMS norm would take out again.
+            parameter[part] *= 1 + 0.2 * torch.randn(parameter[part].shape, generator=generator)
             assert (student(ids).logits - expected).abs().max() > 1e-3
             parameter.copy_(before)
 
@@ -183,8 +217,9 @@ def test_every_mixer_parameter_shows_in_the_logits(make_one):
     [
         (lambda: distinct_student(keep=[]), (".A_log", ".dt_bias", ".D")),
         (lambda: make_gdn(family="qwen3"), (".A_log", ".dt_bias", ".norm.weight", "q_norm.weight", "k_norm.weight")),
+        (make_mamba1, (".A_log", ".dt_proj.bias", ".D")),
     ],
-    ids=["mamba2", "gdn"],
+    ids=["mamba2", "gdn", "mamba1"],
 )
 def test_bfloat16_is_verified_in_a_process_without_transpoint(make_one, exact, tmp_path, monkeypatch):
     """Weights are rounded, decay, step and skip are not; what was rounded is then equal."""
@@ -274,8 +309,9 @@ save_file({name: tensor.contiguous() for name, tensor in found.items()}, scratch
         ("qwen2", {"mixer": "window_mamba2", "window": 6, "feature_map": "softmax"}),
         ("qwen2", {"mixer": "gdn", "gate_bias": True}),
         ("qwen2", {"mixer": "s4d", "state_size": 8}),
+        ("qwen2", {"mixer": "mamba1"}),
     ],
-    ids=["plain", "qwen3", "transmamba", "transmamba, all parts", "window", "gated delta rule", "s4d"],
+    ids=["plain", "qwen3", "transmamba", "transmamba, all parts", "window", "gated delta rule", "s4d", "Mamba-1"],
 )
 def test_custom_goes_with_its_own_code_and_is_saved_with_it(family, options, tmp_path, unverified):
     student = distinct_student(family, options=options)
@@ -501,11 +537,39 @@ REFUSED = {
         {"family": "qwen2", "keep": [], "options": GDN},
         "its layers have no biases, and the teacher's k_proj, q_proj, v_proj have; use format custom",
     ),
+    "Mamba-1, all of these": (
+        {"keep": [], "options": MAMBA1 | {"conv_activation": None, "gate": False, "norm": True}},
+        fixed(ACTIVATION, GATE, "student.norm (must be false)", layer="Mamba-1"),
+    ),
+    "Mamba-1, attention": (
+        {"options": MAMBA1},
+        "its attention has no positions, and that of a llama has rotary ones: keep none (student.keep_attention=[]), "
+        "or use format custom",
+    ),
+    "Mamba-1, width": (
+        {"keep": [], "options": MAMBA1, "head_dim": 24},
+        "its Mamba-1 width must be a multiple of the hidden size 64, and 4 heads of 24 are not; use format custom",
+    ),
     "gated DeltaNet, window": (
         {"family": "qwen3", "options": GDN, "use_sliding_window": True, "sliding_window": 16},
         "its attention has no sliding window (16 tokens here); use format custom",
     ),
 }
+
+
+FROM_HIDDEN = (
+    "its Mamba-1 layer makes steps, B and C of x, the same for all channels, and so none of a teacher's keys and "
+    "queries: set student.selection=x, where they are learned from scratch, or use "
+)
+
+
+def test_mamba_1_of_a_teachers_keys_and_queries_has_no_class(tmp_path):
+    assert native.why_no_student(StudentConfig("mamba1")) == f"{FROM_HIDDEN}export.format=custom"
+    reason = "its Mamba-1 layer is fixed in student.norm (must be false); use export.format=custom"
+    assert native.why_no_student(StudentConfig("mamba1", selection="x", norm=True)) == reason
+    assert native.why_no_student(StudentConfig("mamba1", selection="x")) is None
+    student = distinct_student(keep=[], options={"mixer": "mamba1"})
+    assert refusal(student, tmp_path) == f"native cannot hold this student: {FROM_HIDDEN}format custom"
 
 
 def test_a_family_whose_layers_are_others():

@@ -26,7 +26,7 @@ from transpoint.teachers import load_teacher
 GPU = torch.cuda.is_available()
 SCHEDULE = [0, 8, 20, "inf"]
 MIXERS = {"mamba2": {}, "transmamba": {"trans_points": SCHEDULE}, "window_mamba2": {"window": 6, "sinks": 2}}
-MIXERS |= {"gdn": {}}
+MIXERS |= {"gdn": {}, "mamba1": {}}
 MIXERS |= {"s4d": {"state_size": 8}}
 pytestmark = pytest.mark.slow  # all compile: seconds each
 
