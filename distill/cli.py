@@ -154,11 +154,12 @@ def plan(options) -> None:
         only_these_train(own, groups)
         console.print(what_will_run(stage.name, groups, own, taken, recipe, device=gpu), highlight=False)
     console.print(f"parameters: {before:,} in the teacher, {after:,} in the student", highlight=False)
-    converted = [layer for layer, mixer in enumerate(student.mixer_layers()) if mixer is not None]
     tokens = [2 * g.num_kv_heads * g.head_dim * 2 for g in map(student.geometry, range(len(mixers)))]
-    state = sum(mixer.state_bytes() for mixer in student.mixer_layers() if mixer is not None)
+    converted = [(size, mixer) for size, mixer in zip(tokens, student.mixer_layers(), strict=True) if mixer is not None]
+    saved = sum(size - mixer.token_bytes() for size, mixer in converted)
+    state = sum(mixer.state_bytes() for _, mixer in converted)
     console.print(
-        f"key/value cache: {sum(tokens[layer] for layer in converted):,} bytes a token saved of {sum(tokens):,} "
+        f"key/value cache: {saved:,} bytes a token saved of {sum(tokens):,} "
         f"(bfloat16); the states that take its place are {state:,} bytes a sequence, whatever its length",
         highlight=False,
     )

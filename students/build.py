@@ -8,7 +8,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..teachers import attention_view, output_head
-from .config import StudentConfig, layer_plan
+from .config import SOFTMAX, StudentConfig, layer_plan
 from .modeling.configuration_hybrid import HybridConfig
 from .modeling.configuration_mixers import MIXERS, have_trans_points
 from .modeling.errors import StudentError
@@ -102,6 +102,8 @@ def plan_student(
     options = config.mixer_options | {"norm_eps": fields.get("rms_norm_eps", 1e-5)}
     if have_trans_points(mixers):
         fields["trans_points"] = config.trans_points
+    if config.attention_options is not None:
+        fields["other_options"] = {SOFTMAX: config.attention_options}
     hybrid = HybridConfig(base_model_type=teacher.config.model_type, mixers=mixers, mixer_options=options, **fields)
     hybrid.set_geometry([asdict(Geometry.of(view)) for view in views])
     hybrid.architectures = ["HybridForCausalLM"]
@@ -136,10 +138,11 @@ def _check_start(start: HybridConfig, hybrid: HybridConfig) -> None:
                 f"layer {layer} {is_now}, and is {was} in the student to start from: leave it so in "
                 "student.keep_attention and student.mixer, or name another transfer.start"
             )
-    had = start.mixer_options if set(start.mixers) != {"attention"} else {}
-    for name, value in hybrid.mixer_options.items():
-        if name in had and had[name] != value:
-            raise StudentError(f"student.{name} is {value}, and {had[name]} in the student to start from")
+    for mixer in sorted(set(start.mixers) - {"attention"}):
+        had = start.options_of(mixer)
+        for name, value in hybrid.options_of(mixer).items():
+            if name in had and had[name] != value:
+                raise StudentError(f"student.{name} is {value}, and {had[name]} in the student to start from")
 
 
 def _check_memory(teacher: PreTrainedModel) -> None:

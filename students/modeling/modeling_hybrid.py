@@ -59,7 +59,8 @@ class HybridForCausalLM(_Teacher):
         for index, (layer, kind) in enumerate(zip(self.get_decoder().layers, config.mixers, strict=True)):
             if kind != "attention":
                 name, mixer_class = config.attention_name, MIXERS[kind].load()
-                setattr(layer, name, mixer_class(getattr(layer, name), self.geometry(index), **config.mixer_options))
+                options = config.options_of(kind)
+                setattr(layer, name, mixer_class(getattr(layer, name), self.geometry(index), **options))
                 exact |= {f"{name}.{parameter}" for parameter in mixer_class.exact}
         # As decay, step and skip, which lose too much in bfloat16.
         self._keep_in_fp32_modules_strict = set(self._keep_in_fp32_modules_strict or ()) | exact

@@ -268,6 +268,10 @@ class Mixer(nn.Module):
         """Bytes of what it remembers of one sequence, however long: states in float32, keys and values in bfloat16."""
         raise NotImplementedError
 
+    def token_bytes(self) -> int:
+        """Bytes that it remembers of each token besides, however many there are: keys and values in bfloat16."""
+        return 0
+
     def mixing(self, hidden_states: Tensor, position_embeddings: Any, seq_idx: Tensor) -> dict[str, Tensor]:
         """Where there is a `matrix`: that of its state-space form on hidden states (B,L,hidden) of packed documents
         (B,L), as the arguments dt, A, B, C and dt_bias of `kernels.matching.mixing_distance`."""
@@ -358,6 +362,25 @@ class Mixer(nn.Module):
                 "pass `cache=model.new_cache()`, or none"
             )
         return memory
+
+    def place(self, t: Tensor, norm: nn.Module | None, position_embeddings) -> Tensor:
+        """Queries or keys (B,L,heads,P), normed and rotated."""
+        if norm is not None:
+            t = norm(t.flatten(2)).unflatten(-1, (-1, self.head_dim)) if self.geometry.norm_over == "all" else norm(t)
+        return t if position_embeddings is None or not self.geometry.rotary_dim else rotate(t, position_embeddings)
+
+    def _padding(self, memory, padding_mask: Tensor | None, length: int) -> tuple[bool, Tensor | None, list[int]]:
+        """Of `length` more columns: whether they are a step of decoding, which are padding (B,L,1), or None, and, where
+        there is a memory, how many are padding in each row (one entry: in all)."""
+        # Padding comes first in a row. Where all rows have begun, one more token is none (and no device is waited for).
+        stepping = memory is not None and memory.is_initialized and length == 1 and min(memory.tokens) > 0
+        if padding_mask is None or stepping:
+            return stepping, None, [0]
+        padding = (padding_mask[:, -length:] == 0).unsqueeze(-1)
+        if memory is None:
+            return stepping, padding, [0]
+        pads = padding.sum((1, 2)).tolist()
+        return stepping, padding if any(pads) else None, pads
 
     def extra_repr(self) -> str:
         return f"heads={self.num_heads}, kv_heads={self.num_kv_heads}, head_dim={self.head_dim}"

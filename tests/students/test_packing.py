@@ -9,6 +9,7 @@ STUDENTS = {
     "hybrid with rope": {"family": "qwen3", "keep_attention": (1,), "rope": True},
     "window": {"family": "mistral", "keep_attention": (0,)},
     "gated delta rule": {"family": "qwen3", "keep_attention": (1,), "mixer": "gdn"},
+    "softmax attention": {"family": "mistral", "keep_attention": (1,), "mixer": "softmax", "attention_window": 7},
     "all mixers": {"family": "qwen2", "keep_attention": ()},
 }
 

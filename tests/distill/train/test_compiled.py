@@ -26,7 +26,7 @@ from transpoint.teachers import load_teacher
 GPU = torch.cuda.is_available()
 SCHEDULE = [0, 8, 20, "inf"]
 MIXERS = {"mamba2": {}, "transmamba": {"trans_points": SCHEDULE}, "window_mamba2": {"window": 6, "sinks": 2}}
-MIXERS |= {"gdn": {}}
+MIXERS |= {"gdn": {}, "softmax": {"attention_window": 6, "attention_positions": False}}
 pytestmark = pytest.mark.slow  # all compile: seconds each
 
 
@@ -79,7 +79,13 @@ def assert_compiled_gives(objective, wanted, wanted_gradients, rtol, atol, gradi
 
 @pytest.mark.parametrize(
     ("kind", "mixer"),
-    [("align", "window_mamba2"), ("align", "gdn"), ("distill", "transmamba"), ("hidden", "mamba2")],
+    [
+        ("align", "window_mamba2"),
+        ("align", "gdn"),
+        ("align", "softmax"),
+        ("distill", "transmamba"),
+        ("hidden", "mamba2"),
+    ],
 )
 def test_compiled_is_as_before_and_leaves_nothing_behind(kind, mixer, flex):
     """Layers that do the same are compiled once, whatever their TransPoints; afterwards all is as it was."""
