@@ -109,6 +109,7 @@ def run(options) -> None:
 
 def plan(options) -> None:
     import copy
+    import json
 
     import torch
 
@@ -137,11 +138,15 @@ def plan(options) -> None:
     student, transfers = plan_student(teacher, config, None if start is None else load_config(start))
     mixers = student.config.mixers
     points = student.trans_points if have_trans_points(mixers) else None
-    table = Table("layer", "mixer", *(["TransPoint"] if points else []), title="layer plan")
+    named = f"layer plan: {config.plan}" if config.plan else "layer plan"
+    table = Table("layer", "mixer", *(["TransPoint"] if points else []), title=named)
     for layer, mixer in enumerate(mixers):
         name = mixer if mixer == "attention" else f"[bold]{mixer}[/bold]"
         table.add_row(str(layer), name, *([str(points[layer])] if points else []))
     console.print(table, transfers.table())
+    for mixer, options in (student.config.other_options or {}).items():
+        settings = ", ".join(f"{name}: {json.dumps(value)}" for name, value in options.items())
+        console.print(f"{mixer}, which kept attention becomes: {settings}", highlight=False)
     if not_yet is not None:
         console.print(not_yet, highlight=False)
     before, after = (sum(p.numel() for p in model.parameters()) for model in (teacher, student))

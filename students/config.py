@@ -9,6 +9,7 @@ from typing import Any
 from .modeling.configuration_mixers import MIXERS, MixerKind, have_trans_points
 from .modeling.configuration_transmamba import SCHEDULES, parse_trans_points
 from .modeling.errors import StudentError
+from .plans import PLANS, Plan
 
 SOFTMAX = "softmax"  # what kept attention becomes where something of it is set
 
@@ -35,6 +36,14 @@ class StudentConfig:
         },
     )
 
+    plan: str | None = field(
+        default=None,
+        metadata={
+            "help": "which layers keep attention, and what becomes of it, as in a published hybrid: "
+            f"{', '.join(PLANS)}; null: keep_attention says it"
+        },
+    )
+
     def __new__(cls, *args, **kwargs):
         return super().__new__(cls.with_options() if cls is StudentConfig else cls)
 
@@ -54,11 +63,19 @@ class StudentConfig:
         return MIXERS[self.mixer]
 
     @property
+    def named_plan(self) -> Plan | None:
+        """That of a published hybrid. Raises StudentError where there is none of this name."""
+        if self.plan is not None and self.plan not in PLANS:
+            raise StudentError(f"student.plan is '{self.plan}'; expected one of {', '.join(PLANS)}, or null")
+        return None if self.plan is None else PLANS[self.plan]
+
+    @property
     def attention_options(self) -> dict[str, Any] | None:
         """The options of the softmax attention that kept attention becomes; None where it stays as it is."""
         if self.mixer == SOFTMAX:  # they are the mixer's
             return None
-        options, given = MIXERS[SOFTMAX].options, self._given()
+        plan = self.named_plan
+        options, given = MIXERS[SOFTMAX].options, (plan.attention if plan else {}) | self._given()
         found = {name: given.get(name, option.default) for name, option in options.items()}
         return found if any(found[name] != option.default for name, option in options.items()) else None
 
@@ -83,7 +100,10 @@ class StudentConfig:
                 f"{', '.join(kind.options) or 'none'}"
             )
         keep = self.resolved().keep_attention
-        kept_layers(keep, None)
+        if self.named_plan is not None:
+            self._check_plan(self.named_plan)
+        else:
+            kept_layers(keep, None)
         if of_attention and not isinstance(keep, str) and keep in ([], (), 0):
             name, value = next((name, value) for name, value in self._given().items() if name in of_attention)
             raise StudentError(
@@ -93,21 +113,34 @@ class StudentConfig:
             points = self.trans_points
             parse_trans_points(points, len(points) if isinstance(points, list | tuple) else 1, longest=1)
 
+    def _check_plan(self, plan: Plan) -> None:
+        if self.keep_attention is not None:
+            raise StudentError(
+                f"student.keep_attention is {_quoted(self.keep_attention)}, and student.plan={self.plan} says which "
+                "layers keep attention: set one of them to null"
+            )
+        if plan.attention and self.mixer == SOFTMAX:
+            raise StudentError(
+                f"student.mixer is {SOFTMAX}, which is what student.plan={self.plan} makes of kept attention: name "
+                "another mixer"
+            )
+
     def resolved(self) -> "StudentConfig":
         """The same with the mixer's own defaults for what is not set. Raises StudentError for an unknown mixer."""
-        keep = self.kind.keep_attention if self.keep_attention is None else self.keep_attention
+        keep = self.kind.keep_attention if self.keep_attention is None and self.plan is None else self.keep_attention
         return dataclasses.replace(self, keep_attention=keep, **self.mixer_options)
 
     def facts(self) -> dict[str, Any]:
         """What of it makes a difference to the student, by name."""
-        own = {"mixer": self.mixer, "keep_attention": self.resolved().keep_attention, **self.mixer_options}
+        kept = {"keep_attention": self.resolved().keep_attention} if self.plan is None else {"plan": self.plan}
+        own = {"mixer": self.mixer, **kept, **self.mixer_options}
         own |= self.attention_options or {}
         return own | ({"trans_points": self.trans_points} if have_trans_points([self.mixer]) else {})
 
     def without_attention(self) -> "StudentConfig":
         """The same with a mixer in every layer."""
         unset: dict[str, Any] = {name: None for name in MIXERS[SOFTMAX].options if self.mixer != SOFTMAX}
-        return dataclasses.replace(self, keep_attention=[], **unset)
+        return dataclasses.replace(self, keep_attention=[], plan=None, **unset)
 
     def _others(self) -> dict[str, Any]:
         """Options of other mixers that are set to something."""
@@ -161,10 +194,15 @@ def layer_plan(config: StudentConfig, num_layers: int) -> list[str]:
     """The mixer of each layer; where attention is kept "attention", or "softmax" where an option of it is set.
 
     Raises:
-        StudentError: `keep_attention` names a layer that is not there, is malformed, or keeps every layer.
+        StudentError: `keep_attention` names a layer that is not there, is malformed, or keeps every layer; or the plan
+            takes more layers.
     """
-    keep = config.resolved().keep_attention
-    kept = kept_layers(keep, num_layers)
+    keep, plan = config.resolved().keep_attention, config.named_plan
+    if plan is not None and num_layers < plan.least:
+        raise StudentError(
+            f"student.plan is {config.plan}, which takes {plan.least} layers or more, and the teacher has {num_layers}"
+        )
+    kept = kept_layers(keep, num_layers) if plan is None else set(plan.kept(num_layers))
     if len(kept) == num_layers:
         raise StudentError(
             f"student.keep_attention is {keep!r}: all {num_layers} layers keep attention, "
