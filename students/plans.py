@@ -29,6 +29,12 @@ def _jamba(layers: int) -> range:
     return range(period // 2, layers, period)
 
 
+def _zamba(layers: int) -> range:
+    """The last layer of every six, or of so many that there are two of them."""
+    period = min(6, layers // 2)
+    return range(period - 1, layers, period)
+
+
 def _every_second(layers: int) -> range:
     return range(1, layers, 2)
 
@@ -43,4 +49,8 @@ PLANS: dict[str, Plan] = {
     # Mamba by turns, without positions. They stand where a Transformer has attention and MLP; here MLPs stay, and it
     # is layers that go by turns. Where their number is even the last is attention, and in the paper's model Mamba.
     "mambaformer": Plan(_every_second, {"attention_positions": False}),
+    # Glorioso et al. 2024, arXiv 2405.16712 and 2411.15242: after every six Mamba layers one block of attention, the
+    # same at all these places, with a LoRA of each place's own. Here it is attention that is shared, in the place of
+    # every sixth layer; MLPs, which Zamba shares with it, stay the layers' own, and it reads no embeddings besides.
+    "zamba": Plan(_zamba, {"attention_shared_rank": 128}, least=4),
 }

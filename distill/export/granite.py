@@ -32,8 +32,9 @@ def why_no_student(config: StudentConfig) -> str | None:
         return f"{_ONE_FORM}; {FOR_CONFIG}"
     if config.mixer != "mamba2":
         return f"it holds Mamba-2 layers, and student.mixer is {config.mixer}; {FOR_CONFIG}"
-    if (config.attention_options or {}).get("attention_window") is not None:
-        return f"its attention has no sliding window; {FOR_CONFIG}"
+    for name, what in (("window", "no sliding window"), ("shared_rank", "no projections that layers share")):
+        if (config.attention_options or {}).get(f"attention_{name}") is not None:
+            return f"its attention has {what}; {FOR_CONFIG}"
     return why_fixed(TITLE, config.mixer_options, FIXED, FOR_CONFIG)
 
 
@@ -60,6 +61,8 @@ def why_not(student: HybridForCausalLM) -> str | None:
     attention = [module for module in student.attention_layers() if module not in mixers]
     if any(getattr(module, "q_norm", None) is not None for module in attention):
         return f"its attention has no q/k norms; {FOR_STUDENT}"
+    if student.tied_mixers:
+        return f"its attention has no projections that layers share; {FOR_STUDENT}"
     if len({has_positions(module) for module in attention}) > 1:
         return f"either all of its attention has positions, or none; {FOR_STUDENT}"
     return None

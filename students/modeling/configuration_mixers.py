@@ -167,6 +167,13 @@ MIXERS: dict[str, MixerKind] = {
         {
             "attention_window": Option(None, "how many last tokens kept attention sees", 1, kind=int),
             "attention_positions": Option(True, "whether kept attention takes the teacher's rotary embedding"),
+            "attention_shared_rank": Option(
+                None,
+                "the layers of kept attention share their projections, with a LoRA of this rank in each; null: they "
+                "do not",
+                0,
+                kind=int,
+            ),
         },
         attention=True,
     ),

@@ -5,14 +5,40 @@ it imports torch only.
 """
 
 import math
+from dataclasses import replace
+from functools import partial
 from typing import cast
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cache_layers import KeysLayer
 from .documents import Documents, Span
-from .modeling_mixer import Geometry, attention_flops
-from .projections import Projections
+from .modeling_mixer import Geometry, Transfer, attention_flops
+from .projections import PROJECTIONS, Projections
+
+
+class SharedLinear(nn.Module):
+    """A linear map whose matrix W several layers have in common, with a low-rank term (LoRA, arXiv 2106.09685) and a
+    bias of this layer's own: x (W + up down)^T + bias.
+
+    rank: of the term, at most that of a matrix; 0: there is none.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, rank: int):
+        super().__init__()
+        rank = min(rank, in_features, out_features)
+        self.weight = nn.Parameter(nn.Linear(in_features, out_features, bias=False).weight.detach())
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+        self.down = nn.Linear(in_features, rank, bias=False) if rank else None
+        self.up = nn.Linear(rank, out_features, bias=False) if rank else None
+        if self.up is not None:
+            nn.init.zeros_(self.up.weight)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        outputs = F.linear(inputs, self.weight, self.bias)
+        return outputs if self.up is None or self.down is None else outputs + self.up(self.down(inputs))
 
 
 class SoftmaxMixer(Projections):
@@ -23,6 +49,9 @@ class SoftmaxMixer(Projections):
         geometry: of that attention.
         attention_window: how many last tokens a query sees, and no more than the teacher's does; None: as many.
         attention_positions: whether queries and keys take the teacher's rotary embedding.
+        attention_shared_rank: of the low-rank terms of this layer's own, where all layers of this kind have the
+            matrices of their projections in common (Zamba 2, arXiv 2411.15242); 0: they have no such terms (Zamba,
+            arXiv 2405.16712); None: each layer has its own matrices. Biases and norms are its own in any case.
         norm_eps: given to every mixer; this one has no norm of its own.
     """
 
@@ -36,13 +65,32 @@ class SoftmaxMixer(Projections):
         *,
         attention_window: int | None = None,
         attention_positions: bool = True,
+        attention_shared_rank: int | None = None,
         norm_eps: float = 1e-5,
     ):
         super().__init__(attention, geometry)
-        self.add_projections(attention, geometry)
+        if attention_shared_rank is None:
+            self.add_projections(attention, geometry)
+        else:
+            self.add_projections(attention, geometry, partial(SharedLinear, rank=attention_shared_rank))
+            self.in_common = tuple(f"{name}.weight" for name in PROJECTIONS)
         self.positions = attention_positions
         if attention_window is not None:
             self.window = min(attention_window, geometry.window or attention_window)
+
+    def transfers(self, view) -> list[Transfer]:
+        found = []
+        for transfer in super().transfers(view):
+            name = transfer.target.removeprefix(f"{view.name}.")
+            if name not in self.in_common:
+                found.append(transfer)
+                continue
+            found.append(replace(transfer, operation="mean", value=None))
+            linear = self.get_submodule(name.removesuffix(".weight"))
+            for part in ("down", "up") if linear.up is not None else ():
+                target = transfer.target.removesuffix("weight") + f"{part}.weight"
+                found.append(replace(transfer, target=target, operation="low rank", part=part, value=None))
+        return found
 
     def flops(self, length: int) -> float:
         return attention_flops(self.num_heads * self.head_dim, length, self.window)

@@ -21,6 +21,9 @@ LETTERS = {"attention": "A", "softmax": "S", "mamba2": "M"}
         ("samba", 5, "MSMSM"),
         ("samba", 2, "MS"),
         ("mambaformer", 6, "MSMSMS"),
+        ("zamba", 16, "MMMMMSMMMMMSMMMM"),
+        ("zamba", 9, "MMMSMMMSM"),
+        ("zamba", 4, "MSMS"),
     ],
 )
 def test_which_layers_keep_attention(plan, layers, letters):
@@ -48,7 +51,11 @@ def test_every_plan_takes_every_mixer(plan):
 def test_what_a_plan_makes_of_attention_can_be_said_otherwise_or_without_it():
     teacher, _ = random_teacher("random-llama")
     named = build_student(teacher, StudentConfig(plan="samba"))
-    assert named.config.options_of("softmax") == {"attention_window": 2048, "attention_positions": True}
+    assert named.config.options_of("softmax") == {
+        "attention_window": 2048,
+        "attention_positions": True,
+        "attention_shared_rank": None,
+    }
     narrow = StudentConfig(plan="samba", attention_window=5)
     said = StudentConfig(keep_attention="every:2", attention_window=5)
     found, expected = (logits(build_student(teacher, config), tokens()) for config in (narrow, said))
@@ -61,7 +68,7 @@ def test_what_a_plan_makes_of_attention_can_be_said_otherwise_or_without_it():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"plan": "hymba"}, "student.plan is 'hymba'; expected one of jamba, samba, mambaformer, or null"),
+        ({"plan": "hymba"}, "student.plan is 'hymba'; expected one of jamba, samba, mambaformer, zamba, or null"),
         (
             {"plan": "jamba", "keep_attention": "every:4"},
             "student.keep_attention is 'every:4', and student.plan=jamba says which layers keep attention: set one of "

@@ -26,6 +26,7 @@ STUDENTS = {
     "what kept attention becomes": ("qwen2", {"mixer": "mamba2", "keep": "every:2", "attention_window": 5}),
     "beside TransPoints": ("llama", {"mixer": "transmamba", "keep": [1], "trans_points": 7, "attention_window": 3}),
 }
+OPTIONS = {"attention_window": None, "attention_positions": True, "attention_shared_rank": None}
 students = pytest.mark.parametrize("case", STUDENTS)
 
 
@@ -152,7 +153,7 @@ def test_what_is_set_of_kept_attention_makes_it_a_mixer_of_its_own_options(tmp_p
     config = StudentConfig(keep_attention="every:2", attention_window=5)
     student = build_student(teacher, config)
     assert student.config.mixers == ["mamba2", "softmax"] * 2
-    assert student.config.options_of("softmax") == {"attention_window": 5, "attention_positions": True}
+    assert student.config.options_of("softmax") == OPTIONS | {"attention_window": 5}
     assert "attention_window" not in student.config.options_of("mamba2")
     student.save_pretrained(tmp_path)
     loaded = HybridForCausalLM.from_pretrained(tmp_path)
