@@ -110,6 +110,7 @@ def run(options) -> None:
 
 def plan(options) -> None:
     import copy
+    import json
 
     import torch
 
@@ -134,11 +135,15 @@ def plan(options) -> None:
     student, transfers = plan_student(teacher, config, None if start is None else load_config(start))
     mixers = student.config.mixers
     points = student.trans_points if have_trans_points(mixers) else None
-    table = Table("layer", "mixer", *(["TransPoint"] if points else []), title="layer plan")
+    named = f"layer plan: {config.plan}" if config.plan else "layer plan"
+    table = Table("layer", "mixer", *(["TransPoint"] if points else []), title=named)
     for layer, mixer in enumerate(mixers):
         name = mixer if mixer == "attention" else f"[bold]{mixer}[/bold]"
         table.add_row(str(layer), name, *([str(points[layer])] if points else []))
     console.print(table, *(() if recipe.from_scratch else (transfers.table(),)))
+    for mixer, options in (student.config.other_options or {}).items():
+        settings = ", ".join(f"{name}: {json.dumps(value)}" for name, value in options.items())
+        console.print(f"{mixer}, which kept attention becomes: {settings}", highlight=False)
     if not_yet is not None:
         console.print(not_yet, highlight=False)
     before, after = (sum(p.numel() for p in model.parameters()) for model in (teacher, student))
@@ -152,11 +157,12 @@ def plan(options) -> None:
         console.print(what_will_run(stage.name, groups, own, taken, recipe, device=gpu), highlight=False)
     beside = f"{after:,}" if recipe.from_scratch else f"{before:,} in the teacher, {after:,} in the student"
     console.print(f"parameters: {beside}", highlight=False)
-    converted = [layer for layer, mixer in enumerate(student.mixer_layers()) if mixer is not None]
     tokens = [2 * g.num_kv_heads * g.head_dim * 2 for g in map(student.geometry, range(len(mixers)))]
-    state = sum(mixer.state_bytes() for mixer in student.mixer_layers() if mixer is not None)
+    converted = [(size, mixer) for size, mixer in zip(tokens, student.mixer_layers(), strict=True) if mixer is not None]
+    saved = sum(size - mixer.token_bytes() for size, mixer in converted)
+    state = sum(mixer.state_bytes() for _, mixer in converted)
     console.print(
-        f"key/value cache: {sum(tokens[layer] for layer in converted):,} bytes a token saved of {sum(tokens):,} "
+        f"key/value cache: {saved:,} bytes a token saved of {sum(tokens):,} "
         f"(bfloat16); the states that take its place are {state:,} bytes a sequence, whatever its length",
         highlight=False,
     )

@@ -9,5 +9,7 @@ from .modeling.mamba2 import Mamba2Mixer as Mamba2Mixer
 from .modeling.modeling_hybrid import HybridForCausalLM as HybridForCausalLM
 from .modeling.modeling_mixer import Geometry as Geometry, Mixer as Mixer, Transfer as Transfer
 from .modeling.modeling_transmamba import TransMambaMixer as TransMambaMixer, memory_converter as memory_converter
+from .modeling.softmax_attention import SoftmaxMixer as SoftmaxMixer
+from .plans import PLANS as PLANS, Plan as Plan
 from .swap import swap as swap
 from .transfer import TransferPlan as TransferPlan, transfer_plan as transfer_plan

@@ -9,7 +9,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..teachers import attention_view, decoder_layers, load_teacher, output_head
 from ..teachers.names import SCRATCH
-from .config import StudentConfig, layer_plan
+from .config import SOFTMAX, StudentConfig, layer_plan
 from .modeling.configuration_hybrid import HybridConfig
 from .modeling.configuration_mixers import MIXERS, have_trans_points
 from .modeling.errors import StudentError
@@ -132,6 +132,8 @@ def plan_student(
     options = config.mixer_options | {"norm_eps": fields.get("rms_norm_eps", 1e-5)}
     if have_trans_points(mixers):
         fields["trans_points"] = config.trans_points
+    if config.attention_options is not None:
+        fields["other_options"] = {SOFTMAX: config.attention_options}
     hybrid = HybridConfig(base_model_type=base, mixers=mixers, mixer_options=options, **fields)
     if own is not None and own.trans_points is not None:
         pairs = zip(own.mixers, own.trans_points, hybrid.trans_points, strict=True)
@@ -183,10 +185,11 @@ def _check_start(start: HybridConfig, hybrid: HybridConfig) -> None:
                 f"layer {layer} {is_now}, and is {was} in the student to start from: leave it so in "
                 "student.keep_attention and student.mixer, or name another transfer.start"
             )
-    had = start.mixer_options if set(start.mixers) != {"attention"} else {}
-    for name, value in hybrid.mixer_options.items():
-        if name in had and had[name] != value:
-            raise StudentError(f"student.{name} is {value}, and {had[name]} in the student to start from")
+    for mixer in sorted(set(start.mixers) - {"attention"}):
+        had = start.options_of(mixer)
+        for name, value in hybrid.options_of(mixer).items():
+            if name in had and had[name] != value:
+                raise StudentError(f"student.{name} is {value}, and {had[name]} in the student to start from")
 
 
 def _check_memory(teacher: PreTrainedModel) -> None:

@@ -9,6 +9,9 @@ from typing import Any
 from .modeling.configuration_mixers import MIXERS, MixerKind, have_trans_points
 from .modeling.configuration_transmamba import SCHEDULES, parse_trans_points
 from .modeling.errors import StudentError
+from .plans import PLANS, Plan
+
+SOFTMAX = "softmax"  # what kept attention becomes where something of it is set
 
 
 @dataclass
@@ -33,6 +36,14 @@ class StudentConfig:
         },
     )
 
+    plan: str | None = field(
+        default=None,
+        metadata={
+            "help": "which layers keep attention, and what becomes of it, as in a published hybrid: "
+            f"{', '.join(PLANS)}; null: keep_attention says it"
+        },
+    )
+
     def __new__(cls, *args, **kwargs):
         return super().__new__(cls.with_options() if cls is StudentConfig else cls)
 
@@ -52,6 +63,23 @@ class StudentConfig:
         return MIXERS[self.mixer]
 
     @property
+    def named_plan(self) -> Plan | None:
+        """That of a published hybrid. Raises StudentError where there is none of this name."""
+        if self.plan is not None and self.plan not in PLANS:
+            raise StudentError(f"student.plan is '{self.plan}'; expected one of {', '.join(PLANS)}, or null")
+        return None if self.plan is None else PLANS[self.plan]
+
+    @property
+    def attention_options(self) -> dict[str, Any] | None:
+        """The options of the softmax attention that kept attention becomes; None where it stays as it is."""
+        if self.mixer == SOFTMAX:  # they are the mixer's
+            return None
+        plan = self.named_plan
+        options, given = MIXERS[SOFTMAX].options, (plan.attention if plan else {}) | self._given()
+        found = {name: given.get(name, option.default) for name, option in options.items()}
+        return found if any(found[name] != option.default for name, option in options.items()) else None
+
+    @property
     def mixer_options(self) -> dict[str, Any]:
         """Keyword arguments of the mixer's class: its options, set or by default."""
         options, given = self.kind.options, self._given()
@@ -60,8 +88,9 @@ class StudentConfig:
     def check(self) -> None:
         """Raises StudentError for a value that no student can have, whatever the teacher."""
         kind, options = self.kind, self.mixer_options
-        for name, value in options.items():
-            if expected := kind.options[name].why_not(value):
+        known, of_attention = kind.options | MIXERS[SOFTMAX].options, self.attention_options or {}
+        for name, value in (options | of_attention).items():
+            if expected := known[name].why_not(value):
                 raise StudentError(f"student.{name} is {_quoted(value)}; expected {expected}")
         if reason := kind.check(options):
             raise StudentError(reason)
@@ -70,27 +99,55 @@ class StudentConfig:
                 f"student.{name} is {_quoted(value)}, and a {self.mixer} mixer has no such option: it has "
                 f"{', '.join(kind.options) or 'none'}"
             )
-        kept_layers(self.resolved().keep_attention, None)
+        keep = self.resolved().keep_attention
+        if self.named_plan is not None:
+            self._check_plan(self.named_plan)
+        else:
+            kept_layers(keep, None)
+        if of_attention and not isinstance(keep, str) and keep in ([], (), 0):
+            name, value = next((name, value) for name, value in self._given().items() if name in of_attention)
+            raise StudentError(
+                f"student.{name} is {_quoted(value)}, and no layer keeps attention: name some in student.keep_attention"
+            )
         if kind.trans_points:
             points = self.trans_points
             parse_trans_points(points, len(points) if isinstance(points, list | tuple) else 1, longest=1)
 
+    def _check_plan(self, plan: Plan) -> None:
+        if self.keep_attention is not None:
+            raise StudentError(
+                f"student.keep_attention is {_quoted(self.keep_attention)}, and student.plan={self.plan} says which "
+                "layers keep attention: set one of them to null"
+            )
+        if plan.attention and self.mixer == SOFTMAX:
+            raise StudentError(
+                f"student.mixer is {SOFTMAX}, which is what student.plan={self.plan} makes of kept attention: name "
+                "another mixer"
+            )
+
     def resolved(self) -> "StudentConfig":
         """The same with the mixer's own defaults for what is not set. Raises StudentError for an unknown mixer."""
-        keep = self.kind.keep_attention if self.keep_attention is None else self.keep_attention
+        keep = self.kind.keep_attention if self.keep_attention is None and self.plan is None else self.keep_attention
         return dataclasses.replace(self, keep_attention=keep, **self.mixer_options)
 
     def facts(self) -> dict[str, Any]:
         """What of it makes a difference to the student, by name."""
-        own = {"mixer": self.mixer, "keep_attention": self.resolved().keep_attention, **self.mixer_options}
+        kept = {"keep_attention": self.resolved().keep_attention} if self.plan is None else {"plan": self.plan}
+        own = {"mixer": self.mixer, **kept, **self.mixer_options}
+        own |= self.attention_options or {}
         return own | ({"trans_points": self.trans_points} if have_trans_points([self.mixer]) else {})
+
+    def without_attention(self) -> "StudentConfig":
+        """The same with a mixer in every layer."""
+        unset: dict[str, Any] = {name: None for name in MIXERS[SOFTMAX].options if self.mixer != SOFTMAX}
+        return dataclasses.replace(self, keep_attention=[], plan=None, **unset)
 
     def _others(self) -> dict[str, Any]:
         """Options of other mixers that are set to something."""
-        found = {}
+        found, own = {}, self.kind.options | MIXERS[SOFTMAX].options
         for name, value in sorted(self._given().items()):
             of = [kind.options[name] for kind in MIXERS.values() if name in kind.options]
-            if name not in self.kind.options and any(value != option.default for option in of):
+            if name not in own and any(value != option.default for option in of):
                 found[name] = value
         return found
 
@@ -118,7 +175,7 @@ def _with_options(mixers: tuple[tuple[str, MixerKind], ...]) -> type[StudentConf
     fields = []
     for name, options in by_name.items():
         first = next(iter(options.values()))
-        kinds = {str if option.unset else type(option.default) for option in options.values()}
+        kinds = {str if option.unset else option.kind or type(option.default) for option in options.values()}
         hint: Any = kinds.pop() if len(kinds) == 1 else Any
         defaults = ", ".join(f"{_shown(option.default)} for {mixer}" for mixer, option in options.items())
         unset = next((option.unset for option in options.values() if option.unset), None)
@@ -134,22 +191,29 @@ def _shown(value: Any) -> str:
 
 
 def layer_plan(config: StudentConfig, num_layers: int, from_scratch: bool = False) -> list[str]:
-    """The mixer of each layer, "attention" where it is kept.
+    """The mixer of each layer; where attention is kept "attention", or "softmax" where an option of it is set.
 
     Args:
         from_scratch: whether there is no teacher; then every layer may be attention.
 
     Raises:
-        StudentError: `keep_attention` names a layer that is not there, is malformed, or keeps every layer of a teacher.
+        StudentError: `keep_attention` names a layer that is not there, is malformed, or keeps every layer of a teacher;
+            or the plan takes more layers.
     """
-    keep = config.resolved().keep_attention
-    kept = kept_layers(keep, num_layers)
+    keep, plan = config.resolved().keep_attention, config.named_plan
+    if plan is not None and num_layers < plan.least:
+        of = "there are" if from_scratch else "the teacher has"
+        raise StudentError(
+            f"student.plan is {config.plan}, which takes {plan.least} layers or more, and {of} {num_layers}"
+        )
+    kept = kept_layers(keep, num_layers) if plan is None else set(plan.kept(num_layers))
     if len(kept) == num_layers and not from_scratch:
         raise StudentError(
             f"student.keep_attention is {keep!r}: all {num_layers} layers keep attention, "
             "so there is nothing to convert"
         )
-    return ["attention" if layer in kept else config.mixer for layer in range(num_layers)]
+    attention = "attention" if config.attention_options is None else SOFTMAX
+    return [attention if layer in kept else config.mixer for layer in range(num_layers)]
 
 
 def asks_to_select(keep: Any) -> bool:

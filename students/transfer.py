@@ -9,7 +9,7 @@ bias takes the projections' biases; the gate starts open, the skip D at 0. A Tra
 projections as they are, under their names, and only what it has besides starts in this way.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from rich.table import Table
@@ -93,11 +93,41 @@ def transfer_plan(
     for view in attention_view(teacher, check=False, layers=new):
         plan.transfers += mixers[view.layer].transfers(view)
         dropped += [f"{view.name}.{name}" for name in mixers[view.layer].drops(view)]
+    plan.transfers = _with_common(plan.transfers, student, before)
     planned = {transfer.target for transfer in plan.transfers}
     plan.kept = sum(name not in planned for name, _ in student.named_parameters())
-    used = student.state_dict().keys() | {transfer.source for transfer in plan.transfers}
+    used = student.state_dict().keys() | {one.source for t in plan.transfers for one in (t, *t.among)}
     if lost := [name for name in teacher.state_dict() if name not in used and not name.startswith(tuple(dropped))]:
         raise StudentError(
             f"the student has no place for the teacher's {', '.join(lost[:3])}: it would be another model"
         )
     return plan
+
+
+def _with_common(transfers: list[Transfer], student: HybridForCausalLM, before: list[str]) -> list[Transfer]:
+    """Of parameters that mixers have in common one transfer, the mean over their layers: of all matrices it has the
+    smallest sum of squared differences from theirs, and treats them alike.
+
+    Raises StudentError where some of the layers have them from the student that this one goes on from, and others not.
+    """
+    tied = student.tied_mixers
+    members: dict[str, list[Transfer]] = {}
+    for transfer in transfers:
+        if transfer.operation == "mean":
+            members.setdefault(tied.get(transfer.target, transfer.target), []).append(transfer)
+    found = []
+    for transfer in transfers:
+        if transfer.operation not in ("mean", "low rank"):
+            found.append(transfer)
+            continue
+        whole = transfer.target.removesuffix(f"{transfer.part}.weight") + "weight" if transfer.part else transfer.target
+        owner = tied.get(whole, whole)
+        if len(members[owner]) <= list(tied.values()).count(owner):
+            layers = [layer for layer, was in enumerate(before) if was != "attention"]
+            raise StudentError(
+                f"layers {layers} of the student to start from share projections with further ones now: convert "
+                "all of them at once, or leave student.attention_shared_rank out"
+            )
+        if transfer.operation == "low rank" or owner == transfer.target:
+            found.append(replace(transfer, among=tuple(members[owner])))
+    return found

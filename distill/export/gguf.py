@@ -24,13 +24,14 @@ from transformers import GraniteMoeHybridConfig, GraniteMoeHybridForCausalLM, Pr
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.granitemoehybrid.modeling_granitemoehybrid import GraniteMoeHybridRotaryEmbedding
 
-from ...students import HybridForCausalLM, Mamba2Mixer, StudentConfig
+from ...students import HybridForCausalLM, StudentConfig
 from ..models import generated, generating, load_tokenizer
 from ..run.files import read_json, write_json
 from ..tokenizers import PROBES
 from . import granite
 from .engines import READ, TRIED, Engine
 from .formats import ExportError, Format
+from .home import FOR_CONFIG, FOR_STUDENT
 from .verify import TOLERANCE, as_written, rounded
 
 FILE = "model.gguf"
@@ -53,6 +54,7 @@ _TYPES: dict[torch.dtype | str, tuple[gguf.GGMLQuantizationType, gguf.LlamaFileT
     torch.bfloat16: (gguf.GGMLQuantizationType.BF16, gguf.LlamaFileType.MOSTLY_BF16),
     "q8_0": (gguf.GGMLQuantizationType.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
 }
+_OWN_ATTENTION = "its attention is the teacher's, positions included"
 _NO_BIAS = "its Mamba-2 layer has no bias in the gate"
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 # llama.cpp's names of ways to split text before byte-level merges, by the regular expression in tokenizer.json.
@@ -66,6 +68,8 @@ _SPLITS = {
 def why_no_student(config: StudentConfig) -> str | None:
     if reason := granite.why_no_student(config) or _no_llama_cpp():
         return reason
+    if config.attention_options is not None:
+        return f"{_OWN_ATTENTION}; {FOR_CONFIG}"
     if config.mixer_options["gate_bias"]:
         return f"{_NO_BIAS}; set student.gate_bias=false, or use export.format=custom"
     return None
@@ -74,7 +78,9 @@ def why_no_student(config: StudentConfig) -> str | None:
 def why_not(student: HybridForCausalLM) -> str | None:
     if reason := granite.why_not(student) or _no_llama_cpp():
         return reason
-    config, mixers = student.config, [cast(Mamba2Mixer, mixer) for mixer in student.mixer_layers() if mixer is not None]
+    config, mixers = student.config, granite.mixers_of(student)
+    if len(mixers) + config.mixers.count("attention") < len(config.mixers):
+        return f"{_OWN_ATTENTION}; {FOR_STUDENT}"
     mixer = mixers[0]
     width = mixer.num_heads * mixer.head_dim
     if any(mixer.z_bias is not None for mixer in mixers):

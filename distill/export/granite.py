@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import GraniteMoeHybridConfig, GraniteMoeHybridForCausalLM
 
 from ...students import HybridForCausalLM, Mamba2Mixer, StudentConfig
-from ...students.modeling.configuration_mixers import have_trans_points
+from ...students.modeling.configuration_mixers import have_trans_points, is_attention
+from ...students.modeling.softmax_attention import SoftmaxMixer
 from .engines import NO_ONNX, READ, REFUSES, TRIED, WRONG, Engine
 from .home import FOR_CONFIG, FOR_STUDENT, Home, config_around, mlp_of, state_of_appended, why_fixed, why_not_around
 from .verify import rounded
@@ -31,18 +32,22 @@ def why_no_student(config: StudentConfig) -> str | None:
         return f"{_ONE_FORM}; {FOR_CONFIG}"
     if config.mixer != "mamba2":
         return f"it holds Mamba-2 layers, and student.mixer is {config.mixer}; {FOR_CONFIG}"
+    for name, what in (("window", "no sliding window"), ("shared_rank", "no projections that layers share")):
+        if (config.attention_options or {}).get(f"attention_{name}") is not None:
+            return f"its attention has {what}; {FOR_CONFIG}"
     return why_fixed(TITLE, config.mixer_options, FIXED, FOR_CONFIG)
 
 
 def why_not(student: HybridForCausalLM) -> str | None:
     """Why no GraniteMoeHybrid can be this student, whatever runs it."""
-    config, mixers = student.config, [mixer for mixer in student.mixer_layers() if mixer is not None]
+    config, mixers = student.config, mixers_of(student)
     if have_trans_points(config.mixers):
         return f"{_ONE_FORM}; {FOR_STUDENT}"
     if reason := why_not_around(student, FAMILIES):
         return reason
-    if others := set(config.mixers) - {"attention", "mamba2"}:
-        return f"it holds Mamba-2 layers, not {', '.join(sorted(others))}; {FOR_STUDENT}"
+    others = {kind for kind in config.mixers if kind != "mamba2" and not is_attention(kind)}
+    if others or not mixers:
+        return f"it holds Mamba-2 layers, not {', '.join(sorted(others or {*config.mixers}))}; {FOR_STUDENT}"
     mixer = mixers[0]
     found = {name: getattr(mixer, name) for name in ("rope", "conv_activation", "gate")}
     found |= {"norm": mixer.norm is not None, "qk_norm": mixer.q_norm is not None}
@@ -54,9 +59,23 @@ def why_not(student: HybridForCausalLM) -> str | None:
             f"and {mixer.num_heads} heads of {mixer.head_dim} are not; {FOR_STUDENT}"
         )
     attention = [module for module in student.attention_layers() if module not in mixers]
-    if any(hasattr(module, "q_norm") for module in attention):
+    if any(getattr(module, "q_norm", None) is not None for module in attention):
         return f"its attention has no q/k norms; {FOR_STUDENT}"
+    if student.tied_mixers:
+        return f"its attention has no projections that layers share; {FOR_STUDENT}"
+    if len({has_positions(module) for module in attention}) > 1:
+        return f"either all of its attention has positions, or none; {FOR_STUDENT}"
     return None
+
+
+def mixers_of(student: HybridForCausalLM) -> list[Mamba2Mixer]:
+    """Its Mamba-2 layers."""
+    return [mixer for mixer in student.mixer_layers() if isinstance(mixer, Mamba2Mixer)]
+
+
+def has_positions(attention: nn.Module) -> bool:
+    """Whether an attention, kept or as a mixer, has a rotary embedding."""
+    return not isinstance(attention, SoftmaxMixer) or attention.positions
 
 
 def too_old() -> str | None:
@@ -71,9 +90,8 @@ def too_old() -> str | None:
 
 def config_of(student: HybridForCausalLM) -> GraniteMoeHybridConfig:
     """The GraniteMoeHybrid config that holds this student."""
-    around, layers = config_around(student), student.get_decoder().layers
-    mixers = [cast(Mamba2Mixer, mixer) for mixer in student.mixer_layers() if mixer is not None]
-    mixer = mixers[0]
+    around, mixers = config_around(student), mixers_of(student)
+    attention, mixer = [module for module in student.attention_layers() if module not in mixers], mixers[0]
     head_dim, heads = mixer.head_dim, mixer.num_heads
     return GraniteMoeHybridConfig(
         **around,
@@ -82,12 +100,11 @@ def config_of(student: HybridForCausalLM) -> GraniteMoeHybridConfig:
         num_experts_per_tok=0,
         router_aux_loss_coef=0.0,  # there is no router to balance, and trainers would ask it
         attention_bias=any(
-            getattr(layer.self_attn, name).bias is not None
-            for layer, mixer_ in zip(layers, student.config.mixers, strict=True)
-            if mixer_ == "attention"
+            getattr(module, name).bias is not None
+            for module in attention
             for name in ("q_proj", "k_proj", "v_proj", "o_proj")
         ),
-        position_embedding_type="rope",
+        position_embedding_type="rope" if all(map(has_positions, attention)) else "nope",
         attention_multiplier=head_dim**-0.5,
         embedding_multiplier=1.0,
         logits_scaling=1.0,
@@ -122,10 +139,10 @@ def state_of(student: HybridForCausalLM) -> dict[str, Tensor]:
             "shared_mlp.input_linear.weight": torch.cat([gate.weight, up.weight]),
             "shared_mlp.output_linear.weight": down.weight,
         }
-        if mixer is None:
-            own |= _attention(layer.self_attn, config)
+        if isinstance(mixer, Mamba2Mixer):
+            own |= _mixer(mixer, config)
         else:
-            own |= _mixer(cast(Mamba2Mixer, mixer), config)
+            own |= _attention(layer.self_attn, config)
         state |= {f"model.layers.{i}.{name}": tensor for name, tensor in own.items()}
     state |= state_of_appended(GraniteMoeHybridForCausalLM, config, len(decoder.layers))
     return {name: tensor.detach().cpu() for name, tensor in state.items()}
@@ -183,15 +200,15 @@ def _to_config(written: dict) -> dict:
 
 def engines_of(student: HybridForCausalLM) -> tuple[Engine, ...]:
     config = student.config
-    mixer = cast(Mamba2Mixer, next(mixer for mixer in student.mixer_layers() if mixer is not None))
-    lacks = None
+    mixer, lacks = mixers_of(student)[0], None
+    tried = TRIED if all(map(has_positions, student.attention_layers())) else READ
     if mixer.num_heads * mixer.head_dim != config.hidden_size:
         lacks = "heads are of another size than it takes them to be; the format custom and plugins/vllm serve it"
     elif not 2 <= (taps := _conv(mixer).kernel_size[0]) <= 4:
         lacks = f"its convolution takes 2 to 4 taps, not {taps}"
     one_norm = "it norms all heads of a Mamba-2 layer together"
     return (
-        Engine("vLLM 0.32", TRIED) if lacks is None else Engine("vLLM 0.32", REFUSES, lacks),
+        Engine("vLLM 0.32", tried) if lacks is None else Engine("vLLM 0.32", REFUSES, lacks),
         Engine("SGLang 0.5.23", READ),
         Engine("llama.cpp", REFUSES, "its converter takes wider layers only; the format gguf is for it"),
         Engine("mistral.rs 0.9.2", WRONG, one_norm),

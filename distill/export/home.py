@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...students import HybridForCausalLM, StudentConfig
+from ...students.modeling.configuration_mixers import is_attention
+from ...students.modeling.softmax_attention import SoftmaxMixer
 from .engines import Engine
 from .verify import Weights
 
@@ -60,9 +62,10 @@ def why_not_around(student: HybridForCausalLM, families: tuple[str, ...]) -> str
         return f"it holds what {', '.join(families)} have, not {config.base_model_type}; {FOR_STUDENT}"
     if config.hidden_act != "silu":
         return f"its activation is silu throughout, not {config.hidden_act}; {FOR_STUDENT}"
-    window = getattr(config, "sliding_window", None)
-    if "attention" in config.mixers and window is not None and window < config.max_position_embeddings:
-        return f"its attention has no sliding window ({window} tokens here); {FOR_STUDENT}"
+    windows = {getattr(config, "sliding_window", None)} if "attention" in config.mixers else set()
+    windows |= {mixer.window for mixer in student.mixer_layers() if isinstance(mixer, SoftmaxMixer)}
+    if narrow := [window for window in windows if window is not None and window < config.max_position_embeddings]:
+        return f"its attention has no sliding window ({min(narrow)} tokens here); {FOR_STUDENT}"
     if any(linear.bias is not None for layer in student.get_decoder().layers for linear in mlp_of(layer)):
         return f"its MLP has no biases; {FOR_STUDENT}"
     return None
@@ -72,7 +75,7 @@ def config_around(student: HybridForCausalLM) -> dict[str, Any]:
     """The settings that configs of such classes have in common."""
     config = student.config
     mixer: Any = next(mixer for mixer in student.mixer_layers() if mixer is not None)
-    types = ["full_attention" if m == "attention" else "linear_attention" for m in config.mixers]
+    types = ["full_attention" if is_attention(m) else "linear_attention" for m in config.mixers]
     if "full_attention" not in types:  # transformers cannot run them so: a layer that adds nothing is appended
         types.append("full_attention")
     names = "vocab_size hidden_size intermediate_size hidden_act max_position_embeddings initializer_range rms_norm_eps"

@@ -29,6 +29,8 @@ EXACT = (".norm.weight", ".q_norm.weight", ".k_norm.weight")
 
 def why_no_student(config: StudentConfig) -> str | None:
     """Why no Qwen3.5 can be a student of this config, whatever the teacher."""
+    if config.attention_options is not None:
+        return f"its attention is the teacher's, without a window and with positions; {FOR_CONFIG}"
     return why_fixed(TITLE, config.mixer_options, FIXED, FOR_CONFIG)
 
 

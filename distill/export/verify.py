@@ -166,7 +166,14 @@ def rounded(
     exact: tuple[str, ...] = (),
 ) -> dict[str, Tensor]:
     """A student's weights, or a state made of them, as they are written: in a dtype, but for what its mixers want in
-    float32 (bfloat16 loses decay, step and skip), and what else is `exact`: ends of names."""
+    float32 (bfloat16 loses decay, step and skip), and what else is `exact`: ends of names. A tensor that has several
+    names stays one, and so is written once."""
     exact += tuple(f".{name}" for mixer in student.mixer_layers() if mixer is not None for name in mixer.exact)
     state = student.state_dict() if state is None else state
-    return {name: t.to(torch.float32 if name.endswith(exact) else dtype) for name, t in state.items()}
+    made: dict[tuple, Tensor] = {}
+    found = {}
+    for name, tensor in state.items():
+        kind = torch.float32 if name.endswith(exact) else dtype
+        where = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), kind)
+        found[name] = made.setdefault(where, tensor.to(kind))
+    return found

@@ -188,7 +188,7 @@ def _calibrated_mixers(session: "Session") -> "tuple[dict[int, StandIn], dict[in
 
     recipe = session.recipe
     # With TransPoints, the state-space form: it is what has no attention.
-    every = dataclasses.replace(recipe.student, keep_attention=[], trans_points="mamba")
+    every = dataclasses.replace(recipe.student.without_attention(), trans_points="mamba")
     student = build_student(session.teacher, every).float().requires_grad_(False)
     found = calibrate(session.teacher, student, session.calibration_batches(), recipe.calibrate.decay)
     return mixers(student), {int(name.removeprefix("layer_")): layer["error"] for name, layer in found.items()}

@@ -257,6 +257,11 @@ class FSDPEngine(Engine):
     shards = True
 
     def _prepare(self, objective, optimizer):
+        if any(module.in_common for module in objective.modules() if isinstance(module, Mixer)):
+            raise RunError(
+                "fully_shard cannot share projections between the layers that it shards: train on one process or with "
+                "DeepSpeed, or leave student.attention_shared_rank and student.plan=zamba out"
+            )
         # What is gathered together: a decoder layer, or, where they are trained alone, a mixer.
         layers = getattr(getattr(objective, "student", None), "_no_split_modules", None)
         mixers = {type(module).__name__ for module in objective.modules() if isinstance(module, Mixer)}

@@ -32,7 +32,7 @@ def attach(student: HybridForCausalLM, settings: LoraSettings, stage: str) -> No
         r=settings.rank,
         lora_alpha=settings.alpha,  # type: ignore[arg-type]  # it need not be whole
         lora_dropout=settings.dropout,
-        target_modules=settings.targets,
+        target_modules=[name for name in linear if name.split(".")[-1] in settings.targets],
     )
     inject_adapter_in_model(config, student)
 

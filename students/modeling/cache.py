@@ -167,6 +167,7 @@ def can_be_static(mixer: str) -> bool:
 def _kind(config: PreTrainedConfig) -> dict:
     """What a model must have in common with a cache."""
     names: tuple[str, ...] = ("base_model_type", "mixers", "trans_points", "mixer_options", "hidden_size")
+    names += ("other_options",)
     names += ("num_attention_heads", "num_key_value_heads", "head_dim", "sliding_window", "layer_types")
     names += ("rope_parameters",)
     return {name: getattr(config, name, None) for name in names}

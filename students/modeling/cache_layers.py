@@ -119,6 +119,41 @@ class StateLayer(CacheLayerMixin):
             self.tokens = torch.tensor(self.tokens)[indices.cpu()].tolist()
 
 
+class KeysLayer(StateLayer):
+    """The keys and values that one mixer layer attends to."""
+
+    tensors: ClassVar[tuple[str, ...]] = (*StateLayer.tensors, "keys", "values", "real")
+    can_be_static: ClassVar[bool] = False
+
+    def __init__(self):
+        super().__init__()
+        self.keys: Tensor | None = None  # (B, columns, K, P), as attention reads them
+        self.values: Tensor | None = None
+        self.real: Tensor | None = None  # (B, columns) which of these are no padding; None: all
+
+    def hold(self, **tensors: Tensor) -> None:
+        """Adds columns (B, columns, ...) to what it has under these names."""
+        for name, tensor in tensors.items():
+            held = getattr(self, name)
+            setattr(self, name, tensor if held is None else torch.cat((held.to(tensor.device), tensor), 1))
+
+    def hold_real(self, real: Tensor | None, batch: int, columns: int) -> None:
+        """Adds columns of `real` (B, columns), where None is no padding; before `hold` adds their keys."""
+        if real is None:
+            if self.real is None:
+                return
+            real = self.real.new_ones(batch, columns)
+        elif self.real is None and self.keys is not None:
+            self.real = real.new_ones(batch, self.keys.shape[1])
+        self.hold(real=real)
+
+    def keep(self, columns: int) -> None:
+        """Forgets all but the last columns of keys and values."""
+        for name in ("keys", "values", "real"):
+            if (held := getattr(self, name)) is not None and held.shape[1] > columns:
+                setattr(self, name, held[:, held.shape[1] - columns :].clone())  # a view would hold all of them
+
+
 def mark_static(layer: Any) -> None:
     """Tells compilers that a layer's tensors stay where they are, without which CUDA graphs cannot write to them."""
     for value in vars(layer).values():

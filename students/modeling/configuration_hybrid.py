@@ -44,6 +44,7 @@ class HybridConfig(PreTrainedConfig):
         mixers: for each layer what replaces self-attention, a name in `MIXERS`, or "attention" where it is kept, as it
             is in all of them by default.
         mixer_options: keyword arguments of the mixer's class.
+        other_options: the same of further kinds of mixers, by name, that do not have these; None where there are none.
         geometry: of the attention that was there, as `Geometry` has it, and under "layers" what is other in single
             ones. None in students of earlier versions, which read it off the model.
         trans_points: for each layer its TransPoint, a number of tokens or "inf"; "inf" where attention is kept, 0 in a
@@ -62,6 +63,7 @@ class HybridConfig(PreTrainedConfig):
     base_model_type: str | None = None
     mixers: list[str] = None  # type: ignore[assignment]  # known with the number of layers
     mixer_options: dict = None  # type: ignore[assignment]
+    other_options: dict[str, dict] | None = None
     geometry: dict | None = None
     trans_points: Any = None
     measured_trans_points: list[dict] | None = None
@@ -117,6 +119,10 @@ class HybridConfig(PreTrainedConfig):
             self._warn_of(written(points))
         self.trans_points = written(points)
         return points
+
+    def options_of(self, mixer: str) -> dict:
+        """Keyword arguments of the class of a kind of mixer."""
+        return (self.other_options or {}).get(mixer, self.mixer_options)
 
     @property
     def attention_name(self) -> str:
@@ -186,7 +192,8 @@ def write_code(folder: Path, mixers: Iterable[str]) -> None:
     for name, mixer in classes.items():
         lines.append(f"from .{Path(inspect.getfile(mixer)).stem} import {mixer.__name__}  # noqa")
         facts = f"{kinds[name].title!r}, {kinds[name].letter!r}, {mixer.__name__}"
-        lines.append(f"MIXERS[{name!r}] = MixerKind({facts}, trans_points={kinds[name].trans_points})")
+        flags = f"trans_points={kinds[name].trans_points}, attention={kinds[name].attention}"
+        lines.append(f"MIXERS[{name!r}] = MixerKind({facts}, {flags})")
     with (folder / "modeling_hybrid.py").open("a", encoding="utf-8") as file:
         file.write("\n".join(lines) + "\n")
 

@@ -7,7 +7,7 @@ it imports nothing but the standard library.
 import importlib
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 
@@ -20,11 +20,12 @@ class Option:
     minimum: float | None = None
     maximum: float | None = None
     choices: tuple = ()
+    kind: type[int] | None = None  # of a number that is null by default
 
     @property
     def unset(self) -> str | None:
-        """What stands in a recipe where nothing is set. Where null means something, it is `auto`."""
-        return "auto" if None in (self.default, *self.choices) else None
+        """What stands in a recipe where nothing is set. Where null means something else, it is `auto`."""
+        return "auto" if self.kind is None and None in (self.default, *self.choices) else None
 
     def why_not(self, value: Any) -> str | None:
         """What was expected in place of a value; None where it will do."""
@@ -33,6 +34,8 @@ class Option:
             return None if value in self.choices else f"{', '.join(allowed)} or {self.unset or 'null'}"
         if isinstance(self.default, bool):
             return None if isinstance(value, bool) else "true or false"
+        if self.kind is not None:
+            return None if value is None else replace(self, default=self.kind(), kind=None).why_not(value)
         if not isinstance(self.default, int | float):
             return None if self.default is None or isinstance(value, type(self.default)) else "what its default is"
         if isinstance(value, bool) or not isinstance(value, int | float):
@@ -59,6 +62,7 @@ class MixerKind:
         options: what a recipe may set, by name.
         keep_attention: which layers keep attention unless a recipe says it.
         trans_points: whether each of its layers has a TransPoint that can be chosen.
+        attention: whether it is attention, whatever the token: its TransPoint is infinity.
         check: takes all options; returns why they do not go together, or None.
     """
 
@@ -68,6 +72,7 @@ class MixerKind:
     options: dict[str, Option] = field(default_factory=dict)
     keep_attention: Any = "every:2"
     trans_points: bool = False
+    attention: bool = False
     check: Callable[[dict], str | None] = lambda options: None
 
     def load(self) -> type[Any]:
@@ -200,7 +205,30 @@ MIXERS: dict[str, MixerKind] = {
         },
         check=_convolution,
     ),
+    # The options are also of kept attention, which becomes this where one of them is set.
+    "softmax": MixerKind(
+        "softmax attention",
+        "S",
+        "softmax_attention.SoftmaxMixer",
+        {
+            "attention_window": Option(None, "how many last tokens kept attention sees", 1, kind=int),
+            "attention_positions": Option(True, "whether kept attention takes the teacher's rotary embedding"),
+            "attention_shared_rank": Option(
+                None,
+                "the layers of kept attention share their projections, with a LoRA of this rank in each; null: they "
+                "do not",
+                0,
+                kind=int,
+            ),
+        },
+        attention=True,
+    ),
 }
+
+
+def is_attention(mixer: str) -> bool:
+    """Whether layers of this name are attention, whatever the token: kept, or as a mixer."""
+    return mixer == "attention" or (mixer in MIXERS and MIXERS[mixer].attention)
 
 
 def names_with_trans_points() -> str:

@@ -6,7 +6,7 @@ This file travels with exported checkpoints: it imports nothing but the standard
 import math
 from typing import Any, cast
 
-from .configuration_mixers import have_trans_points
+from .configuration_mixers import have_trans_points, is_attention
 from .errors import StudentError
 
 # Cycled over the layers. The two named after the TransMamba paper (arXiv 2503.24067) are those of its ablation, where
@@ -55,7 +55,7 @@ def parse_trans_points(spec: Any, num_layers: int, longest: int | None = None) -
 
 def fixed_point(mixer: str, point: Any) -> Any:
     """The TransPoint of a layer with this mixer, or "attention": `point` where it can be chosen."""
-    return math.inf if mixer == "attention" else point if have_trans_points([mixer]) else 0
+    return math.inf if is_attention(mixer) else point if have_trans_points([mixer]) else 0
 
 
 def written(trans_points: list[int | float]) -> list[int | str]:

@@ -7,6 +7,7 @@ checkpoints: it imports torch and transformers only.
 
 import inspect
 import math
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -21,6 +22,7 @@ from .cache_layers import StateLayer
 from .configuration_hybrid import MODEL_TYPE, HybridConfig
 from .configuration_mixers import MIXERS, have_trans_points
 from .documents import Documents, Spans, document_index
+from .errors import StudentError
 from .modeling_mixer import Geometry, Mixer, MixerMask
 
 # Keywords of `from_pretrained` that say where a checkpoint is and how to get at it.
@@ -51,6 +53,7 @@ class HybridForCausalLM(_Teacher):
 
     _is_stateful = True  # generate() must not roll the cache back
     transfer_plan: Any  # of a student that `build_student` made: the `TransferPlan` that filled it,
+    tied_mixers: Mapping[str, str] = {}  # parameters that mixers have in common: all names but the first -> that
     windows_given_up: list[int]  # and the layers whose teacher's attention had a window that their mixer has not
 
     def __init__(self, config: HybridConfig):
@@ -59,8 +62,10 @@ class HybridForCausalLM(_Teacher):
         for index, (layer, kind) in enumerate(zip(self.get_decoder().layers, config.mixers, strict=True)):
             if kind != "attention":
                 name, mixer_class = config.attention_name, MIXERS[kind].load()
-                setattr(layer, name, mixer_class(getattr(layer, name), self.geometry(index), **config.mixer_options))
+                options = config.options_of(kind)
+                setattr(layer, name, mixer_class(getattr(layer, name), self.geometry(index), **options))
                 exact |= {f"{name}.{parameter}" for parameter in mixer_class.exact}
+        self._tie_mixers()
         # As decay, step and skip, which lose too much in bfloat16.
         self._keep_in_fp32_modules_strict = set(self._keep_in_fp32_modules_strict or ()) | exact
         if config.trans_points is not None:
@@ -70,6 +75,36 @@ class HybridForCausalLM(_Teacher):
         decoder.register_forward_hook(_check_mixers, with_kwargs=True)
         for layer in decoder.layers:
             layer.register_forward_pre_hook(partial(_tell_mixer, config.attention_name), with_kwargs=True)
+
+    def _tie_mixers(self) -> None:
+        """Makes one parameter of those that mixers of a kind have in common, and has transformers know of it.
+
+        Raises StudentError where they have not one shape.
+        """
+        names = {id(module): name for name, module in self.named_modules()}
+        first: dict[tuple[str, str], str] = {}
+        tied: dict[str, str] = {}
+        for kind, mixer in zip(self.config.mixers, self.mixer_layers(), strict=True):
+            for name in mixer.in_common if mixer is not None else ():
+                whole, (place, _, last) = f"{names[id(mixer)]}.{name}", name.rpartition(".")
+                owner = first.setdefault((kind, name), whole)
+                if owner == whole:
+                    continue
+                shared, own = self.get_parameter(owner), self.get_parameter(whole)
+                if shared.shape != own.shape:
+                    raise StudentError(
+                        f"{owner} is {tuple(shared.shape)} and {whole} {tuple(own.shape)}, and layers can only share "
+                        "projections of one size: leave student.attention_shared_rank out"
+                    )
+                setattr(cast("Mixer", mixer).get_submodule(place), last, shared)
+                tied[whole] = owner
+        self.tied_mixers = tied
+        self._tied_weights_keys = {**(self._tied_weights_keys or {}), **tied}
+        self.all_tied_weights_keys |= tied
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict:
+        # Of a model whose embeddings are not tied it says nothing.
+        return super().get_expanded_tied_weights_keys(all_submodels) | dict(self.tied_mixers)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]  # the first parameter has another name

@@ -126,13 +126,14 @@ class Transfer:
     """One student tensor (or some of its rows) and where it comes from."""
 
     target: str  # parameter's name in the student: "model.layers.1.self_attn.in_proj.weight"
-    operation: str  # "copy", "scale", "constant", "identity", "uniform"
+    operation: str  # "copy", "scale", "constant", "identity", "uniform", "mean", "low rank"
     source: str | None = None  # parameter's name in the teacher
     rows: tuple[int, int] | None = None  # of the target; None: all
     part: str = ""  # what those rows are: "C"
     value: float | tuple[float, ...] | None = None  # factor of scale, the constant, or the bound of uniform
     source_rows: Any = None  # of the source, `teachers.attention.Rows`; None: all
     heads: Heads | None = None  # how the source's rows, or for identity the target's channels, are laid out; None: so
+    among: tuple["Transfer", ...] = ()  # of a mean: its own; of low rank: of the mean that is taken from the source
 
     @classmethod
     def taken(
@@ -170,16 +171,32 @@ class Transfer:
                 gained = taps.unflatten(0, (-1, self.heads.factor, self.heads.size))[:, 1:]
                 gained.copy_(gained.roll(-1, -1))
             return taps
-        tensor = None if self.source is None else teacher.get(self.source)
-        if tensor is None:
-            raise StudentError(f"{self.target} needs {self.source}, which the teacher does not have")
-        tensor = tensor if self.source_rows is None else self.source_rows.of(tensor)
-        tensor = tensor if self.heads is None else self.heads.of(tensor)
+        if self.operation == "mean":
+            return _mean(self.among, teacher).to(like.dtype)
+        if self.operation == "low rank":
+            # As the student holds the mean: what rounding takes from it, this takes up.
+            mean = _mean(self.among, teacher).to(like)
+            down, up = _truncated(self.taken_from(teacher), mean)
+            rank = min(like.shape)
+            return down[:rank] if self.part == "down" else up[:, :rank]
+        tensor = self.taken_from(teacher)
         if tensor.shape != like.shape:
             raise StudentError(f"{self.source} is {tuple(tensor.shape)}, {self.target} needs {tuple(like.shape)}")
         return tensor * cast("float", self.value) if self.operation == "scale" else tensor
 
+    def taken_from(self, teacher: dict[str, Tensor]) -> Tensor:
+        """The rows of the source, laid out. Raises StudentError where the teacher has no such tensor."""
+        tensor = None if self.source is None else teacher.get(self.source)
+        if tensor is None:
+            raise StudentError(f"{self.target} needs {self.source}, which the teacher does not have")
+        tensor = tensor if self.source_rows is None else self.source_rows.of(tensor)
+        return tensor if self.heads is None else self.heads.of(tensor)
+
     def describe(self) -> str:
+        if self.operation == "mean":
+            return ", ".join(str(one.source) for one in self.among)
+        if self.operation == "low rank":
+            return f"{self.source} less the mean"
         if self.operation in ("copy", "scale"):
             source = f"{self.source}" + (f"[{self.source_rows}]" if self.source_rows is not None else "")
             source += f", {self.heads}" if self.heads is not None else ""
@@ -192,6 +209,23 @@ class Transfer:
         values = self.value if isinstance(self.value, tuple) else (self.value,)
         shown = [f"{value:.4g}" for value in (values if len(set(values)) > 1 else values[:1])]
         return " ".join(shown if len(shown) <= 6 else [*shown[:3], "...", shown[-1]])
+
+
+def _mean(transfers: tuple[Transfer, ...], teacher: dict[str, Tensor]) -> Tensor:
+    """Of what each takes from the teacher, in float32 at least."""
+    taken = [one.taken_from(teacher) for one in transfers]
+    return torch.stack([tensor.to(_precise(tensor)) for tensor in taken]).mean(0)
+
+
+def _truncated(matrix: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors down and up of matrix - mean = up down, by its singular values, the largest first: of rank r their first
+    r rows and columns are nearest to it. Rows of `down` have length 1, so that a term that is 0 can learn."""
+    left, values, right = torch.linalg.svd(matrix.to(_precise(matrix)) - mean.to(_precise(mean)), full_matrices=False)
+    return right, left * values
+
+
+def _precise(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 class Form(NamedTuple):
@@ -227,6 +261,7 @@ class Mixer(nn.Module):
         trans_point: at which token of a document attention ends, where that can be chosen: see `set_trans_point`.
         spanned: whether it takes attention, and so a `Span` of packed documents.
         apart: child modules whose parameters `forward` reads without calling the module.
+        in_common: parameters that are the same in all layers of its kind, by name.
     """
 
     exact: ClassVar[tuple[str, ...]] = ()
@@ -237,6 +272,7 @@ class Mixer(nn.Module):
     has_decay: ClassVar[bool] = False  # whether `calibrate` finds it a half-life and a scale
     strengths: ClassVar[tuple[float, ...]] = ()
     spanned: ClassVar[bool] = False
+    in_common: tuple[str, ...] = ()
     trans_point: int | float = 0
 
     def __init__(self, attention: nn.Module, geometry: Geometry):
@@ -275,6 +311,10 @@ class Mixer(nn.Module):
     def state_bytes(self) -> int:
         """Bytes of what it remembers of one sequence, however long: states in float32, keys and values in bfloat16."""
         raise NotImplementedError
+
+    def token_bytes(self) -> int:
+        """Bytes that it remembers of each token besides, however many there are: keys and values in bfloat16."""
+        return 0
 
     @torch.no_grad()
     def start(self, generator: torch.Generator, spread: float) -> None:
@@ -386,6 +426,25 @@ class Mixer(nn.Module):
                 "pass `cache=model.new_cache()`, or none"
             )
         return memory
+
+    def place(self, t: Tensor, norm: nn.Module | None, position_embeddings) -> Tensor:
+        """Queries or keys (B,L,heads,P), normed and rotated."""
+        if norm is not None:
+            t = norm(t.flatten(2)).unflatten(-1, (-1, self.head_dim)) if self.geometry.norm_over == "all" else norm(t)
+        return t if position_embeddings is None or not self.geometry.rotary_dim else rotate(t, position_embeddings)
+
+    def _padding(self, memory, padding_mask: Tensor | None, length: int) -> tuple[bool, Tensor | None, list[int]]:
+        """Of `length` more columns: whether they are a step of decoding, which are padding (B,L,1), or None, and, where
+        there is a memory, how many are padding in each row (one entry: in all)."""
+        # Padding comes first in a row. Where all rows have begun, one more token is none (and no device is waited for).
+        stepping = memory is not None and memory.is_initialized and length == 1 and min(memory.tokens) > 0
+        if padding_mask is None or stepping:
+            return stepping, None, [0]
+        padding = (padding_mask[:, -length:] == 0).unsqueeze(-1)
+        if memory is None:
+            return stepping, padding, [0]
+        pads = padding.sum((1, 2)).tolist()
+        return stepping, padding if any(pads) else None, pads
 
     def extra_repr(self) -> str:
         return f"heads={self.num_heads}, kv_heads={self.num_kv_heads}, head_dim={self.head_dim}"

@@ -7,11 +7,10 @@ converter computes from what attention kept. This file travels with exported che
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .cache_layers import StateLayer, by_row
-from .documents import Documents, Span, take
+from .cache_layers import KeysLayer, by_row
+from .documents import Documents, Span
 from .modeling_mixer import Form, Geometry, attention_flops
 from .shared_projections import SharedProjections
 from .state_space import PADDING_STEP, ssd_scan
@@ -43,18 +42,18 @@ def memory_converter(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *, dt_bias: Te
     return ssd_scan(x, dt, A, B, B[:, :, :1], dt_bias=dt_bias, return_final_state=True)[1]
 
 
-class TransPointLayer(StateLayer):
+class TransPointLayer(KeysLayer):
     """What one TransMamba layer remembers: keys and values up to its TransPoint, after it a state.
 
     Until the first row of a batch passes the TransPoint, it also holds what the memory converter will need; until the
     last row has reached it, it holds keys and values and a state. Then the state is all there is.
     """
 
-    tensors = (*StateLayer.tensors, "keys", "values", "real", "dt", "x", "B")
+    tensors = (*KeysLayer.tensors, "dt", "x", "B")
+    can_be_static = True
 
     def __init__(self):
-        super().__init__()  # keys and values: (B, columns, K, P), as attention reads them
-        self.real: Tensor | None = None  # (B, columns) which of these are no padding; None: all
+        super().__init__()
         self.dt: Tensor | None = None  # (B, columns, H) steps
         self.x: Tensor | None = None  # (B, columns, K, P) inputs and input maps of the state, where they are not
         self.B: Tensor | None = None  # values and keys
@@ -72,28 +71,6 @@ class TransPointLayer(StateLayer):
                 "start a new cache after set_trans_points"
             )
         self.trans_point = trans_point
-
-    def hold(self, **tensors: Tensor) -> None:
-        """Adds columns (B, columns, ...) to what it has under these names."""
-        for name, tensor in tensors.items():
-            held = getattr(self, name)
-            setattr(self, name, tensor if held is None else torch.cat((held.to(tensor.device), tensor), 1))
-
-    def hold_real(self, real: Tensor | None, batch: int, columns: int) -> None:
-        """Adds columns of `real` (B, columns), where None is no padding; before `hold` adds their keys."""
-        if real is None:
-            if self.real is None:
-                return
-            real = self.real.new_ones(batch, columns)
-        elif self.real is None and self.keys is not None:
-            self.real = real.new_ones(batch, self.keys.shape[1])
-        self.hold(real=real)
-
-    def keep(self, columns: int) -> None:
-        """Forgets all but the last columns of keys and values."""
-        for name in ("keys", "values", "real"):
-            if (held := getattr(self, name)) is not None and held.shape[1] > columns:
-                setattr(self, name, held[:, held.shape[1] - columns :].clone())  # a view would hold all of them
 
     def drop(self, *names: str) -> None:
         for name in names:
@@ -115,7 +92,6 @@ class TransMambaMixer(SharedProjections):
     """
 
     remembers = TransPointLayer
-    spanned = True
     matrix = ("dt_proj.", "conv1d.", "dt_bias", "A_log")  # not what attention has too
 
     def __init__(
@@ -276,20 +252,12 @@ class TransMambaMixer(SharedProjections):
     def _packed(self, hidden: Tensor, position_embeddings, seq_idx: Tensor, documents: Documents) -> Tensor:
         """What the heads read (B,L,H*P) where rows hold several documents: attention over the prefix of each, and one
         scan over all tokens, whose outputs past a TransPoint do not depend on it."""
-        T, (batch, length) = self.trans_point, seq_idx.shape
+        T = self.trans_point
         q, k, v = self._project(hidden)
         queries, keys = self._placed(q, k, position_embeddings)
         attended = None
         if T > 0:
-            # A row wider than its document reads on into the next one, which the causal mask keeps from its own tokens.
-            groups, out, back = documents.prefixes(int(min(T, documents.longest)))
-            sizes = [rows * width for rows, width in groups]
-            laid = (take(t.flatten(0, 1), out, back).split(sizes) for t in (queries, keys, v))
-            parts = [
-                self._attend(*(t.unflatten(0, group) for t in operands)).flatten(0, 1)
-                for group, operands in zip(groups, zip(*laid, strict=True), strict=True)
-            ]
-            attended = take(torch.cat(parts), back, out).view(batch, length, -1)
+            attended = self._by_document(queries, keys, v, documents, int(min(T, documents.longest)))
         if T >= documents.longest:
             return attended  # type: ignore[return-value]  # T > 0
         read = self._read(hidden, (q, k, v), (queries, keys), position_embeddings, seq_idx)
@@ -304,29 +272,6 @@ class TransMambaMixer(SharedProjections):
             return attended  # type: ignore[return-value]  # T > 0
         read = self._read(hidden, (q, k, v), (queries, keys), position_embeddings, seq_idx)
         return read if attended is None else torch.where(span.position.unsqueeze(-1) < span.point, attended, read)
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None = None) -> Tensor:
-        """Causal softmax attention (B,Q,H*P) of queries (B,Q,H,P), which are the last of the S keys and values
-        (B,S,K,P), in the teacher's window.
-
-        `real` (B,S): keys that are no padding.
-        """
-        if q.shape[1] == 1 and self.window is not None:
-            k, v = (t[:, -self.window :] for t in (k, v))
-            real = None if real is None else real[:, -self.window :]
-        queries, held = q.shape[1], k.shape[1]
-        mask = None if real is None else real[:, None, None]
-        if real is not None or (queries > 1 and (queries < held or (self.window or held) < held)):
-            row = torch.arange(held - queries, held, device=q.device)[:, None]
-            column = torch.arange(held, device=q.device)
-            mask = (column <= row) & (column > row - (self.window or held))
-            if real is not None:  # padding sees itself, as a softmax over nothing would be no number
-                mask = (mask & real[:, None, None]) | (column == row)
-        if queries == 1:  # query heads that share a key are as queries of one head
-            q = q.view(len(q), self.num_kv_heads, self.num_heads // self.num_kv_heads, -1)
-            y = F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2), mask, scale=self.scale)
-            return y.reshape(len(q), 1, -1)
-        return self._softmax(q, k, v, mask)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, trans_point={self.trans_point}, window={self.window}"

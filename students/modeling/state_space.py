@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from .modeling_mixer import Geometry, Mixer, Transfer, rotate, state_flops
+from .modeling_mixer import Geometry, Mixer, Transfer, state_flops
 
 try:  # the fused kernels, where the package is installed
     from transpoint.kernels.conv import causal_conv1d, causal_conv1d_step
@@ -165,25 +165,6 @@ class StateSpace(Mixer):
     def state_size(self) -> int:
         """N, of a state (P, N)."""
         return self.state_factor * self.head_dim
-
-    def place(self, t: Tensor, norm: nn.Module | None, position_embeddings) -> Tensor:
-        """Queries or keys (B,L,heads,P), normed and rotated."""
-        if norm is not None:
-            t = norm(t.flatten(2)).unflatten(-1, (-1, self.head_dim)) if self.geometry.norm_over == "all" else norm(t)
-        return t if position_embeddings is None or not self.geometry.rotary_dim else rotate(t, position_embeddings)
-
-    def _padding(self, memory, padding_mask: Tensor | None, length: int) -> tuple[bool, Tensor | None, list[int]]:
-        """Of `length` more columns: whether they are a step of decoding, which are padding (B,L,1), or None, and, where
-        there is a memory, how many are padding in each row (one entry: in all)."""
-        # Padding comes first in a row. Where all rows have begun, one more token is none (and no device is waited for).
-        stepping = memory is not None and memory.is_initialized and length == 1 and min(memory.tokens) > 0
-        if padding_mask is None or stepping:
-            return stepping, None, [0]
-        padding = (padding_mask[:, -length:] == 0).unsqueeze(-1)
-        if memory is None:
-            return stepping, padding, [0]
-        pads = padding.sum((1, 2)).tolist()
-        return stepping, padding if any(pads) else None, pads
 
     def _convolve(self, inputs, memory, stepping: bool, padding=None, seq_idx=None) -> tuple[Tensor, Tensor | None]:
         """The convolution of inputs (B,L,channels), and its tail where there is a memory. Padding (B,L,1) is zero

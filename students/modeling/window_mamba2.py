@@ -102,7 +102,6 @@ class WindowMamba2Mixer(SharedProjections):
     """
 
     remembers = WindowLayer
-    spanned = True
 
     def __init__(
         self,

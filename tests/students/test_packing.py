@@ -11,6 +11,7 @@ STUDENTS = {
     "gated delta rule": {"family": "qwen3", "keep_attention": (1,), "mixer": "gdn"},
     "s4d": {"family": "qwen3", "keep_attention": (1,), "mixer": "s4d", "state_size": 8},
     "Mamba-1": {"family": "qwen2", "keep_attention": (1,), "mixer": "mamba1"},
+    "softmax attention": {"family": "mistral", "keep_attention": (1,), "mixer": "softmax", "attention_window": 7},
     "all mixers": {"family": "qwen2", "keep_attention": ()},
 }
 

@@ -82,6 +82,7 @@ NATIVE = {
     "qwen2": {"family": "qwen2"},
     "qwen2-no-attention": {"family": "qwen2", "keep": []},
     "qwen2-untied-conv2": {"family": "qwen2", "options": {"conv_kernel": 2}, "tie_word_embeddings": False},
+    "qwen2-no-positions": {"family": "qwen2", "options": {"attention_positions": False}},
 }
 
 
@@ -123,7 +124,8 @@ def make_gdn(options=None, **given):
 def test_native_is_the_student_in_plain_transformers(case, tmp_path, unverified):
     student = distinct_student(**NATIVE[case])
     config = assert_native_is(student, GraniteMoeHybridForCausalLM, tmp_path, unverified)
-    types = ["attention" if mixer == "attention" else "mamba" for mixer in student.config.mixers]
+    types = ["mamba" if mixer == "mamba2" else "attention" for mixer in student.config.mixers]
+    assert config["position_embedding_type"] == ("nope" if "softmax" in student.config.mixers else "rope")
     assert config["layer_types"] == (types if "attention" in types else [*types, "attention"])
     assert config["model_type"] == "granitemoehybrid" and config["num_local_experts"] == 0
     biased = any(
@@ -385,6 +387,15 @@ def test_native_refuses_trans_points_before_and_after_training(tmp_path):
     assert find_format("custom").why_no_student(config) is None and native.why_no_student(StudentConfig()) is None
 
 
+def test_native_refuses_what_no_class_has_of_kept_attention_before_it_is_made():
+    reason = "its attention has no sliding window; use export.format=custom"
+    assert native.why_no_student(StudentConfig(attention_window=9)) == reason
+    assert native.why_no_student(StudentConfig(attention_positions=False)) is None
+    reason = "its attention is the teacher's, without a window and with positions; use export.format=custom"
+    assert native.why_no_student(StudentConfig(mixer="gdn", attention_positions=False)) == reason
+    assert native.why_no_student(StudentConfig(mixer="softmax")).startswith("it holds Mamba-2 layers")
+
+
 def test_native_refuses_gated_deltanet_that_no_class_has_before_it_is_made():
     reason = "its gated DeltaNet layer is fixed in student.rope (must be false); use export.format=custom"
     assert native.why_no_student(StudentConfig(mixer="gdn", rope=True)) == reason
@@ -479,7 +490,7 @@ def test_an_export_that_the_project_loads_and_saves_again_carries_its_code(tmp_p
     export(student, byte_tokenizer(), tmp_path / "first", "custom")
     HybridForCausalLM.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "again")
     first, again = ({path.name for path in (tmp_path / name).glob("*.py")} for name in ("first", "again"))
-    assert first == again and len(first) == 15 and "mamba2.py" not in first
+    assert first == again and len(first) == 16 and "mamba2.py" not in first
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "again", trust_remote_code=True)
     assert not type(model).__module__.startswith("transpoint.")
     with torch.no_grad():
@@ -510,6 +521,18 @@ REFUSED = {
     "window": (
         {"family": "mistral"},
         "its attention has no sliding window (16 tokens here); use format custom",
+    ),
+    "window of kept attention": (
+        {"options": {"attention_window": 9}},
+        "its attention has no sliding window (9 tokens here); use format custom",
+    ),
+    "kept attention of a gated DeltaNet": (
+        {"family": "qwen3", "options": GDN | {"attention_positions": False}},
+        "it holds gated DeltaNet layers, not softmax; use format custom",
+    ),
+    "softmax attention alone": (
+        {"options": {"mixer": "softmax"}},
+        "it holds Mamba-2 layers, not attention, softmax; use format custom",
     ),
     "width": (
         {"head_dim": 24},

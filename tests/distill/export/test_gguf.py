@@ -232,6 +232,7 @@ def test_a_tokenizer_without_a_like_is_refused(tokenizer, reason):
     [
         ({"gate_bias": True}, "its Mamba-2 layer has no bias in the gate; set student.gate_bias=false"),
         ({"rope": True}, "student.rope"),
+        ({"attention_positions": False}, "its attention is the teacher's, positions included"),
         ({"mixer": "transmamba"}, "a layer of it is attention or Mamba-2"),
     ],
 )
@@ -252,6 +253,7 @@ def test_students_are_refused_before_there_is_one(config, reason, installed):
             r"not scaled as here (dynamic)",
         ),
         ({"family": "qwen3"}, "not qwen3"),
+        ({"options": {"attention_positions": False}}, "its attention is the teacher's, positions included"),
     ],
 )
 def test_students_are_refused(changes, reason, installed):

@@ -26,8 +26,8 @@ from transpoint.teachers import load_teacher
 GPU = torch.cuda.is_available()
 SCHEDULE = [0, 8, 20, "inf"]
 MIXERS = {"mamba2": {}, "transmamba": {"trans_points": SCHEDULE}, "window_mamba2": {"window": 6, "sinks": 2}}
-MIXERS |= {"gdn": {}, "mamba1": {}}
-MIXERS |= {"s4d": {"state_size": 8}}
+MIXERS |= {"gdn": {}, "mamba1": {}, "s4d": {"state_size": 8}}
+MIXERS |= {"softmax": {"attention_window": 6, "attention_positions": False}}
 pytestmark = pytest.mark.slow  # all compile: seconds each
 
 
@@ -84,6 +84,7 @@ def assert_compiled_gives(objective, wanted, wanted_gradients, rtol, atol, gradi
         ("align", "window_mamba2"),
         ("align", "gdn"),
         ("align", "s4d"),
+        ("align", "softmax"),
         ("distill", "transmamba"),
         ("hidden", "mamba2"),
     ],
