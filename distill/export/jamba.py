@@ -132,7 +132,7 @@ def _mixers(student: HybridForCausalLM) -> list[Mamba1Mixer]:
 
 
 def engines_of(student: HybridForCausalLM) -> tuple[Engine, ...]:
-    return (Engine("vLLM", READ, "of earlier versions; nobody has tried it with this one"), NO_ONNX)
+    return (Engine("vLLM", READ, "of earlier versions"), NO_ONNX)
 
 
 JAMBA = Home(

@@ -23,8 +23,9 @@ from vllm_beside import needs_vllm, serve
 
 PAGE = ROOT / "docs" / "serving.md"
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma3_text", "olmo2", "phi3", "gpt_neox", "mixtral", "qwen3_moe"]
-MIXERS = {"mamba2": {}, "gdn": {"qk_norm": False}, "window_mamba2": {}, "transmamba": {}}
-GGUF = {"mamba2": {"gate_bias": False}}  # what a format wants besides
+MIXERS = {"mamba2": {}, "mamba1": {}, "gdn": {"qk_norm": False}, "window_mamba2": {}, "transmamba": {}}
+# What a format wants besides.
+WANTED = {("mamba2", "gguf"): {"gate_bias": False}, ("mamba1", "native"): {"selection": "x"}}
 SIZES = {
     "vocab_size": len(tokenizer_with()) + 3,
     "hidden_size": 128,
@@ -36,7 +37,7 @@ SIZES = {
 
 def student_of(family, mixer, format, keep=(1, 3)):
     """A student, or why there is none."""
-    options = MIXERS[mixer] | (GGUF.get(mixer, {}) if format == "gguf" else {})
+    options = MIXERS[mixer] | WANTED.get((mixer, format), {})
     return copy.deepcopy(made(family, StudentConfig(mixer=mixer, keep_attention=[*keep], **options)))
 
 
@@ -130,6 +131,7 @@ def page(cells):
             rows.append(f"| {' | '.join(row)} |")
     held = {
         "`native`, Mamba-2": cells["llama", "mamba2", "native"],
+        "`native`, Mamba-1": cells["llama", "mamba1", "native"],
         "`native`, gated DeltaNet": cells["qwen3", "gdn", "native"],
         "`gguf`": cells["llama", "mamba2", "gguf"],
         "`custom`, Mamba-2": cells["llama", "mamba2", "custom"],

@@ -45,6 +45,7 @@ def test_without_attention_there_is_a_layer_more():
         ({"gate": False}, "have no gate .student.gate must be true"),
         ({"conv_kernel": 1}, "has 1 taps .student.conv_kernel must be 2 to 4"),
         ({"mixer": "gdn"}, "layers of gdn, and serves attention and mamba2"),
+        ({"mixer": "mamba1"}, "layers of mamba1, and serves attention and mamba2"),
         ({"mixer": "transmamba", "trans_points": [0, "inf", 14, 30]}, "layers of transmamba"),
         ({"mixer": "window_mamba2", "window": 6, "feature_map": "softmax"}, "layers of window_mamba2"),
         ({"family": "mistral"}, "attention of layer 1 has a window of 16 tokens"),
