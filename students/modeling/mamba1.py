@@ -144,6 +144,14 @@ class Mamba1Mixer(FusedProjection):
         return super().drops(view) + unread
 
     @torch.no_grad()
+    def start(self, generator: torch.Generator, spread: float) -> None:
+        """Rates as S4D-Real's, the number of each in the state, and `dt_proj` as mamba_ssm's Mamba starts it."""
+        super().start(generator, spread)
+        self.A_log.copy_(torch.arange(1.0, self.state_size + 1).log())
+        bound = self.rank**-0.5
+        self.dt_proj.weight.uniform_(-bound, bound, generator=generator)
+
+    @torch.no_grad()
     def set_decay(self, half_life: Tensor, scale: Tensor) -> None:
         scale = scale.expand(-1, self.head_dim)
         step = scale.clamp(min=SMALLEST_SCALE) if self.norm is None else torch.ones_like(scale)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from .fused_projection import FusedProjection
-from .modeling_mixer import Geometry, Heads, Transfer
-from .state_space import GATE_OPEN, HALF_LIFE, WidenedLinear
+from .modeling_mixer import Geometry, Heads, Mixer, Transfer
+from .state_space import GATE_OPEN, HALF_LIFE, STEPS, WidenedLinear
 
 try:
     from transpoint.kernels.s4d import s4d_scan, s4d_step
@@ -135,6 +135,20 @@ class S4DMixer(FusedProjection):
         constants |= {"A_imag": tuple(math.pi * i for i in n), "C_imag": 0.0} if self.parts == 2 else {}
         constants |= {} if self.norm is None else {"norm.weight": 1.0}
         return [Transfer(f"{name}.{part}", "constant", value=value) for part, value in constants.items()]
+
+    @torch.no_grad()
+    def start(self, generator: torch.Generator, spread: float) -> None:
+        """Steps log-uniform, and weights of all modes drawn, as the paper has them; rates and the rest as transferred
+        (the paper's, too)."""
+        Mixer.start(self, generator, spread)
+        if self.z_bias is not None:
+            self.z_bias.zero_()
+        low, high = STEPS
+        self.dt_log.uniform_(math.log(low), math.log(high), generator=generator)
+        for weights in (self.C_real, self.C_imag):
+            if weights is not None:
+                weights.normal_(std=self.parts**-0.5, generator=generator)
+        self.D.normal_(generator=generator)
 
     @torch.no_grad()
     def set_decay(self, half_life: Tensor, scale: Tensor) -> None:

@@ -92,6 +92,18 @@ class SoftmaxMixer(Projections):
                 found.append(replace(transfer, target=target, operation="low rank", part=part, value=None))
         return found
 
+    @torch.no_grad()
+    def start(self, generator: torch.Generator, spread: float) -> None:
+        """What layers have in common is drawn by each of them in turn, and low-rank terms start at zero, as LoRA does."""
+        super().start(generator, spread)
+        for module in self.modules():
+            if isinstance(module, SharedLinear):
+                module.weight.normal_(std=spread, generator=generator)
+                if module.bias is not None:
+                    module.bias.zero_()
+                if module.up is not None:
+                    module.up.weight.zero_()
+
     def flops(self, length: int) -> float:
         return attention_flops(self.num_heads * self.head_dim, length, self.window)
 
