@@ -24,7 +24,6 @@ from vllm_beside import needs_vllm, serve
 PAGE = ROOT / "docs" / "serving.md"
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma3_text", "olmo2", "phi3", "gpt_neox", "mixtral", "qwen3_moe"]
 MIXERS = {"mamba2": {}, "gdn": {"qk_norm": False}, "window_mamba2": {}, "transmamba": {}}
-GGUF = {"mamba2": {"gate_bias": False}}  # what a format wants besides
 SIZES = {
     "vocab_size": len(tokenizer_with()) + 3,
     "hidden_size": 128,
@@ -36,8 +35,7 @@ SIZES = {
 
 def student_of(family, mixer, format, keep=(1, 3)):
     """A student, or why there is none."""
-    options = MIXERS[mixer] | (GGUF.get(mixer, {}) if format == "gguf" else {})
-    return copy.deepcopy(made(family, StudentConfig(mixer=mixer, keep_attention=[*keep], **options)))
+    return copy.deepcopy(made(family, StudentConfig(mixer=mixer, keep_attention=[*keep], **MIXERS[mixer])))
 
 
 def made(family, config, known={}):  # noqa: B006 - what was made before
