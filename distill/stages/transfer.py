@@ -93,6 +93,7 @@ TRANSFER: Stage = Stage(
     "transfer",
     run,
     reads=("teacher", "student", "transfer"),
+    code=2,
     settings=TransferConfig,
     unread=lambda recipe: ("transfer",) if TRANSFER.of(recipe).start is None else (),
     makes_student=True,

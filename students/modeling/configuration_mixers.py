@@ -134,7 +134,7 @@ MIXERS: dict[str, MixerKind] = {
         "mamba2.Mamba2Mixer",
         {
             **_state_space(least=1, kernel=4, activation="silu", gate=True, norm=True, rope=False),
-            "gate_bias": Option(True, "whether the gate has a bias; false: none, as gguf has it"),
+            "gate_bias": Option(False, "whether the gate has a bias; false: none, as gguf has it"),
             "expand_kv": Option(False, "whether x and B have a head of their own for each query head"),
             "state_factor": Option(1, "size of the state, in sizes of a head: 1 or 2", choices=(1, 2)),
         },

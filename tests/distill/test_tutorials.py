@@ -97,7 +97,7 @@ def test_own_data_on_several_gpus(here, capfd, unverified):
 
 @pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="needs llama.cpp")
 def test_serve_it(here, capfd, run_tiny):
-    settings = ["teacher.source=teacher", "student.gate_bias=false", *FEW, "align.steps=2", "distill.steps=2"]
+    settings = ["teacher.source=teacher", *FEW, "align.steps=2", "distill.steps=2"]
     run_tiny("runs/first", *settings)
     follow("serve", capfd)
     assert {path.name for path in (here / "served").iterdir()} == {"gguf", "native"}

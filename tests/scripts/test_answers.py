@@ -16,7 +16,7 @@ HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64}
 
 def exported(folder, seed):
     teacher = tiny_teacher("llama", **SIZES, **HEADS)
-    student = stirred(build_student(teacher, StudentConfig(keep_attention=[1, 3], gate_bias=False)), seed)
+    student = stirred(build_student(teacher, StudentConfig(keep_attention=[1, 3])), seed)
     for format in ("native", "gguf"):
         export(student, tokenizer_with(), folder / format, format)
     return [str(folder / format) for format in ("native", "gguf")]

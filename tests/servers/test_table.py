@@ -24,8 +24,7 @@ from vllm_beside import needs_vllm, serve
 PAGE = ROOT / "docs" / "serving.md"
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma3_text", "olmo2", "phi3", "gpt_neox", "mixtral", "qwen3_moe"]
 MIXERS = {"mamba2": {}, "mamba1": {}, "gdn": {"qk_norm": False}, "window_mamba2": {}, "transmamba": {}}
-# What a format wants besides.
-WANTED = {("mamba2", "gguf"): {"gate_bias": False}, ("mamba1", "native"): {"selection": "x"}}
+WANTED = {("mamba1", "native"): {"selection": "x"}}  # what a format wants besides
 SIZES = {
     "vocab_size": len(tokenizer_with()) + 3,
     "hidden_size": 128,

@@ -11,10 +11,10 @@ from transpoint.teachers.random import byte_tokenizer
 from vllm_beside import BLOCK, CHAT, TOKENS, needs_vllm, serve
 
 WIDE = {"head_dim": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "attention_bias": True}
-BARE = {"norm": False, "conv_activation": None, "conv_kernel": 2, "gate_bias": False, "state_factor": 2}
+BARE = {"norm": False, "conv_activation": None, "conv_kernel": 2, "state_factor": 2}
 EXPORTS = {
     "native": {},
-    "native without attention": {"family": "qwen2", "keep": []},
+    "native without attention": {"family": "qwen2", "keep": [], "options": {"gate_bias": True}},
     "native in bfloat16": {"dtype": torch.bfloat16},
     "custom": {"format": "custom", "family": "qwen3"},
     "custom without attention": {"format": "custom", "family": "qwen3", "keep": [], "options": {"expand_kv": True}},

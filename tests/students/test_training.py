@@ -4,9 +4,9 @@ import pytest
 import torch
 
 OPTIONS = {
-    "llama": {"family": "llama"},
-    "qwen2, all mixers": {"family": "qwen2", "keep_attention": ()},
-    "qwen3 with rope": {"family": "qwen3", "rope": True},
+    "llama": {"family": "llama", "gate_bias": True},
+    "qwen2, all mixers": {"family": "qwen2", "keep_attention": (), "gate_bias": True},
+    "qwen3 with rope": {"family": "qwen3", "rope": True, "gate_bias": True},
     "bare": {"family": "qwen3", "gate": False, "norm": False, "conv_activation": None},
 }
 
@@ -31,7 +31,7 @@ def test_gradients_reach_every_parameter(make_student, case, stirred):
 
 
 def test_gradients_reach_every_part_of_the_input_projection(make_student):
-    student = make_student(stirred=False)
+    student = make_student(stirred=False, gate_bias=True)
     _, gradients = loss_and_gradients(student)
     mixer = student.mixer_layers()[0]
     rows = gradients["model.layers.0.self_attn.in_proj.weight"].split(list(mixer.sizes.values()))

@@ -135,7 +135,7 @@ def test_heads_of_its_own_and_a_larger_state_change_nothing_at_the_start(case, o
 @pytest.mark.parametrize("case", ["4 heads over 2", "biases", "q and k norms, head_dim 32 of hidden 64"])
 def test_a_gate_starts_open(case):
     teacher = teacher_of(case)
-    assert layer_difference(teacher, build(teacher, gate=True)) < 1e-4
+    assert layer_difference(teacher, build(teacher, gate=True, gate_bias=True)) < 1e-4
 
 
 def test_q_and_k_norms_can_be_left_out():
@@ -223,7 +223,7 @@ def test_with_silu_the_convolution_hands_it_the_teachers_projections_times_its_t
 
 
 def test_a_student_starts_with_no_skip_an_open_gate_and_a_half_life_of_32_tokens():
-    mixer = build(teacher_of("4 heads over 2"), gate=True, norm=True).mixer_layers()[0]
+    mixer = build(teacher_of("4 heads over 2"), gate=True, gate_bias=True, norm=True).mixer_layers()[0]
     assert torch.equal(mixer.D, torch.zeros(4)) and torch.equal(mixer.norm.weight, torch.ones(64))
     torch.testing.assert_close(F.silu(mixer.z_bias), torch.ones(64))
     decay = torch.exp(-torch.exp(mixer.A_log) * F.softplus(mixer.dt_bias))

@@ -42,9 +42,7 @@ def sentencepiece_like():
 
 
 def make(options=None, **given):
-    return distinct_student(
-        options={"gate_bias": False, **(options or {})}, **{"vocab_size": len(tokenizer_with()) + 3, **given}
-    )
+    return distinct_student(options=options, **{"vocab_size": len(tokenizer_with()) + 3, **given})
 
 
 STUDENTS = {
@@ -138,7 +136,7 @@ def test_a_run_ends_with_a_file_for_llama_cpp(tmp_path, run_tiny):
     teacher, _ = random_teacher("random-llama", vocab_size=len(tokenizer_with()))
     for part in (teacher, tokenizer_with()):
         part.save_pretrained(tmp_path / "teacher")
-    settings = ["student.gate_bias=false", "export.format=gguf", "evaluate.recall=[]", "align.steps=10"]
+    settings = ["export.format=gguf", "evaluate.recall=[]", "align.steps=10"]
     said = run_tiny(tmp_path / "run", f"teacher.source={tmp_path / 'teacher'}", *settings)
     folder = tmp_path / "run" / "export" / "gguf"
     assert f"export: {folder} loads without Transpoint" in said and (folder / gguf.FILE).is_file()
@@ -238,7 +236,7 @@ def test_a_tokenizer_without_a_like_is_refused(tokenizer, reason):
 )
 def test_students_are_refused_before_there_is_one(config, reason, installed):
     assert reason in gguf.why_no_student(StudentConfig(**config))
-    assert gguf.why_no_student(StudentConfig(gate_bias=False)) is None
+    assert gguf.why_no_student(StudentConfig()) is None
 
 
 @pytest.mark.parametrize(
@@ -271,7 +269,7 @@ def test_eight_bits_are_refused(installed, tmp_path):
 def test_without_llama_cpp_it_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     reason = "what is written is checked in llama.cpp, which is not installed: pip install 'transpoint[gguf]'"
-    assert gguf.why_no_student(StudentConfig(gate_bias=False)) == reason
+    assert gguf.why_no_student(StudentConfig()) == reason
     with pytest.raises(ExportError, match="^gguf cannot hold this student: what is written is checked in llama.cpp"):
         export(make(), tokenizer_with(), tmp_path / "out", "gguf")
 

@@ -25,9 +25,15 @@ from transpoint.teachers import load_teacher
 
 GPU = torch.cuda.is_available()
 SCHEDULE = [0, 8, 20, "inf"]
-MIXERS = {"mamba2": {}, "transmamba": {"trans_points": SCHEDULE}, "window_mamba2": {"window": 6, "sinks": 2}}
-MIXERS |= {"gdn": {}, "mamba1": {}, "s4d": {"state_size": 8}}
-MIXERS |= {"softmax": {"attention_window": 6, "attention_positions": False}}
+MIXERS = {
+    "mamba2": {"gate_bias": True},  # else nothing but the gate has a gradient at first
+    "mamba1": {},
+    "transmamba": {"trans_points": SCHEDULE},
+    "window_mamba2": {"window": 6, "sinks": 2},
+    "gdn": {},
+    "s4d": {"state_size": 8},
+    "softmax": {"attention_window": 6, "attention_positions": False},
+}
 pytestmark = pytest.mark.slow  # all compile: seconds each
 
 
