@@ -94,7 +94,7 @@ class SoftmaxMixer(Projections):
 
     @torch.no_grad()
     def start(self, generator: torch.Generator, spread: float) -> None:
-        """What layers have in common is drawn by each of them in turn, and low-rank terms start at zero, as LoRA does."""
+        """What layers have in common is drawn by each of them in turn; low-rank terms start at zero, as in LoRA."""
         super().start(generator, spread)
         for module in self.modules():
             if isinstance(module, SharedLinear):
