@@ -74,6 +74,13 @@ class Served:
         wholes = [model(torch.tensor([ids + a["tokens"]])).logits[0].float().log_softmax(-1) for ids, a in self.pairs()]
         return torch.stack([wholes[number][place, token] for (number, place), token, _ in self._given()])
 
+    def worst(self, differences):
+        """For a message: how many log-probabilities are further than usual from transformers', and which most."""
+        given = [where for where, _, _ in self._given()]
+        order = differences.argsort(descending=True)[:8].tolist()
+        largest = [f"{differences[i]:.1e} of prompt {given[i][0]} at {given[i][1]}" for i in order]
+        return f"{int((differences > 5e-5).sum())} of {len(given)} are further than 5e-5: {', '.join(largest)}"
+
     @torch.no_grad()
     def regret(self):
         """How much likelier transformers finds another token than the one that vLLM chose, at most."""
