@@ -73,7 +73,7 @@ def check_sizes(family: str, sizes: dict) -> None:
     family = sizes.get("model_type", family)
     config = AutoConfig.for_model(family)
     for name in sizes:
-        if not hasattr(config, name):
+        if not hasattr(config, name) and name not in SIZES:
             near = difflib.get_close_matches(name, vars(config), n=1)
             raise TeacherError(
                 f"a {family} model has no size '{name}'" + (f"; did you mean '{near[0]}'?" if near else "")

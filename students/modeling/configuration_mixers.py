@@ -180,7 +180,7 @@ MIXERS: dict[str, MixerKind] = {
         "mamba1.Mamba1Mixer",
         {
             **_state_space(least=1, kernel=4, activation="silu", gate=True, norm=False, rope=False),
-            "gate_bias": Option(True, "whether the gate has a bias"),
+            "gate_bias": Option(False, "whether the gate has a bias"),
             "selection": Option(
                 "hidden",
                 "what step, B and C are computed from: hidden, as attention's keys and queries are, or x, the "

@@ -235,7 +235,7 @@ def test_plan_shows_what_would_be_done_and_writes_nothing(say, tmp_path, monkeyp
         "model.layers.0.self_attn.q_proj.weight * 0.25",
     ] in cells
     # Embedding and final norm, four layers of attention, MLP and norms; a mixer has a gate, steps and so on more.
-    attention, mixer = 64 * (64 + 32 + 32 + 64), 64 * (64 + 32 + 32 + 64 + 4) + 64 * 64 + 64 + 128 * 5 + 3 * 4 + 64
+    attention, mixer = 64 * (64 + 32 + 32 + 64), 64 * (64 + 32 + 32 + 64 + 4) + 64 * 64 + 128 * 5 + 3 * 4 + 64
     rest = 259 * 64 + 64 + 4 * (3 * 64 * 128 + 2 * 64)
     assert (
         f"parameters: {rest + 4 * attention:,} in the teacher, {rest + 2 * attention + 2 * mixer:,} in the student"

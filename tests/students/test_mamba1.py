@@ -46,7 +46,7 @@ def of(case):
 def test_it_starts_as_mamba_2_does(family, options):
     """Which is tested against attention: the same decay for all numbers of a state, whatever the input."""
     (_, student), (_, other) = (
-        build(family, mixer=mixer, **{"norm": False, **options}) for mixer in ("mamba1", "mamba2")
+        build(family, mixer=mixer, **{"norm": False, "gate_bias": True, **options}) for mixer in ("mamba1", "mamba2")
     )
     ids = tokens()
     assert_near(logits(student, ids), logits(other, ids), 1e-5)
@@ -75,8 +75,8 @@ def test_each_channel_has_a_scale_of_its_own():
 
 @pytest.mark.parametrize("selection", ["hidden", "x"])
 def test_steps_and_decay_can_be_learned(selection):
-    """No input moves a step at first, but each can learn to, by inputs of its own."""
-    _, student = build("llama", selection=selection)
+    """No input moves a step at first, but each can learn to, by inputs of its own: where the gate is open."""
+    _, student = build("llama", selection=selection, gate_bias=True)
     student(tokens(), labels=tokens(seed=1)).loss.backward()
     mixer = student.mixer_layers()[0]
     if selection == "hidden":

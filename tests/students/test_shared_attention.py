@@ -82,7 +82,7 @@ def test_shared_matrices_are_stored_once_and_shared_again(untied, tmp_path):
 
 
 def test_a_shared_matrix_learns_from_all_its_layers_and_is_trained_once():
-    student = build(rank=2).train()
+    student = build(rank=2, **KEPT, gate_bias=True).train()
     student(tokens(), labels=tokens()).loss.backward()
     for name, parameter in student.named_parameters():
         assert parameter.grad is not None and parameter.grad.norm() > 0, name

@@ -129,7 +129,9 @@ def test_native_is_the_student_in_plain_transformers(case, tmp_path, unverified)
     assert config["layer_types"] == (types if "attention" in types else [*types, "attention"])
     assert config["model_type"] == "granitemoehybrid" and config["num_local_experts"] == 0
     biased = any(
-        mixer.z_bias is not None or mixer.out_proj.bias is not None for mixer in filter(None, student.mixer_layers())
+        mixer.z_bias is not None or mixer.out_proj.bias is not None
+        for mixer, kind in zip(student.mixer_layers(), student.config.mixers, strict=True)
+        if kind == "mamba2"
     )
     assert config["mamba_proj_bias"] == biased
 
