@@ -14,9 +14,18 @@ from transformers import GraniteMoeHybridConfig, GraniteMoeHybridForCausalLM
 
 from ...students import HybridForCausalLM, Mamba2Mixer, StudentConfig
 from ...students.modeling.configuration_mixers import have_trans_points, is_attention
-from ...students.modeling.softmax_attention import SoftmaxMixer
 from .engines import NO_ONNX, READ, REFUSES, TRIED, WRONG, Engine
-from .home import FOR_CONFIG, FOR_STUDENT, Home, config_around, mlp_of, state_of_appended, why_fixed, why_not_around
+from .home import (
+    FOR_CONFIG,
+    FOR_STUDENT,
+    Home,
+    config_around,
+    has_positions,
+    mlp_of,
+    state_of_appended,
+    why_fixed,
+    why_not_around,
+)
 from .verify import rounded
 
 FAMILIES = ("llama", "mistral", "qwen2")  # what is outside attention is then the same arithmetic
@@ -71,11 +80,6 @@ def why_not(student: HybridForCausalLM) -> str | None:
 def mixers_of(student: HybridForCausalLM) -> list[Mamba2Mixer]:
     """Its Mamba-2 layers."""
     return [mixer for mixer in student.mixer_layers() if isinstance(mixer, Mamba2Mixer)]
-
-
-def has_positions(attention: nn.Module) -> bool:
-    """Whether an attention, kept or as a mixer, has a rotary embedding."""
-    return not isinstance(attention, SoftmaxMixer) or attention.positions
 
 
 def too_old() -> str | None:

@@ -99,6 +99,11 @@ def state_of_appended(model: type[PreTrainedModel], config: PreTrainedConfig, la
     return {name: torch.zeros(t.shape) for name, t in shapes.items() if name.startswith(appended)} if appended else {}
 
 
+def has_positions(attention: nn.Module) -> bool:
+    """Whether an attention, kept or as a mixer, has a rotary embedding."""
+    return not isinstance(attention, SoftmaxMixer) or attention.positions
+
+
 def mlp_of(layer: nn.Module) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
     """The projections of a layer's MLP: of gate, up and down."""
     mlp: Any = layer.mlp

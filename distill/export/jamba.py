@@ -3,11 +3,10 @@
 Its Mamba-1 layer has one B and one C for all channels, made of the convolved x by one matrix and RMS-normalised. A
 teacher's keys and queries are functions of the hidden state, other ones for each head, which no weights of that layer
 compute: students that start from them have no home, there or in FalconMamba, whose layer is the same without weights in
-the norms. Its attention has no positions, and that of all teachers whose layers are otherwise the same has rotary ones:
-so it holds students that keep none.
+the norms. Its attention has no positions (`student.attention_positions=false`), and comes in every so many layers.
 """
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +14,19 @@ from transformers import JambaConfig, JambaForCausalLM
 
 from ...students import HybridForCausalLM, StudentConfig
 from ...students.modeling.mamba1 import Mamba1Mixer
+from ...students.modeling.projections import PROJECTIONS
 from .engines import NO_ONNX, READ, Engine
-from .home import FOR_CONFIG, FOR_STUDENT, Home, config_around, mlp_of, state_of_appended, why_fixed, why_not_around
+from .home import (
+    FOR_CONFIG,
+    FOR_STUDENT,
+    Home,
+    config_around,
+    has_positions,
+    mlp_of,
+    state_of_appended,
+    why_fixed,
+    why_not_around,
+)
 from .verify import rounded
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -39,9 +49,9 @@ def why_no_student(config: StudentConfig) -> str | None:
 def why_not(student: HybridForCausalLM) -> str | None:
     """Why no Jamba can be this student."""
     config = student.config
-    if others := set(config.mixers) - {"attention", "mamba1"}:
+    if others := set(config.mixers) - {"attention", "softmax", "mamba1"}:
         return f"it holds {TITLE} layers, not {', '.join(sorted(others))}; {FOR_STUDENT}"
-    mixer = _mixers(student)[0]
+    mixer, attention = _mixers(student)[0], _attention_of(student)
     if not mixer.from_x:
         return f"{_FROM_HIDDEN} {FOR_STUDENT}"
     if reason := why_not_around(student, FAMILIES):
@@ -54,11 +64,20 @@ def why_not(student: HybridForCausalLM) -> str | None:
             f"its {TITLE} width must be a multiple of the hidden size {config.hidden_size}, "
             f"and {mixer.num_heads} heads of {mixer.head_dim} are not; {FOR_STUDENT}"
         )
-    if "attention" in config.mixers:
+    if any(map(has_positions, attention.values())):
         return (
-            f"its attention has no positions, and that of a {config.base_model_type} has rotary ones: keep none "
-            f"(student.keep_attention=[]), or {FOR_STUDENT}"
+            f"its attention has no positions, and that of a {config.base_model_type} has rotary ones: set "
+            f"student.attention_positions=false, keep none (student.keep_attention=[]), or {FOR_STUDENT}"
         )
+    if student.tied_mixers:
+        return f"its attention has no projections that layers share; {FOR_STUDENT}"
+    for module in attention.values():
+        if module.q_norm is not None or any(getattr(module, name).bias is not None for name in PROJECTIONS):
+            return f"its attention has no q/k norms and no biases; {FOR_STUDENT}"
+    if attention and mixer.num_heads * mixer.head_dim != config.hidden_size:
+        return f"all heads of its attention together are as wide as a hidden state; {FOR_STUDENT}"
+    if attention and _period(list(attention), len(config.mixers)) is None:
+        return f"its attention comes in every so many layers, and here in {list(attention)}; {FOR_STUDENT}"
     return None
 
 
@@ -67,11 +86,13 @@ def config_of(student: HybridForCausalLM) -> JambaConfig:
     around, mixers = config_around(student), _mixers(student)
     for name in ("rope_parameters", "layer_types", "head_dim"):  # vLLM's heads are of another size than it says
         del around[name]
-    mixer, layers = mixers[0], len(mixers)
+    mixer, layers = mixers[0], len(student.config.mixers)
+    # Without attention, the layer that is appended is the only one with it.
+    period, offset = _period(list(_attention_of(student)), layers) or (layers + 1, layers)
     return JambaConfig(
         **around,
-        attn_layer_period=layers + 1,  # the layer that is appended is the only one with attention
-        attn_layer_offset=layers,
+        attn_layer_period=period,
+        attn_layer_offset=offset,
         num_experts=1,
         num_experts_per_tok=1,
         router_aux_loss_coef=0.0,
@@ -93,14 +114,17 @@ def state_of(student: HybridForCausalLM, dtype: torch.dtype) -> dict[str, Tensor
         "model.final_layernorm.weight": decoder.norm.weight,
         "lm_head.weight": student.get_output_embeddings().weight,
     }
-    for i, (layer, mixer) in enumerate(zip(decoder.layers, _mixers(student), strict=True)):
+    for i, (layer, mixer) in enumerate(zip(decoder.layers, student.mixer_layers(), strict=True)):
         own = {
             "input_layernorm.weight": layer.input_layernorm.weight,
             "pre_ff_layernorm.weight": layer.post_attention_layernorm.weight,
         }
         for name, linear in zip(("gate_proj", "up_proj", "down_proj"), mlp_of(layer), strict=True):
             own[f"feed_forward.{name}.weight"] = linear.weight
-        own |= _mixer(mixer, config.mamba_proj_bias)
+        if isinstance(mixer, Mamba1Mixer):
+            own |= _mixer(mixer, config.mamba_proj_bias)
+        else:
+            own |= {f"self_attn.{name}.weight": getattr(layer.self_attn, name).weight for name in PROJECTIONS}
         state |= {f"model.layers.{i}.{name}": tensor for name, tensor in own.items()}
     state |= state_of_appended(JambaForCausalLM, config, len(decoder.layers))
     return rounded(student, dtype, {name: tensor.detach().cpu() for name, tensor in state.items()}, EXACT)
@@ -127,8 +151,22 @@ def _mixer(mixer: Mamba1Mixer, biases: bool) -> dict[str, Tensor]:
 
 
 def _mixers(student: HybridForCausalLM) -> list[Mamba1Mixer]:
-    """Those of its layers that are no attention: where it can be held, all."""
-    return [cast(Mamba1Mixer, mixer) for mixer in student.mixer_layers() if mixer is not None]
+    return [mixer for mixer in student.mixer_layers() if isinstance(mixer, Mamba1Mixer)]
+
+
+def _attention_of(student: HybridForCausalLM) -> dict[int, Any]:
+    """By layer, kept or as a mixer."""
+    layers = enumerate(student.attention_layers())
+    return {layer: module for layer, module in layers if not isinstance(module, Mamba1Mixer)}
+
+
+def _period(attention: list[int], layers: int) -> tuple[int, int] | None:
+    """Period and offset by which just these of so many layers are attention; None where there are none."""
+    for period in range(1, layers + 1):
+        for offset in range(period):
+            if list(range(offset, layers, period)) == attention:
+                return period, offset
+    return None
 
 
 def engines_of(student: HybridForCausalLM) -> tuple[Engine, ...]:

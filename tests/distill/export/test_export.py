@@ -106,8 +106,16 @@ MAMBA1 = {"mixer": "mamba1", "selection": "x"}
 NATIVE_MAMBA1 = {
     "llama": {},
     "qwen2-conv2-untied": {"family": "qwen2", "options": {"conv_kernel": 2}, "tie_word_embeddings": False},
-    "qwen3-conv1-no-gate-bias": {"family": "qwen3", "options": {"conv_kernel": 1, "gate_bias": False}},
-    "llama-biases": {"attention_bias": True, "options": {"gate_bias": False}},
+    "qwen3-conv1": {"family": "qwen3", "options": {"conv_kernel": 1}},
+    "llama-gate-bias": {"options": {"gate_bias": True}},
+    "llama-biases": {"attention_bias": True},
+    "llama-every-second": {"keep": (1, 3), "options": {"attention_positions": False}},
+    "mistral-one": {
+        "family": "mistral",
+        "keep": (2,),
+        "options": {"attention_positions": False},
+        "sliding_window": None,
+    },
     "mistral-windows-given-up": {"family": "mistral"},
 }
 
@@ -568,8 +576,16 @@ REFUSED = {
     ),
     "Mamba-1, attention": (
         {"options": MAMBA1},
-        "its attention has no positions, and that of a llama has rotary ones: keep none (student.keep_attention=[]), "
-        "or use format custom",
+        "its attention has no positions, and that of a llama has rotary ones: set student.attention_positions=false, "
+        "keep none (student.keep_attention=[]), or use format custom",
+    ),
+    "Mamba-1, attention at unequal distances": (
+        {"keep": (0, 1, 3), "options": MAMBA1 | {"attention_positions": False}},
+        "its attention comes in every so many layers, and here in [0, 1, 3]; use format custom",
+    ),
+    "Mamba-1, attention with biases": (
+        {"family": "qwen2", "options": MAMBA1 | {"attention_positions": False}},
+        "its attention has no q/k norms and no biases; use format custom",
     ),
     "Mamba-1, width": (
         {"keep": [], "options": MAMBA1, "head_dim": 24},
