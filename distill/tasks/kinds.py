@@ -1,0 +1,11 @@
+"""Which tasks there are."""
+
+from .recall import AssociativeRecall, Induction, Needle, SelectiveCopying
+from .task import Task
+
+TASKS: dict[str, type[Task]] = {
+    "mqar": AssociativeRecall,
+    "induction": Induction,
+    "copying": SelectiveCopying,
+    "needle": Needle,
+}
