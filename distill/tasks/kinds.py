@@ -1,5 +1,6 @@
 """Which tasks there are."""
 
+from .in_context import LinearRegression, OutlierRegression, SparseParity
 from .recall import AssociativeRecall, Induction, Needle, SelectiveCopying
 from .task import Task
 
@@ -8,4 +9,7 @@ TASKS: dict[str, type[Task]] = {
     "induction": Induction,
     "copying": SelectiveCopying,
     "needle": Needle,
+    "parity": SparseParity,
+    "regression": LinearRegression,
+    "outliers": OutlierRegression,
 }

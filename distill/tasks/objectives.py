@@ -60,3 +60,38 @@ class TokenAnswers(Answering):
 
     def figures(self, said: Tensor, answers: Tensor) -> Tensor:
         return (said.argmax(-1) == answers).float()
+
+
+class ValueAnswers(Answering):
+    """Squared error of a number, from vectors that are read by a linear layer in place of embeddings; measured is the
+    squared error by the number of their dimensions."""
+
+    def __init__(self, student: HybridForCausalLM, dimensions: int):
+        super().__init__(student)
+        self.read_in = nn.Linear(dimensions, student.config.hidden_size)
+        self.read_out = nn.Linear(student.config.hidden_size, 1)
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """All but embeddings and output matrix: there are no tokens."""
+        unused = (self.student.get_input_embeddings(), self.student.get_output_embeddings())
+        left_out = {id(parameter) for module in unused for parameter in module.parameters()}
+        return {name: parameter for name, parameter in self.named_parameters() if id(parameter) not in left_out}
+
+    def said(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.read_out(self._where_asked(batch, inputs_embeds=self.read_in(batch["inputs"])))[..., 0]
+
+    def loss(self, said: Tensor, answers: Tensor) -> Tensor:
+        return F.mse_loss(said.float(), answers)
+
+    def figures(self, said: Tensor, answers: Tensor) -> Tensor:
+        return (said.float() - answers).square() / self.read_in.in_features
+
+
+class SignAnswers(ValueAnswers):
+    """The same of -1 or 1, as which of the two: cross-entropy, and whether the sign is right."""
+
+    def loss(self, said: Tensor, answers: Tensor) -> Tensor:
+        return F.binary_cross_entropy_with_logits(said.float(), (answers + 1) / 2)
+
+    def figures(self, said: Tensor, answers: Tensor) -> Tensor:
+        return (said.sign() == answers).float()

@@ -1,6 +1,7 @@
 """tasks: items and their answers, training on them through the command, and what is made of it."""
 
 import dataclasses
+import itertools
 import xml.etree.ElementTree as ElementTree
 
 import numpy as np
@@ -93,6 +94,66 @@ def test_a_needle_is_at_its_depth_and_the_only_one():
             assert ids.count(ids[place + 1]) == 1
 
 
+def by_turns(item):
+    """x (n, D) and y (n,) of an item, and that y has zeros after it."""
+    x, y = item["inputs"][::2], item["inputs"][1::2]
+    assert (y[:, 1:] == 0).all()
+    return x, y[:, 0]
+
+
+def test_parity_is_that_of_one_set_of_numbers():
+    task = TASKS["parity"](points=40, dimensions=5, factors=2)
+    hidden = set()
+    for item in drawn(task):
+        x, y = by_turns(item)
+        fits = [pair for pair in itertools.combinations(range(5), 2) if torch.equal(x[:, pair].prod(1), y)]
+        assert len(fits) == 1 and (x.abs() == 1).all()
+        assert item["asked"].tolist() == list(range(0, 80, 2)) and torch.equal(item["answers"], y)
+        hidden |= set(fits)
+    assert len(hidden) > 3  # each sequence has its own
+
+
+@pytest.mark.parametrize("name", ["regression", "outliers"])
+def test_regression_is_linear_where_it_is_asked(name):
+    task = TASKS[name](points=20, dimensions=4)
+    for item in drawn(task):
+        x, y = by_turns(item)
+        asked = item["asked"] // 2
+        found = torch.linalg.lstsq(x[asked[:4]].double(), y[asked[:4], None].double()).solution[:, 0]
+        assert torch.allclose(x[asked].double() @ found, y[asked].double(), rtol=1e-3, atol=1e-3)
+        assert torch.equal(item["answers"], y[asked]) and (item["asked"] % 2 == 0).all()
+        others = [place for place in range(len(x)) if place not in asked]
+        assert len(others) == (32 if name == "outliers" else 0)
+        assert (x[others] == 1).all() and (y[others] == 1).all()
+
+
+def test_figures_in_context_are_of_the_last_quarter():
+    task = TASKS["regression"](points=8)
+    assert task.scored(torch.tensor([[9.0] * 6 + [1.0, 3.0]])) == 2.0
+
+
+@pytest.mark.parametrize(("name", "figure", "right"), [("regression", "error", 0), ("parity", "accuracy", 1)])
+def test_figures_of_who_knows_and_of_who_says_nothing(name, figure, right):
+    """The squared error is about 1 for a model that says 0, and a sign is right or not."""
+    task = TASKS[name](dimensions=4)
+    items = drawn(task, 400)
+    answers = torch.stack([item["answers"] for item in items])
+    student = untrained("llama", StudentConfig(keep_attention=1.0), hidden_size=16, num_hidden_layers=1)
+    objective = task.objective(student)
+    assert task.figure == figure and task.scored(objective.figures(answers, answers)) == right
+    silent = task.scored(objective.figures(torch.zeros_like(answers), answers))
+    assert silent == 0 if name == "parity" else silent == pytest.approx(1, abs=0.1)
+
+
+def test_what_is_trained_has_no_embeddings_where_there_are_no_tokens():
+    student = untrained("llama", StudentConfig(keep_attention=1.0), hidden_size=16, num_hidden_layers=1)
+    names = {name: set(TASKS[name]().objective(student).trained()) for name in ("mqar", "regression")}
+    assert names["mqar"] - names["regression"] == {"student.model.embed_tokens.weight"}
+    assert names["regression"] - names["mqar"] == {
+        f"{layer}.{part}" for layer in ("read_in", "read_out") for part in ("weight", "bias")
+    }
+
+
 def grid(folder, *overrides):
     return load_grid(TINY, [f"run.dir={folder}", *overrides])
 
@@ -119,6 +180,15 @@ def test_each_task_trains_through_the_command(tmp_path, capsys):
     assert main(command) == 0
     assert capsys.readouterr().out.count("done before, reused") == len(found["runs"])
     assert read_json(out / "tasks.json") == found and (out / "tasks.json").stat().st_mtime_ns > begun
+
+
+@pytest.mark.slow
+def test_what_can_be_learned_is(tmp_path):
+    """Mamba-2 learns to copy selectively, as it is known to, which it cannot from the start."""
+    less = [*only("copying"), "architectures.attention=null", "train.lrs=[1e-2]", "train.batch_size=32"]
+    less += ["train.checkpoint_every=1000", "measure.items=128"]
+    before, after = (run_grid(grid(tmp_path, *less, f"tasks.copying.steps={steps}")).runs[0].value for steps in (0, 90))
+    assert before < 0.5 and after > 0.9
 
 
 @pytest.mark.slow
