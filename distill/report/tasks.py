@@ -45,8 +45,8 @@ def as_markdown(found: Outcomes) -> str:
 
 
 def draw(found: Outcomes, out: Path) -> Path | None:
-    """Writes the plot: each task a panel, in it each architecture's mean, the span of its seeds, and chance for none.
-    None where there is nothing to draw. Raises RunError where it cannot be written."""
+    """Writes the plot: each task a panel, in it each architecture's mean, and a line from its worst seed to its
+    best. None where there is nothing to draw. Raises RunError where it cannot be written."""
     tasks, names = _names(found)
     if not tasks:
         return None
@@ -87,7 +87,9 @@ def draw_memory(found: Outcomes, out: Path) -> Path | None:
                 marker = "os^D"[place // len(COLOURS) % 4]
                 panel.plot([size], [mean], marker=marker, color=colour, linestyle="", label=name)
         panel.set_title(task, loc="left")
-        panel.set(ylim=(-0.03, 1.03), xscale="log", xlabel="bytes remembered at the end", ylabel="accuracy")
+        panel.set(ylim=(-0.03, 1.03), xlabel="KiB remembered at the end", ylabel="accuracy")
+        panel.set_xscale("log", base=2)
+        panel.xaxis.set_major_formatter(lambda size, _: f"{size / 1024:g}")
         panel.grid(True, alpha=0.3)
     axes[0].figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=3)
     return save(out)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -101,6 +102,7 @@ def load_grid(path: str | Path, overrides: Sequence[str] = ()) -> Grid:
         raise ConfigError(f"{path} is not readable as YAML: {_one_line(error)}") from error
     config = _typed(TasksConfig, given, "")
     check_values(config, "")
+    config.run.dir = os.path.expanduser(config.run.dir)
     if not config.train.lrs:
         raise ConfigError("train.lrs is empty: name at least one learning rate")
     tasks = {name: _trial(name, values, config) for name, values in _named(config.tasks, "tasks")}
