@@ -69,7 +69,7 @@ def run_grid(
 ) -> Outcomes:
     """Runs what is not done of a grid with so many seeds; writes `tasks.json` after each training.
 
-    A training that fails leaves the others be, as with a learning rate that is too high.
+    A training that fails leaves the others be. It counts as failed where it did at all learning rates.
 
     Raises:
         RunError: it was started as several processes, or its folder cannot be used.
@@ -87,7 +87,7 @@ def run_grid(
     with alone_in(root):
         for seed in range(config.run.seed, config.run.seed + seeds):
             for name, called in itertools.product(grid.tasks, grid.architectures):
-                task, records = grid.tasks[name].task, {}
+                task, records, failed = grid.tasks[name].task, {}, {}
                 for lr in [chosen[name, called]] if (name, called) in chosen else config.train.lrs:
                     folder = StageFolder(root, f"{name}-{called}-lr{lr:g}-seed{seed}")
                     try:
@@ -95,8 +95,11 @@ def run_grid(
                     except Stopped:
                         raise
                     except TrainingError as error:
-                        found.failed[folder.stage] = str(error)
-                if records:
+                        failed[folder.stage] = str(error)
+                        runs.console.print(f"{folder.stage} failed: {error}", highlight=False, markup=False)
+                if not records:
+                    found.failed.update(failed)
+                else:
                     best = min if task.figure == "error" else max
                     lr = chosen[name, called] = best(records, key=lambda lr: records[lr]["validation"])
                     kept = {key: value for key, value in records[lr].items() if key in Outcome.__dataclass_fields__}

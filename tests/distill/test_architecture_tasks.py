@@ -224,6 +224,20 @@ def test_of_several_learning_rates_the_best_is_kept_and_goes_for_further_seeds(t
     assert by_lr[kept]["validation"] == max(record["validation"] for record in by_lr.values())
 
 
+@pytest.mark.slow
+def test_a_training_that_fails_leaves_the_others_be(tmp_path, capsys):
+    less = [*only("regression"), "architectures.mamba2=null", "train.max_skipped=1", "train.log_every=1"]
+    command = ["tasks", str(TINY), f"run.dir={tmp_path}", *less]
+    assert main([*command, "train.lrs=[1e30,1e-3]"]) == 0
+    assert "regression-attention-lr1e+30-seed0 failed: " in capsys.readouterr().out
+    found = read_json(tmp_path / "tasks.json")
+    assert [run["lr"] for run in found["runs"]] == [1e-3] and not found["failed"]
+    assert main([*command, "train.lrs=[1e30]"]) == 1
+    assert "regression-attention-lr1e+30-seed0 failed: " in capsys.readouterr().err
+    found = read_json(tmp_path / "tasks.json")
+    assert not found["runs"] and list(found["failed"]) == ["regression-attention-lr1e+30-seed0"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
