@@ -17,7 +17,7 @@ from transpoint.distill.tasks.config import load_grid
 from transpoint.distill.tasks.grid import Outcome, Outcomes, memory_bytes, run_grid
 from transpoint.distill.tasks.kinds import TASKS
 from transpoint.distill.tasks.task import SPECIAL, TEST, TRAINING, VALIDATION, Generated
-from transpoint.students import StudentConfig, untrained
+from transpoint.students import StudentConfig, layer_plan, untrained
 
 TINY = CONFIGS / "tiny-tasks.yaml"
 
@@ -266,6 +266,16 @@ def test_what_cannot_be_run_is_said_in_one_line(overrides, said):
 def test_a_model_that_cannot_be_is_refused_before_anything_trains(tmp_path, capsys):
     assert main(["tasks", str(TINY), f"run.dir={tmp_path}", "architectures.x={keep_attention: [7]}"]) == 1
     assert "student.keep_attention holds layer 7" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_the_grid_that_ships_has_each_task_and_layer_plans_that_can_be():
+    found = load_grid(CONFIGS / "tasks.yaml")
+    assert set(found.tasks) == set(TASKS)
+    plans = [
+        layer_plan(one.student, one.sizes["num_hidden_layers"], from_scratch=True)
+        for one in found.architectures.values()
+    ]
+    assert len(set(map(tuple, plans))) > 7
 
 
 def test_what_is_remembered():
