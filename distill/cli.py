@@ -396,6 +396,27 @@ def synthesize(options) -> None:
     session.say(describe(recipe.synthesize.out or Path(recipe.run.dir) / "synthetic", record))
 
 
+def tasks(options) -> None:
+    from .report.comparison import check_drawing
+    from .report.tasks import as_markdown, draw, draw_memory, rows_of
+    from .tasks.config import load_grid
+    from .tasks.grid import run_grid
+
+    check_drawing()
+    grid = load_grid(options.config, options.overrides)
+    found, out = run_grid(grid, options.seeds), Path(grid.config.run.dir)
+    head, *rows = rows_of(found)
+    table = Table(*map(escape, head), title=escape(str(out)))
+    for row in rows:
+        table.add_row(*map(escape, row))
+    console_of().print(table)
+    (out / "tasks.md").write_text(as_markdown(found), encoding="utf-8")
+    drawn = [draw(found, out / "tasks.svg"), draw_memory(found, out / "memory.svg")]
+    print(f"{out}/tasks.json and .md, {' and '.join(str(path) for path in drawn if path)}")
+    if found.failed:
+        raise DistillError("; ".join(f"{name} failed: {reason}" for name, reason in found.failed.items()))
+
+
 def push(options) -> None:
     from .export.formats import has_model
     from .export.hub import push as upload
@@ -426,13 +447,15 @@ COMMANDS = {
     "report": report,
     "cache-teacher": cache_teacher,
     "synthesize": synthesize,
+    "tasks": tasks,
     "push": push,
     "keys": keys,
 }
 
 
 LIGHT = ("init", "status", "report", "keys")  # which answer at once, without torch
-TRAINING = ("run", "compare", "cache-teacher", "synthesize")  # which take long enough to look at what else is at work
+# Which take long enough to look at what else is at work.
+TRAINING = ("run", "compare", "cache-teacher", "synthesize", "tasks")
 
 
 def _version() -> str:
@@ -545,6 +568,13 @@ def _parser() -> argparse.ArgumentParser:
 
     recipe(
         command("synthesize", "sample text from the teacher itself, with seed and settings recorded, for data.train")
+    )
+
+    sub = command("tasks", "train small models of each architecture on each task; a table and plots of who can do what")
+    sub.add_argument("config", metavar="CONFIG", help="a YAML file of tasks and architectures, as configs/tasks.yaml")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="changes to it, as train.steps=100")
+    sub.add_argument(
+        "--seeds", type=_count, default=1, help="trainings of each, with as many seeds from run.seed on (default: 1)"
     )
 
     sub = command(

@@ -161,7 +161,7 @@ def load_recipe(
         values = _merge(values, nested)
     _map_paths(values, Recipe.schema(), lambda value, _: _at_home(value))
     recipe = _typed(values)
-    _check_values(recipe, "")
+    check_values(recipe, "")
     try:
         recipe.student.check()
     except StudentError as error:
@@ -448,11 +448,12 @@ def _expected(key: str) -> str:
     return " or ".join(words.get(part, str(part)) for part in typing.get_args(kind) or (kind,))
 
 
-def _check_values(section: Any, prefix: str) -> None:
+def check_values(section: Any, prefix: str) -> None:
+    """Raises ConfigError where a setting, or one of a section in it, is not what its `settings.setting` allows."""
     for entry in dataclasses.fields(section):
         key, value = prefix + entry.name, getattr(section, entry.name)
         if dataclasses.is_dataclass(value):
-            _check_values(value, key + ".")
+            check_values(value, key + ".")
             continue
         limits = entry.metadata
         for choice in (value if isinstance(value, list) else [value]) if "choices" in limits else ():

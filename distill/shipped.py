@@ -14,8 +14,9 @@ data: {train: [sample/train.jsonl.zst], heldout: [sample/heldout.jsonl.zst]}
 
 
 def shipped() -> dict[str, Path]:
-    """The recipes by name."""
-    return {path.stem: path for path in sorted([*CONFIGS.glob("*.yaml"), *CONFIGS.glob("recipes/*.yaml")])}
+    """The recipes by name; those of `transpoint tasks` are none."""
+    found = sorted([*CONFIGS.glob("*.yaml"), *CONFIGS.glob("recipes/*.yaml")])
+    return {path.stem: path for path in found if not path.stem.endswith("tasks")}
 
 
 def write_recipe(target: Path, like: str) -> list[Path]:

@@ -14,6 +14,7 @@ from run_files import CONFIGS
 from transpoint.distill import cli
 from transpoint.distill.config import ConfigError, Recipe, describe_keys, load_recipe
 from transpoint.distill.data.sources import resolve
+from transpoint.distill.shipped import shipped
 
 TINY = CONFIGS / "tiny.yaml"
 SECTIONS = [entry.name for entry in dataclasses.fields(Recipe.schema())]
@@ -452,7 +453,7 @@ def test_every_key_is_documented():
         assert default == ("null" if flat[key] is None else str(flat[key]))
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.y*ml")), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", shipped().values(), ids=lambda p: p.name)
 def test_the_recipes_that_ship_load(path):
     recipe = load_recipe(path)
     for source in (*recipe.data.train, *recipe.data.heldout):
