@@ -1,6 +1,6 @@
 from .build import build_student as build_student, plan_student as plan_student, untrained as untrained
 from .config import StudentConfig as StudentConfig, layer_plan as layer_plan
-from .modeling.cache import HybridCache as HybridCache
+from .modeling.cache import HybridCache as HybridCache, StateDifference as StateDifference
 from .modeling.configuration_hybrid import MODEL_TYPE as MODEL_TYPE, HybridConfig as HybridConfig
 from .modeling.configuration_mixers import MIXERS as MIXERS, MixerKind as MixerKind, Option as Option
 from .modeling.configuration_transmamba import SCHEDULES as SCHEDULES, parse_trans_points as parse_trans_points

@@ -5,7 +5,7 @@ This file travels with exported checkpoints: it imports torch and transformers o
 
 import json
 import os
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,25 +18,47 @@ from .cache_layers import StateLayer, mark_static
 from .configuration_mixers import MIXERS
 
 
+class StateDifference(NamedTuple):
+    """How far the memories of one layer are from each other, for each row and head (B, H).
+
+    Of a mixer those of its state; of attention those of its keys and values, by key/value head.
+    """
+
+    norm: Tensor
+    other_norm: Tensor
+    distance: Tensor
+
+    @property
+    def relative(self) -> Tensor:
+        """The distance over the mean of both norms: 0 where they are equal, at most 2."""
+        return 2 * self.distance / (self.norm + self.other_norm).clamp(min=torch.finfo(self.norm.dtype).tiny)
+
+
 class HybridCache(DynamicCache):
     """A `DynamicCache` whose mixer layers hold the memory that these need, a `StateLayer`, which does not grow.
 
     A cache is what a model remembers of the tokens so far, and it can be continued more than once: `fork` copies it,
     `save` and `load` put it on disk and take it back. Each is exact: what follows has the same logits, bit for bit.
+    What several texts have left is compared by `difference`, and made into one memory by `interpolate` and `merge`.
 
     Args:
         config: of the model.
         max_cache_len: makes it static: keys and values of kept attention lie in tensors for so many tokens, and states
             are written to in place, so that a step of decoding can be compiled. None: it grows.
+        mergeable: whether mixers also keep what their tokens leave of a state, which `merge` needs; only of one that
+            grows.
 
     Raises:
-        ValueError: max_cache_len is less than 1, or one of the mixers has no memory of that kind.
+        ValueError: max_cache_len is less than 1, or comes with mergeable; or one of the mixers has no memory of that
+            kind.
     """
 
-    def __init__(self, config: PreTrainedConfig, max_cache_len: int | None = None):
+    def __init__(self, config: PreTrainedConfig, max_cache_len: int | None = None, mergeable: bool = False):
         super().__init__(config=config)
         self.config, self.static_length = config, max_cache_len
         if max_cache_len is not None:
+            if mergeable:
+                raise ValueError("a static cache cannot be merged: leave max_cache_len or mergeable out")
             if max_cache_len < 1:
                 raise ValueError(f"max_cache_len: expected at least 1, got {max_cache_len}")
             if lacking := [mixer for mixer in config.mixers if not can_be_static(mixer)]:
@@ -45,7 +67,7 @@ class HybridCache(DynamicCache):
         for index, mixer in enumerate(config.mixers):
             if mixer != "attention":
                 self.layers[index] = layer = MIXERS[mixer].load().remembers()
-                layer.max_cache_len = max_cache_len
+                layer.max_cache_len, layer.mergeable = max_cache_len, mergeable
 
     @property
     def fixed(self) -> bool:
@@ -54,7 +76,8 @@ class HybridCache(DynamicCache):
 
     def reset(self) -> None:
         """Empties it, as a new one (transformers before 5.23 only zeroes keys and values, and keeps their length)."""
-        self.layers = HybridCache(self.config, self.static_length).layers
+        mergeable = any(layer.mergeable for layer in self.layers if isinstance(layer, StateLayer))
+        self.layers = HybridCache(self.config, self.static_length, mergeable).layers
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         for layer in cast("list[Any]", self.layers):
@@ -90,6 +113,109 @@ class HybridCache(DynamicCache):
         if copies > 1:
             fork.batch_repeat_interleave(copies)
         return fork
+
+    def difference(self, other: "HybridCache") -> list[StateDifference | None]:
+        """For each layer how far its memory is from that of `other`; None where one of them is empty, and in attention
+        that holds another number of tokens.
+
+        Raises:
+            ValueError: the other one is of another model, or has another number of rows.
+        """
+        self._check_other(other)
+        found: list[StateDifference | None] = []
+        for index in range(len(self.layers)):
+            own, others = self._by_head(index), other._by_head(index)
+            if own is None or others is None or own.shape[1:] != others.shape[1:]:
+                found.append(None)
+                continue
+            others = others.to(own)
+            if len(own) != len(others):
+                raise ValueError(f"one cache has {len(own)} rows and the other {len(others)}: select rows first")
+            found.append(StateDifference(*(t.norm(dim=-1) for t in (own, others, own - others))))
+        return found
+
+    def interpolate(self, other: "HybridCache", weight: float) -> "HybridCache":
+        """A cache of its own whose tensors are (1 - weight) of this one's and weight of the other's: bit for bit this
+        one at 0 and the other at 1.
+
+        Of a linear recurrence such a state is one that some sequence of inputs leaves, but hardly one of text. Keys and
+        values of attention are taken column by column, so both have to hold as many. Counts of tokens are rounded.
+
+        Raises:
+            ValueError: the other one is of another model, or holds tensors of other shapes; or one of them is static.
+        """
+        self._check_other(other, grows=True)
+        fork = self.fork()
+        for index, (layer, second) in enumerate(fork._layers_beside(other)):
+            if not _alike(layer, second):
+                raise ValueError(
+                    f"layer {index} does not hold as much in both caches: read as many tokens, without padding, with "
+                    "caches of the same kind"
+                )
+            if isinstance(layer, StateLayer):
+                layer.interpolate(second, weight)
+            elif layer.is_initialized:
+                layer.keys, layer.values = (
+                    getattr(layer, name).lerp(getattr(second, name), weight) for name in ("keys", "values")
+                )
+        return fork
+
+    def merge(self, other: "HybridCache") -> "HybridCache":
+        """A cache of its own of what this one has read and then what `other` has, which began anew: neither is read
+        again. Both are of `new_cache(mergeable=True)`.
+
+        A state after texts A and B is decay(B) state(A) + state(B), as the recurrence is linear (Dao and Gu 2024, arXiv
+        2405.21060, section 6); tails of convolutions are those of B, keys and values of attention are joined. For one
+        layer with the same inputs that is what reading both leaves, but for
+
+        - the first tokens of B, as many as the convolution has taps less one, which it would have mixed with the last
+          of A;
+        - positions: B has to be read with `position_ids` that go on from A, or keys are rotated as if it came first;
+        - inputs: in all layers but the first those of B would have been others after A. This is the larger part.
+
+        Raises:
+            ValueError: the other one is of another model, or one of them is static, or made without `mergeable`. Or a
+                layer has no such closed form: gated DeltaNet, whose tokens turn a state rather than scale it, windows
+                with sinks, TransMamba up to its TransPoint, rows of B with padding.
+        """
+        self._check_other(other, grows=True)
+        fork = self.fork()
+        layers = fork._layers_beside(other)
+        for index, (layer, second) in enumerate(layers):
+            if isinstance(layer, StateLayer) and (reason := layer.why_not_merged(second)) is not None:
+                raise ValueError(f"layer {index} ({self.config.mixers[index]}) cannot be merged: {reason}")
+            if {len(t) for t in _held(layer).values()} - {len(t) for t in _held(second).values()}:
+                raise ValueError("one cache has more rows than the other: select rows first")
+        for layer, second in layers:
+            if isinstance(layer, StateLayer):
+                layer.merge(second)
+            elif second.is_initialized:
+                layer.update(second.keys, second.values)
+                if layer.is_sliding:  # it counts more than it holds
+                    layer.cumulative_length += second.cumulative_length - second.keys.shape[-2]
+        return fork
+
+    def _check_other(self, other: "HybridCache", grows: bool = False) -> None:
+        if _kind(self.config) != _kind(other.config):
+            raise ValueError("the other cache is of a model with other layers")
+        if grows and (self.static_length is not None or other.static_length is not None):
+            raise ValueError("a static cache stays as it is: read with new_cache() without max_cache_len")
+
+    def _layers_beside(self, other: "HybridCache") -> list[tuple[Any, Any]]:
+        return list(zip(self.layers, other.layers, strict=True))
+
+    def _by_head(self, index: int) -> Tensor | None:
+        """What a layer holds (B, heads, numbers); None if nothing."""
+        layer: Any = self.layers[index]
+        if not layer.is_initialized:
+            return None
+        if isinstance(layer, StateLayer) and layer.ssm_state is not None:
+            heads = (self.config.layer_geometry(index) or {}).get("num_heads", self.config.num_attention_heads)
+            return layer.ssm_state.reshape(len(layer.ssm_state), heads, -1)
+        keys, values = layer.keys, layer.values
+        if isinstance(layer, StateLayer):
+            keys, values = keys.transpose(1, 2), values.transpose(1, 2)
+        return torch.cat((keys, values), -1).flatten(2).float()
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes it to one safetensors file: tensors as `LAYER.NAME`, counts of tokens as JSON in the metadata."""
@@ -136,9 +262,11 @@ class HybridCache(DynamicCache):
         for name, value in json.loads(json.dumps(_kind(config))).items():
             if kind.get(name) != value:
                 raise ValueError(f"'{path}' is of a model whose {name} is {kind.get(name)}, this one's is {value}")
-        # States are in float32 whatever the model is in.
+        # States and decays are in float32 whatever the model is in.
         kept: set[torch.dtype | str] = {
-            t.dtype for name, t in tensors.items() if t.is_floating_point() and not name.endswith(".ssm_state")
+            t.dtype
+            for name, t in tensors.items()
+            if t.is_floating_point() and not name.endswith((".ssm_state", ".log_decay"))
         }
         expected = dtype or config.dtype
         if expected is not None and kept - {expected}:
@@ -162,6 +290,18 @@ class HybridCache(DynamicCache):
 def can_be_static(mixer: str) -> bool:
     """Whether a layer of this name can be in a static cache."""
     return mixer == "attention" or MIXERS[mixer].load().remembers.can_be_static
+
+
+def _held(layer) -> dict[str, Tensor]:
+    """A layer's tensors by name."""
+    return {k: v for k, v in vars(layer).items() if isinstance(v, Tensor) and v.ndim and not k.startswith("_")}
+
+
+def _alike(layer, other) -> bool:
+    """Whether two layers hold tensors of the same names and shapes, and the same of what is no number."""
+    own, others = _held(layer), _held(other)
+    same = {name: t.shape for name, t in own.items()} == {name: t.shape for name, t in others.items()}
+    return same and all(t.is_floating_point() or t.equal(others[name]) for name, t in own.items())
 
 
 def _kind(config: PreTrainedConfig) -> dict:

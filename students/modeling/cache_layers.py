@@ -20,7 +20,7 @@ class StateLayer(CacheLayerMixin):
     shapes: they are then written to in place, and nothing of it but tensors changes, so that a step is compiled once.
     """
 
-    tensors: ClassVar[tuple[str, ...]] = ("conv_state", "ssm_state")
+    tensors: ClassVar[tuple[str, ...]] = ("conv_state", "ssm_state", "log_decay")
     can_be_static: ClassVar[bool] = True
 
     def __init__(self):
@@ -30,6 +30,10 @@ class StateLayer(CacheLayerMixin):
         self.advanced = False  # since somebody has last looked
         self.conv_state: Tensor | None = None  # (B, channels, kernel - 1): the last inputs of the convolution
         self.ssm_state: Tensor | None = None  # (B, H, P, N) in most mixers, float32
+        # Of a cache that can be merged: the logarithm of what all tokens together leave of a state of before them,
+        # float32, as it is multiplied with the state. None from mixers that leave no such factor.
+        self.mergeable = False
+        self.log_decay: Tensor | None = None
         self.seen: int | Tensor = 0  # columns; a tensor once it is fixed
         # How many each row has seen, padding left out; one entry where all rows are alike. Not counted once fixed.
         self.tokens = [0]
@@ -50,6 +54,52 @@ class StateLayer(CacheLayerMixin):
             assert ssm_state is not None
             self.seen, self.fixed = torch.tensor(self.seen, device=ssm_state.device), True
             mark_static(self)
+
+    def decay_by(self, log_decay: Tensor) -> None:
+        """Counts what more tokens leave of a state; only where it is `mergeable`."""
+        self.log_decay = log_decay if self.log_decay is None else self.log_decay + log_decay
+
+    def carried(self, log_decay: Tensor) -> Tensor | int:
+        """What is left of its state after further tokens with this `log_decay`."""
+        return 0 if self.ssm_state is None else self.ssm_state * log_decay.exp()
+
+    def why_not_merged(self, other: "StateLayer") -> str | None:
+        """Why what `other` has read cannot come behind what this one has; None if it can."""
+        if not other.mergeable or not self.mergeable:
+            return "the decays were not kept: read both with new_cache(mergeable=True)"
+        if other.tokens != [other.seen]:
+            return "the second one has padding, which cannot come after tokens: read it without"
+        if other.ssm_state is not None and other.log_decay is None:
+            return (
+                "what its tokens leave of a state before them is no factor for each number of it, and is not kept: "
+                "read the second text after the first"
+            )
+        return None
+
+    def merge(self, other: "StateLayer") -> None:
+        """Makes this the memory of its own tokens and then those of `other`, which has begun anew."""
+        if other.ssm_state is not None:
+            assert other.log_decay is not None  # as `why_not_merged` has found
+            self.ssm_state = self.carried(other.log_decay) + other.ssm_state
+            self.decay_by(other.log_decay)
+        if other.conv_state is not None:
+            width = other.conv_state.shape[-1]
+            new = other.conv_state[..., max(width - other.tokens[0], 0) :]
+            old = new[..., :0] if self.conv_state is None else self.conv_state
+            joined = torch.cat((old, new), -1)
+            self.conv_state = joined[..., joined.shape[-1] - width :].clone()
+        self.seen += other.seen
+        self.tokens = [a + b for a, b in zip(*by_row(self.tokens, other.tokens), strict=True)]
+        self.is_initialized = self.is_initialized or other.is_initialized
+
+    def interpolate(self, other: "StateLayer", weight: float) -> None:
+        """Moves each of its numbers to that of `other`, which holds as many."""
+        for name in self.tensors:
+            if (own := getattr(self, name)) is not None and own.is_floating_point():
+                setattr(self, name, own.lerp(getattr(other, name).to(own), weight))
+        self.seen = round((1 - weight) * int(self.seen) + weight * int(other.seen))
+        counts = by_row(self.tokens, other.tokens)
+        self.tokens = [round((1 - weight) * a + weight * b) for a, b in zip(*counts, strict=True)]
 
     @property
     def keeps_shape(self) -> bool:
@@ -146,6 +196,13 @@ class KeysLayer(StateLayer):
         elif self.real is None and self.keys is not None:
             self.real = real.new_ones(batch, self.keys.shape[1])
         self.hold(real=real)
+
+    def merge(self, other: StateLayer) -> None:
+        assert isinstance(other, KeysLayer)
+        if other.keys is not None and other.values is not None:
+            self.hold_real(other.real, *other.keys.shape[:2])
+            self.hold(keys=other.keys, values=other.values)
+        super().merge(other)
 
     def keep(self, columns: int) -> None:
         """Forgets all but the last columns of keys and values."""

@@ -56,6 +56,8 @@ class FusedProjection(StateSpace):
         state = None if memory is None else memory.ssm_state
         y, ssm_state = self._recur(x, dt, B, C, state, stepping, memory is not None, seq_idx)
         if memory is not None:
+            if memory.mergeable:
+                memory.decay_by(self.log_decay(dt))
             memory.advance(conv_state, ssm_state, length, memory.tokens_after(length, pads))
         if self.z_bias is not None:
             z = z + self.z_bias

@@ -119,6 +119,11 @@ class Mamba1Mixer(FusedProjection):
             return selective_scan(x, dt, A, B, C, **options, return_final_state=True)
         return selective_scan(x, dt, A, B, C, **options), None
 
+    def log_decay(self, dt: Tensor) -> Tensor:
+        """As `StateSpace.log_decay`, for each number of a state: (B,H*P,N)."""
+        steps = nn.functional.softplus(dt.float() + self.dt_bias.float()).sum(1)
+        return -torch.exp(self.A_log.float()).flatten(0, 1) * steps[..., None]
+
     def transfers(self, view) -> list[Transfer]:
         H, K, P = self.num_heads, self.num_kv_heads, self.head_dim
         if self.from_x:

@@ -167,13 +167,14 @@ class HybridForCausalLM(_Teacher):
             if have_trans_points([kind]):
                 cast("Mixer", mixer).set_trans_point(point)
 
-    def new_cache(self, max_cache_len: int | None = None) -> HybridCache:
+    def new_cache(self, max_cache_len: int | None = None, mergeable: bool = False) -> HybridCache:
         """An empty cache for this model, to be passed as `cache` (`past_key_values` before transformers 5.24).
 
         max_cache_len: as `HybridCache` has it, for a static one, which must not be given more tokens than that. A
-        transmamba layer takes no part in it before its TransPoint: the prompt has to be past it.
+        transmamba layer takes no part in it before its TransPoint: the prompt has to be past it. mergeable: whether
+        `HybridCache.merge` takes it.
         """
-        return HybridCache(self.config, max_cache_len)
+        return HybridCache(self.config, max_cache_len, mergeable)
 
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *args, **kwargs

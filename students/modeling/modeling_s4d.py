@@ -11,6 +11,7 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from .cache_layers import StateLayer
 from .fused_projection import FusedProjection
 from .modeling_mixer import Geometry, Heads, Mixer, Transfer
 from .state_space import GATE_OPEN, HALF_LIFE, STEPS, WidenedLinear
@@ -19,6 +20,17 @@ try:
     from transpoint.kernels.s4d import s4d_scan, s4d_step
 except ImportError:  # the same file, which travels beside this one
     from .s4d import s4d_scan, s4d_step  # type: ignore[no-redef]
+
+
+class ModesLayer(StateLayer):
+    """What an S4D layer remembers: the modes of a state (B, channels, 2 or 1, modes) are complex numbers, or real."""
+
+    def carried(self, log_decay: Tensor) -> Tensor | int:
+        if self.ssm_state is None or log_decay.shape[2] == 1:
+            return super().carried(log_decay)
+        (real, imaginary), (rate, angle) = self.ssm_state.unbind(2), log_decay.unbind(2)
+        cos, sin = rate.exp() * angle.cos(), rate.exp() * angle.sin()
+        return torch.stack((real * cos - imaginary * sin, real * sin + imaginary * cos), 2)
 
 
 class S4DMixer(FusedProjection):
@@ -45,6 +57,7 @@ class S4DMixer(FusedProjection):
             conjugate too; or "real", N real ones -(n + 1) (S4D-Real), n from 0.
     """
 
+    remembers = ModesLayer
     exact: ClassVar[tuple[str, ...]] = ("dt_log", "A_log", "A_imag", "C_real", "C_imag", "D")
 
     def __init__(
@@ -112,6 +125,8 @@ class S4DMixer(FusedProjection):
             else:
                 options = {"initial_state": memory.ssm_state, "seq_idx": seq_idx, "return_final_state": True}
                 y, state = s4d_scan(x, **system, **options)
+            if memory.mergeable:  # each token leaves as much
+                memory.decay_by((length * system["dt"][:, None, None] * A).float().expand(batch, -1, -1, -1))
             memory.advance(conv_state, state, length, memory.tokens_after(length, pads))
         z = z if self.z_bias is None else z + self.z_bias
         y = self._gate_and_norm(y, z if self.gate else None)

@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .cache_layers import KeysLayer, by_row
+from .cache_layers import KeysLayer, StateLayer, by_row
 from .documents import Documents, Span
 from .modeling_mixer import Form, Geometry, attention_flops
 from .shared_projections import SharedProjections
@@ -62,6 +62,11 @@ class TransPointLayer(KeysLayer):
     @property
     def keeps_shape(self) -> bool:
         return self.keys is None and self.ssm_state is not None and super().keeps_shape
+
+    def why_not_merged(self, other: StateLayer) -> str | None:
+        if self.ssm_state is None or not self.keeps_shape or not other.keeps_shape:
+            return "both have to be past its TransPoint"
+        return super().why_not_merged(other)
 
     def settle(self, trans_point: int | float) -> None:
         """Fixes the TransPoint with the first tokens. Raises ValueError where it is another one later."""
@@ -218,6 +223,8 @@ class TransMambaMixer(SharedProjections):
 
         dt = self.dt_proj(hidden)
         dt = dt if padding is None else dt.masked_fill(padding, PADDING_STEP)
+        if memory.mergeable:
+            memory.decay_by(self.log_decay(dt))
         x, B, C, tail = v, keys, queries, None
         if not self.shared:
             x, B, C, tail = self._inputs(q, k, v, position_embeddings, memory if remember else None, stepping, padding)

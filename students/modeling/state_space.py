@@ -197,6 +197,12 @@ class StateSpace(Mixer):
             return ssd_scan(x, dt, A, B, C, **options, return_final_state=True)
         return ssd_scan(x, dt, A, B, C, **options), None
 
+    def log_decay(self, dt: Tensor) -> Tensor:
+        """The logarithm of what tokens with these dt (B,L,steps), as `_recur` takes them, leave of a state before them:
+        (B,H,1,1), which multiplies the state once it is exponentiated."""
+        steps = nn.functional.softplus(dt.float() + self.dt_bias.float()).sum(1)
+        return (-torch.exp(self.A_log.float()) * steps)[..., None, None]
+
     def _gate_and_norm(self, y: Tensor, z: Tensor | None) -> Tensor:
         """What comes after the recurrence, on y (B,L,H*P); z of the same shape, or None without a gate."""
         if self.norm is not None:

@@ -55,6 +55,9 @@ class WindowLayer(StateLayer):
         self.values: Tensor | None = None
         self.position: Tensor | None = None
 
+    def why_not_merged(self, other: StateLayer) -> str | None:
+        return "its window and sinks are those of one text: read the second text after the first"
+
     def with_new(self, keys: Tensor, values: Tensor, real: Tensor | None) -> Keys:
         """What it holds, and new columns behind. real: (B, new columns), false for padding; None: all are."""
         batch, columns = keys.shape[:2]
@@ -196,6 +199,8 @@ class WindowMamba2Mixer(SharedProjections):
         x, B, C, tail = v, keys, queries, None
         if not self.shared:
             x, B, C, tail = self._inputs(q, k, v, position_embeddings, memory, stepping, padding)
+        if layer.mergeable:
+            layer.decay_by(self.log_decay(dt))
         B, C = self.features(B, C)
         read, state = self._recur(x, dt, B, C, layer.ssm_state, stepping, remember)
         if remember:
