@@ -81,7 +81,7 @@ def selective_step(state, x, dt, A, B, C, *, D=None, dt_bias=None, dt_softplus=T
 
     Args:
         state: (B, d, N) float32 (or bfloat16, which rounds the state at every token), updated in place.
-        x, dt: (B, d); B: (B, Gb, N); C: (B, Gc, N); others as in selective_scan, for one token.
+        x: (B, d); dt: (B, d); B: (B, Gb, N); C: (B, Gc, N); others as in selective_scan, for one token.
 
     Returns:
         y (B, d) in x.dtype.
