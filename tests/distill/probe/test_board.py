@@ -40,6 +40,7 @@ def test_without_a_model_the_moves_tell_which_squares_are_empty_but_not_whose_di
     assert moves["squares"] > most["squares"] and majority(fit, fit)["squares"] > most["squares"]
 
 
+@pytest.mark.slow
 def test_a_transformer_has_no_states_that_are_probed(tmp_path):
     settings = settings_of(["mixer=attention", *TINY, "layers=1", "probe_games=4"])
     found = othello(settings, tmp_path, Console(quiet=True))

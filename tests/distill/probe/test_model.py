@@ -112,6 +112,7 @@ def test_a_token_is_read_off_its_own_hidden_state_best():
     assert len(found["state"][0]) == 5
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_page_and_figures(teacher, student, tmp_path, capsys):
     student.save_pretrained(tmp_path / "student")
     teacher[1].save_pretrained(tmp_path / "student")
