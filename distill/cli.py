@@ -417,6 +417,57 @@ def tasks(options) -> None:
         raise DistillError("; ".join(f"{name} failed: {reason}" for name, reason in found.failed.items()))
 
 
+def probe(options) -> None:
+    from .report.probe import othello_rows, write_model_page, write_othello_page
+    from .run.files import write_json
+
+    console = console_of()
+    if options.model == "othello":
+        from .probe.board import othello, settings_of
+
+        settings = settings_of(options.overrides)
+        out = Path(options.out or f"runs/othello-{settings.mixer}")
+        found = othello(settings, out, console)
+        table = Table("read off", "all squares", "discs")
+        for row in othello_rows(found):
+            table.add_row(*row)
+        console.print(table)
+        page = write_othello_page(found, out / "probe.html")
+    else:
+        out = Path(options.out or Path(options.model) / "probe")
+        found = _probed(options)
+        out.mkdir(parents=True, exist_ok=True)
+        page = write_model_page(found, out / "probe.html")
+    write_json(out / "probe.json", found)
+    print(f"{page} and .json")
+
+
+def _probed(options) -> dict:
+    """What probes find of a model on text."""
+    import torch
+
+    from ..teachers import load_teacher
+    from .config import load_recipe
+    from .data.corpus import tokenize_corpus
+    from .errors import RunError
+    from .models import load_model, load_tokenizer, on_device
+    from .probe.model import probe_model, rows_of
+
+    if options.overrides:
+        raise RunError(f"only othello has settings: leave out {' '.join(options.overrides)}")
+    path, run = _model_folder(options.model), Path(options.model) / "recipe.yaml"
+    text = options.text or (load_recipe(run, []).data.heldout if run.is_file() else None)
+    if not text:
+        raise RunError("there is no text to probe on: name some with --text")
+    model, tokenizer = on_device(load_model(path, "float32"), _device()), load_tokenizer(path)
+    teacher, tokens = None, tokenize_corpus(text, tokenizer).tokens
+    if options.teacher:
+        teacher, own = load_teacher(options.teacher, device=_device())
+        if not torch.equal(tokenize_corpus(text, own).tokens, tokens):
+            raise RunError(f"'{options.model}' has another tokenizer than its teacher: leave out --teacher")
+    return probe_model(model, rows_of(tokens, options.length, options.sequences), options.model, teacher)
+
+
 def push(options) -> None:
     from .export.formats import has_model
     from .export.hub import push as upload
@@ -445,6 +496,7 @@ COMMANDS = {
     "compare": compare,
     "figure": figure,
     "report": report,
+    "probe": probe,
     "cache-teacher": cache_teacher,
     "synthesize": synthesize,
     "tasks": tasks,
@@ -456,6 +508,13 @@ COMMANDS = {
 LIGHT = ("init", "status", "report", "keys")  # which answer at once, without torch
 # Which take long enough to look at what else is at work.
 TRAINING = ("run", "compare", "cache-teacher", "synthesize", "tasks")
+TRAINING = (
+    "run",
+    "compare",
+    "probe",
+    "cache-teacher",
+    "synthesize",
+)  # which take long enough to look at what else is at work
 
 
 def _version() -> str:
@@ -565,6 +624,17 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("report", "write one HTML page of a run: plan, curves, quality, answers, speed; finished or not")
     sub.add_argument("run", metavar="RUN", help="a run folder")
     sub.add_argument("--out", metavar="FILE", help="default: RUN/report.html")
+
+    sub = command("probe", "look into a model: predictions by layer, states by head, what is left of earlier tokens")
+    sub.add_argument(
+        "model", metavar="MODEL", help="a run folder, an exported folder, or a hub id; or othello, to train"
+    )
+    sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of othello: mixer=attention steps=300")
+    sub.add_argument("--teacher", metavar="T", help="registry name, hub id, folder or .gguf file, to look at beside it")
+    sub.add_argument("--text", nargs="+", metavar="SOURCE", help="as data.heldout takes it (default: that of the run)")
+    sub.add_argument("--length", type=_count, default=128, help="tokens a sequence (default: 128)")
+    sub.add_argument("--sequences", type=_count, default=64, help="at most so many sequences (default: 64)")
+    sub.add_argument("--out", metavar="FOLDER", help="default: MODEL/probe, runs/othello-MIXER")
 
     recipe(
         command("synthesize", "sample text from the teacher itself, with seed and settings recorded, for data.train")

@@ -95,8 +95,8 @@ def loss_chart(
 
 
 @_styled()
-def line_chart(name: str, lines: Mapping[str, Series], unit: str, label: str) -> str:
-    """A few lines over steps, from zero."""
+def line_chart(name: str, lines: Mapping[str, Series], unit: str, label: str, across: str = "step") -> str:
+    """A few lines over steps, or what else is `across`, from zero."""
     figure, (axes,) = _figure(_NARROW, [1.9])
     for index, (title, (steps, values)) in enumerate(lines.items()):
         colour = _SERIES[index % len(_SERIES)]
@@ -105,13 +105,15 @@ def line_chart(name: str, lines: Mapping[str, Series], unit: str, label: str) ->
     axes.set_ylabel(unit)
     _legend(axes, len(lines) > 1)
     axes.yaxis.set_major_formatter(_number)
-    _steps_below(figure, [axes], nbins=4)
+    _steps_below(figure, [axes], nbins=4, across=across)
     return _svg(figure, name, label)
 
 
 @_styled()
-def heat_map(name: str, steps: Sequence[int], rows: Mapping[int, Sequence[float]], label: str) -> str:
-    """Layers by steps, coloured by the logarithm of a figure.
+def heat_map(
+    name: str, steps: Sequence[int], rows: Mapping[int, Sequence[float]], label: str, across: str = "step"
+) -> str:
+    """Layers by steps, or what else is `across`, coloured by the logarithm of a figure.
 
     Args:
         steps: ascending, at least one.
@@ -151,7 +153,7 @@ def heat_map(name: str, steps: Sequence[int], rows: Mapping[int, Sequence[float]
     )
     every = max(1, math.ceil(len(layers) / (height * 7)))
     axes.set_yticks(range(0, len(layers), every), [str(layer) for layer in layers[::every]])
-    axes.set(ylabel="layer", xlabel="step")
+    axes.set(ylabel="layer", xlabel=across)
     axes.grid(False)
     axes.xaxis.set_major_formatter(_number)
     axes.xaxis.get_major_locator().set_params(integer=True, nbins=6)
@@ -200,8 +202,8 @@ def _marker(values: Sequence[float]) -> str | None:
     return "o" if len(values) == 1 else None
 
 
-def _steps_below(figure, axes: list, nbins: int = 6) -> None:
-    axes[-1].set_xlabel("step")
+def _steps_below(figure, axes: list, nbins: int = 6, across: str = "step") -> None:
+    axes[-1].set_xlabel(across)
     axes[-1].xaxis.set_major_formatter(_number)
     axes[-1].xaxis.get_major_locator().set_params(integer=True, nbins=nbins)
     figure.align_ylabels(axes)

@@ -51,6 +51,11 @@ def write_report(root: Path, out: Path | None = None, recipe: str | None = None)
     if not (root / "recipe.yaml").is_file():
         raise RunError(f"'{root}' is no run folder: it has no recipe.yaml")
     out = out or root / "report.html"
+    return render("page.html.jinja", _contents(root, recipe), out)
+
+
+def render(template: str, contents: dict, out: Path) -> Path:
+    """Writes a page from a template of this folder; it is whole or not there. Raises RunError where it cannot be."""
     environment = Environment(
         autoescape=True,
         undefined=StrictUndefined,
@@ -67,7 +72,7 @@ def write_report(root: Path, out: Path | None = None, recipe: str | None = None)
         "short": _short,
         "duration": _duration,
     }
-    page = environment.get_template("page.html.jinja").render(_contents(root, recipe))
+    page = environment.get_template(template).render(contents)
     try:
         handle, aside = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.")
         try:

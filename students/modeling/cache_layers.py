@@ -59,6 +59,11 @@ class StateLayer(CacheLayerMixin):
         """Counts what more tokens leave of a state; only where it is `mergeable`."""
         self.log_decay = log_decay if self.log_decay is None else self.log_decay + log_decay
 
+    @property
+    def log_left(self) -> Tensor | None:
+        """The logarithm of how much of each number of a state (B, heads or channels, ...) all tokens leave."""
+        return self.log_decay
+
     def carried(self, log_decay: Tensor) -> Tensor | int:
         """What is left of its state after further tokens with this `log_decay`."""
         return 0 if self.ssm_state is None else self.ssm_state * log_decay.exp()

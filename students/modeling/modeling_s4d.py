@@ -25,6 +25,10 @@ except ImportError:  # the same file, which travels beside this one
 class ModesLayer(StateLayer):
     """What an S4D layer remembers: the modes of a state (B, channels, 2 or 1, modes) are complex numbers, or real."""
 
+    @property
+    def log_left(self) -> Tensor | None:  # in complex numbers the rest is a turn
+        return None if self.log_decay is None else self.log_decay[:, :, 0]
+
     def carried(self, log_decay: Tensor) -> Tensor | int:
         if self.ssm_state is None or log_decay.shape[2] == 1:
             return super().carried(log_decay)
