@@ -88,7 +88,6 @@ def assert_compiled_gives(objective, wanted, wanted_gradients, rtol, atol, gradi
     ("kind", "mixer"),
     [
         ("align", "window_mamba2"),
-        ("align", "gdn"),
         ("distill", "transmamba"),
         ("hidden", "mamba2"),
     ],
