@@ -14,6 +14,7 @@ from transformers import GraniteMoeHybridConfig, GraniteMoeHybridForCausalLM
 
 from ...students import HybridForCausalLM, Mamba2Mixer, StudentConfig
 from ...students.modeling.configuration_mixers import have_trans_points, is_attention
+from ...students.modeling.projections import PROJECTIONS
 from .engines import NO_ONNX, READ, REFUSES, TRIED, WRONG, Engine
 from .home import (
     FOR_CONFIG,
@@ -103,11 +104,7 @@ def config_of(student: HybridForCausalLM) -> GraniteMoeHybridConfig:
         num_local_experts=0,
         num_experts_per_tok=0,
         router_aux_loss_coef=0.0,  # there is no router to balance, and trainers would ask it
-        attention_bias=any(
-            getattr(module, name).bias is not None
-            for module in attention
-            for name in ("q_proj", "k_proj", "v_proj", "o_proj")
-        ),
+        attention_bias=any(getattr(module, name).bias is not None for module in attention for name in PROJECTIONS),
         position_embedding_type="rope" if all(map(has_positions, attention)) else "nope",
         attention_multiplier=head_dim**-0.5,
         embedding_multiplier=1.0,
@@ -154,7 +151,7 @@ def state_of(student: HybridForCausalLM) -> dict[str, Tensor]:
 
 def _attention(attention: nn.Module, config: GraniteMoeHybridConfig) -> dict[str, Tensor]:
     own = {}
-    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+    for name in PROJECTIONS:
         linear = getattr(attention, name)
         own[f"self_attn.{name}.weight"] = linear.weight
         if config.attention_bias:  # all four or none

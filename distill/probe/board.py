@@ -73,7 +73,7 @@ class Games:
     tokens_per_item = MOVES
 
     def __init__(self, games: np.ndarray):
-        self.games = torch.from_numpy(games).long()
+        self.games = _ids(games)
 
     def batch(self, step: int, batch_size: int, seed: int, slots: range) -> list[dict[str, Tensor]]:
         return [self._item(step * batch_size + slot) for slot in slots]
@@ -118,7 +118,7 @@ def legality(model: PreTrainedModel, games: np.ndarray) -> dict[str, float]:
     for first in range(0, len(games), ROWS):
         rows = slice(first, first + ROWS)
         with torch.no_grad():
-            best = model(torch.from_numpy(games[rows]).long(), use_cache=False).logits[:, :-1].argmax(-1)
+            best = model(_ids(games[rows]), use_cache=False).logits[:, :-1].argmax(-1)
         may = torch.from_numpy(legal[rows, :-1])
         right += (F.pad(may, (0, model.config.vocab_size - SQUARES)).gather(-1, best[..., None])).float().sum().item()
         chance += (may.sum(-1) / torch.from_numpy(boards[rows, :-1] == 0).sum(-1)).sum().item()
@@ -156,7 +156,7 @@ def probe_moves(fit: np.ndarray, test: np.ndarray) -> dict[str, float]:
     """What a linear probe reads off the moves themselves: by whom each square was taken, if nobody had to pass."""
 
     def features(games: np.ndarray) -> Tensor:
-        taken = F.one_hot(torch.from_numpy(games).long(), SQUARES).float()  # (n, moves, 64)
+        taken = F.one_hot(_ids(games), SQUARES).float()  # (n, moves, 64)
         sign = 1 - 2 * (torch.arange(MOVES) % 2)
         # Who moves next has taken those of two moves ago, four moves ago, ...
         signed = -sign[:, None] * (taken * sign[:, None]).cumsum(1)

@@ -149,9 +149,9 @@ class Mamba1Mixer(FusedProjection):
         return super().drops(view) + unread
 
     @torch.no_grad()
-    def start(self, generator: torch.Generator, spread: float) -> None:
+    def start_state(self, generator: torch.Generator) -> None:
         """Rates as S4D-Real's, the number of each in the state, and `dt_proj` as mamba_ssm's Mamba starts it."""
-        super().start(generator, spread)
+        super().start_state(generator)
         self.A_log.copy_(torch.arange(1.0, self.state_size + 1).log())
         bound = self.rank**-0.5
         self.dt_proj.weight.uniform_(-bound, bound, generator=generator)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .cache_layers import StateLayer
 from .fused_projection import FusedProjection
-from .modeling_mixer import Geometry, Heads, Mixer, Transfer
+from .modeling_mixer import Geometry, Heads, Transfer
 from .state_space import GATE_OPEN, HALF_LIFE, STEPS, WidenedLinear
 
 try:
@@ -156,12 +156,9 @@ class S4DMixer(FusedProjection):
         return [Transfer(f"{name}.{part}", "constant", value=value) for part, value in constants.items()]
 
     @torch.no_grad()
-    def start(self, generator: torch.Generator, spread: float) -> None:
-        """Steps log-uniform, and weights of all modes drawn, as the paper has them; rates and the rest as transferred
-        (the paper's, too)."""
-        Mixer.start(self, generator, spread)
-        if self.z_bias is not None:
-            self.z_bias.zero_()
+    def start_state(self, generator: torch.Generator) -> None:
+        """Steps log-uniform, and weights of all modes drawn, as the paper has them; rates as transferred, the paper's,
+        too."""
         low, high = STEPS
         self.dt_log.uniform_(math.log(low), math.log(high), generator=generator)
         for weights in (self.C_real, self.C_imag):

@@ -127,11 +127,15 @@ class StateSpace(Mixer):
 
     @torch.no_grad()
     def start(self, generator: torch.Generator, spread: float) -> None:
-        """Steps, decays and skip as mamba_ssm's Mamba2 starts them."""
         super().start(generator, spread)
+        self.start_state(generator)
+
+    @torch.no_grad()
+    def start_state(self, generator: torch.Generator) -> None:
+        """Steps, decays and skip as mamba_ssm's Mamba2 starts them."""
         low, high = STEPS
         step = torch.empty_like(self.dt_bias).uniform_(math.log(low), math.log(high), generator=generator).exp()
-        self.dt_bias.copy_(step.expm1().log())  # softplus backwards
+        self.dt_bias.copy_(softplus_inverse(step))
         self.A_log.copy_(torch.empty_like(self.A_log).uniform_(*self.rates, generator=generator).log())
         if self.D is not None:
             self.D.fill_(1.0)
