@@ -20,6 +20,7 @@ from ..teachers.errors import TeacherError
 from .console import console_of
 from .errors import DistillError
 from .export.formats import DTYPES, FORMATS, QUANTISED
+from .run.seconds import OTHER, part
 from .run.threads import leave_busy_cores, spin_briefly
 from .shipped import shipped
 from .stages.pipeline import names, pipeline_of
@@ -48,8 +49,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.command in TRAINING and (said := leave_busy_cores(os.environ)):
             print(said)
-        _quiet_libraries(options.debug, loading=options.command not in LIGHT)
-        COMMANDS[options.command](options)
+        with part(OTHER):
+            with part("importing"):
+                _quiet_libraries(options.debug, loading=options.command not in LIGHT)
+            COMMANDS[options.command](options)
     except KeyboardInterrupt:
         _complain("interrupted; the same command (without --from) goes on from the last checkpoint")
         return 130
@@ -98,14 +101,15 @@ def init(options) -> None:
 
 
 def run(options) -> None:
-    from .config import load_recipe
-    from .report.summary import summary
-    from .stages.runner import run_recipe
+    with part("importing"):
+        from .config import load_recipe
+        from .report.summary import summary
+        from .stages.runner import run_recipe
 
     session = run_recipe(load_recipe(options.config, options.overrides), options.from_stage, options.until)
-    for part in summary(session.root) if session.accelerator.is_main_process else ():
+    for entry in summary(session.root) if session.accelerator.is_main_process else ():
         session.console.print()
-        session.console.print(part, highlight=False, markup=False, soft_wrap=True)
+        session.console.print(entry, highlight=False, markup=False, soft_wrap=True)
 
 
 def plan(options) -> None:

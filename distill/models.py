@@ -22,11 +22,13 @@ from ..students.modeling.configuration_mixers import have_trans_points, names_wi
 from ..teachers import incomplete, load_teacher
 from .errors import RunError
 from .run.files import read_json
+from .run.seconds import part
 
 if TYPE_CHECKING:
     from .config import Recipe
 
 
+@part("loading")
 def load_model(
     path: str | Path, dtype: str | torch.dtype = "auto", trust_remote_code: bool = False, trans_points=None
 ) -> PreTrainedModel:
@@ -57,6 +59,7 @@ def load_model(
     return model.eval()
 
 
+@part("loading")
 def teacher_of(recipe: "Recipe", device: str | torch.device = "cpu") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A recipe's teacher, or untrained model, and its tokenizer. Raises TeacherError where there is none."""
     own = recipe.teacher

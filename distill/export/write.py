@@ -9,11 +9,13 @@ from transformers import PreTrainedTokenizerBase
 
 from ...students import HybridForCausalLM
 from ...students.build import hybrid_generation_config
+from ..run.seconds import part
 from ..tokenizers import save_tokenizer
 from .card import CardFacts, write_card
 from .formats import ExportError, find_format, has_model
 
 
+@part("exporting")
 def export(
     student: HybridForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
@@ -53,7 +55,8 @@ def export(
         save_tokenizer(tokenizer, partial)
         dtype = getattr(torch, name, name)
         kind.write(student, partial, dtype)
-        figures = kind.check(student, partial, dtype, tokenizer)
+        with part("verifying"):
+            figures = kind.check(student, partial, dtype, tokenizer)
         write_card(partial, student, kind, figures, facts or CardFacts())
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)

@@ -13,6 +13,7 @@ from ..data.rows import check_tokens
 from ..data.sources import DataError, Skip, place, read, resolve
 from ..models import embedding_rows, generated, generating
 from ..run.records import Given
+from ..run.seconds import part
 from ..tokenizers import beginning, decoded
 
 EXAMPLES = 3  # questions that stand before each other one, with their answers
@@ -33,6 +34,7 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> dict[str, 
     return cast("dict[str, Tensor]", inputs)
 
 
+@part("answers")
 @torch.no_grad()
 def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int = 64) -> str:
     """The model's greedy answer: to a chat question where the tokenizer has a template, else a continuation.
@@ -63,6 +65,7 @@ def read_questions(source: str) -> list[Question]:
     return questions
 
 
+@part("answers")
 @torch.no_grad()
 def exact_match(
     model: PreTrainedModel,

@@ -9,11 +9,13 @@ from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
 from ...students.modeling.modeling_hybrid import cache_name
 from ..run.records import Cost
+from ..run.seconds import part
 from ..trans_points import TransPoints
 
 DECODED = 16  # tokens, one by one after the context
 
 
+@part("cost")
 @torch.no_grad()
 def measure_cost(
     model: PreTrainedModel, length: int, tokens: int = DECODED, trans_points: TransPoints | None = None

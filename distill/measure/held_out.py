@@ -9,6 +9,7 @@ from ...teachers import output_head
 from ..data.packed import PackedDataset
 from ..data.sources import DataError
 from ..run.records import Quality
+from ..run.seconds import part
 from ..tokenizers import decoded
 
 CHUNK = 512  # tokens whose logits are held at a time
@@ -17,6 +18,7 @@ CHUNK = 512  # tokens whose logits are held at a time
 class HeldOut:
     """Held-out sequences, and the teacher's predictions on them, kept so that every student is measured on the same."""
 
+    @part("measuring")
     def __init__(
         self,
         dataset: PackedDataset,
@@ -36,6 +38,7 @@ class HeldOut:
         self.teacher = teacher
         self.head = output_head(teacher) if teacher is not None else None
 
+    @part("measuring")
     @torch.no_grad()
     def measure(self, model: PreTrainedModel, late: int | None = None) -> Quality:
         """The model's quality on these sequences. late: how many first tokens of each document `late_kl` leaves out."""

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ...teachers import OutputHead, output_head
 from ..errors import RunError
 from ..run.records import Recall
+from ..run.seconds import part
 from ..tokenizers import beginning
 
 WORDS = (
@@ -183,6 +184,7 @@ def stacked(items: Sequence[Item]) -> Tensor:
     return torch.stack([torch.nn.functional.pad(item.tokens, (0, width - len(item.tokens))) for item in items])
 
 
+@part("recall")
 def measure_recall(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

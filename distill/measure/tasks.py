@@ -22,10 +22,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..errors import RunError
 from ..run.files import one_line
 from ..run.records import TaskScore, number
+from ..run.seconds import part
 
 BOOTSTRAP = 1000  # samples of a standard error that has no formula, such as perplexity's; the harness draws 100,000
 
 
+@part("tasks")
 def measure_tasks(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

@@ -11,7 +11,7 @@ import re
 import statistics
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,6 +31,7 @@ from ..stages.inputs import lineage
 from ..stages.pipeline import names
 from ..stages.train import TRAIN
 from .charts import heat_map, layer_bars, line_chart, loss_chart
+from .seconds import seconds_table
 
 DEPTHS = 4  # parts of a text, in maps of recall
 EVENTS = 200  # shown in the table
@@ -146,6 +147,7 @@ def _contents(root: Path, text: str | None) -> dict:
     quality, damaged = _quality(root, current, results), [stage.name for stage in stages.values() if stage.damaged]
     layers = _layers(root, stages, results)
     events = [event for stage in stages.values() for event in _events(stage)]
+    seconds = seconds_table(root)
     return {
         "name": root.resolve().name,
         "written": time.strftime("%Y-%m-%d %H:%M"),
@@ -167,6 +169,7 @@ def _contents(root: Path, text: str | None) -> dict:
         "training": [part for stage in stages.values() if (part := _training(stage))],
         "answers": [{name: _readable(text) for name, text in asdict(answer).items()} for answer in results.answers],
         "speed": _speed([stage for stage in stages.values() if stage.lines or stage.state in ("done", "earlier")]),
+        "seconds": seconds and replace(seconds, notes=list(map(_readable, seconds.notes))),
         "speed_charts": _speed_charts([stage for stage in stages.values() if stage.lines]),
         "events": events[:EVENTS],
         "more_events": len(events) - EVENTS,

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from rich import box
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
@@ -15,6 +16,7 @@ from ..run.files import read_json
 from ..run.records import Cost, Measures, Quality, ScheduleRecord, StageRecord, read_record, shown
 from ..stages.inputs import lineage
 from ..stages.pipeline import names
+from .seconds import SecondsTable, seconds_table
 
 
 def card_facts(root: Path) -> CardFacts:
@@ -41,7 +43,7 @@ def quality_rows(root: Path) -> list[dict]:
 
 
 def summary(root: Path) -> list:
-    """What a finished run shows: layer plan, quality by stage, answers, and how to load the checkpoint."""
+    """What a finished run shows: layer plan, quality by stage, answers, seconds, and how to load the checkpoint."""
     done = lineage(root)
     rows = quality_rows(root)
     evaluated = done.get("evaluate", StageRecord())
@@ -62,6 +64,8 @@ def summary(root: Path) -> list:
         answered = {"teacher": entry.teacher, "student": entry.student} if "teacher" in models else {"": entry.student}
         lines = [f"{'question' if 'teacher' in models else 'text'}: {entry.prompt}"]
         parts.append("\n".join(lines + [f" {name or 'goes on'}: {text}" for name, text in answered.items()]))
+    if (seconds := seconds_table(root)) is not None:
+        parts.append(_timetable(seconds))
     if "export" in done and (name := done["export"].folder):
         folder = (root / "export" / name).resolve()
         parts.append(f"checkpoint: {folder}\n\n{find_format(name).snippet(str(folder))}")
@@ -114,4 +118,17 @@ def schedule_table(records: list[ScheduleRecord]) -> Table:
             name = f"({len(lists)})"
         table.add_row(name, *row)
     table.caption = Text("\n".join(lists)) if lists else None  # not a string, in which brackets are markup
+    return table
+
+
+def _timetable(seconds: SecondsTable) -> Table:
+    """Without lines between columns: as many stages as there are go into 80 columns."""
+    table = Table(title="seconds", box=box.SIMPLE_HEAD, padding=0, show_edge=False)
+    table.caption = Text("\n".join(seconds.notes)) if seconds.notes else None
+    for name in seconds.head:
+        table.add_column(name, justify="right" if name else "left")
+    for row in seconds.rows[:-1]:
+        table.add_row(*row)
+    table.add_section()
+    table.add_row(*seconds.rows[-1])
     return table

@@ -2,9 +2,11 @@
 
     RUN/run.lock                    held while a run is at work
     RUN/recipe.yaml                 the resolved recipe of the latest run
+    RUN/seconds.json                what the latest run did before its first stage, in seconds
     RUN/STAGE/stage.json            what the stage depends on (its settings, its inputs), written when it starts
     RUN/STAGE/metrics.jsonl         one line per logged step
     RUN/STAGE/checkpoints/step-N/   training state, while it trains
+    RUN/STAGE/seconds.json          what it has taken until it was interrupted, see `run.seconds`
     RUN/STAGE/...                   what it made: student/, native/, results.json
     RUN/STAGE/done.json             written last: its presence is what says the stage is done
 
@@ -94,8 +96,9 @@ class StageFolder:
             raise RunError(f"the run folder cannot be written: {error}; set run.dir to another place") from error
 
     def finish(self, record: dict) -> None:
-        """Marks the stage done; checkpoints of its training are no longer needed."""
+        """Marks the stage done; what it would have gone on from is no longer needed."""
         write_json(self / "done.json", {**record, "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
+        (self / "seconds.json").unlink(missing_ok=True)
         shutil.rmtree(self / "checkpoints", ignore_errors=True)
 
     def take_over(self, other: "StageFolder", depends_on: dict) -> None:
@@ -105,6 +108,7 @@ class StageFolder:
         try:
             shutil.copytree(other.path, partial)
             write_json(partial / "stage.json", depends_on)
+            write_json(partial / "done.json", {**(other.done or {}), "taken_over": str(other.path.parent)})
             shutil.rmtree(self.path, ignore_errors=True)
             partial.rename(self.path)
         except OSError as error:

@@ -147,7 +147,10 @@ class StageRecord:
     besides stand in the file alone."""
 
     recipe: dict = field(default_factory=dict)
-    stage_seconds: float | None = None
+    stage_seconds: float | None = None  # of all its starts
+    seconds: dict[str, float] = field(default_factory=dict)  # the same by part, see `run.seconds`
+    starts: int | None = None  # more than one where it was interrupted
+    taken_over: str | None = None  # the run that it was taken over from
     finished: str | None = None
     quality: Quality | None = None
     training: Training | None = None

@@ -22,6 +22,7 @@ def run(session: "Session", folder: "StageFolder") -> dict:
     from ..models import has_trans_points, load_model
     from ..report.summary import card_facts
     from ..run.files import read_json, write_json
+    from ..run.seconds import part
     from .measuring import measure_schedules, refresh_quality, teacher_measures
     from .pipeline import student_before
 
@@ -31,7 +32,8 @@ def run(session: "Session", folder: "StageFolder") -> dict:
     kind = find_format(exported.folder or session.recipe.export.format)
     path = session.folder("export") / kind.name
     before = session.folder(student_before(session.recipe, "evaluate")) / "student"
-    model = (kind.load or load_model)(path) if kind.loads else load_model(before)
+    with part("loading"):
+        model = (kind.load or load_model)(path) if kind.loads else load_model(before)
     model = model.to(session.accelerator.device).eval()
     late = None
     if has_trans_points(model):  # where no layer takes attention any more, or at least the layers that documents reach

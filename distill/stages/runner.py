@@ -1,6 +1,5 @@
 """Running a recipe: which of its stages must run, each in its folder."""
 
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 
@@ -10,7 +9,9 @@ from rich.text import Text
 
 from ..config import Recipe
 from ..errors import RunError
+from ..run.files import write_json
 from ..run.folder import alone_in
+from ..run.seconds import OTHER, Clock, part, ticking
 from ..train.tracking import check_trackers
 from ..trans_points import check_schedules
 from .inputs import finished_elsewhere, stage_inputs
@@ -18,6 +19,7 @@ from .pipeline import pipeline_of
 from .session import Session
 
 
+@part(OTHER)
 def run_recipe(
     recipe: Recipe,
     from_stage: str | None = None,
@@ -57,12 +59,20 @@ def _run_stages(session: Session, needs: dict[str, dict], forced: int, last: int
     """Runs stages up to number `last`, those from number `forced` on in any case."""
     recipe, main = session.recipe, session.accelerator.is_main_process
     stages = pipeline_of(recipe)[: last + 1]
-    for position, stage in enumerate(stages):
-        if position >= forced or session.folder(stage.name).why_not_reusable(needs[stage.name]) is not None:
-            stage.look_ahead(session)
+    must_run = [
+        stage
+        for position, stage in enumerate(stages)
+        if position >= forced or session.folder(stage.name).why_not_reusable(needs[stage.name]) is not None
+    ]
+    for stage in must_run:
+        stage.look_ahead(session)
     if main:
         try:
             recipe.save(session.root / "recipe.yaml")
+            with part(OTHER) as clock:
+                before = clock.start_again()
+            if must_run:
+                write_json(session.root / "seconds.json", before)
         except OSError as error:
             raise RunError(f"the run folder cannot be written: {error}; set run.dir to another place") from error
     accelerator = session.accelerator
@@ -91,9 +101,8 @@ def _run_stages(session: Session, needs: dict[str, dict], forced: int, last: int
         session.accelerator.wait_for_everyone()
         set_seed(recipe.run.seed)
         session.anew = position >= forced
-        begun = time.monotonic()
-        record = run(session, folder)
+        with ticking(Clock(folder / "seconds.json" if main else None)) as clock:
+            record = run(session, folder)
         if main:
-            seconds = round(time.monotonic() - begun, 1)
-            folder.finish({**record, "stage_seconds": seconds, "recipe": recipe.to_dict()})
+            folder.finish({**record, **clock.record(), "recipe": recipe.to_dict()})
         session.accelerator.wait_for_everyone()

@@ -61,6 +61,7 @@ def run(session: "Session", folder: "StageFolder") -> dict:
     that should keep it."""
     from ..measure.recall import KEYS, keys_in_text
     from ..run.progress import Progress
+    from ..run.seconds import part
     from ..selection.gates import trained_gates
     from ..selection.judge import Judge
     from ..selection.search import by_gates, jointly, most_sets, one_by_one
@@ -111,7 +112,7 @@ def run(session: "Session", folder: "StageFolder") -> dict:
             gates = trained_gates(judge, steps, *rates, settings.kl_weight, settings.recall_weight)
             return by_gates(judge, loss, gates)
 
-    with session.teacher_for_training():
+    with session.teacher_for_training(), part("searching"):
         found = search()
     if broken := [layer for layer, score in found.alone.items() if not math.isfinite(loss(score))]:
         raise RunError(

@@ -30,6 +30,7 @@ from ..models import embedding_rows, load_model, on_device, teacher_of
 from ..run.folder import StageFolder
 from ..run.identity import identity
 from ..run.records import Quality
+from ..run.seconds import part
 from ..tokenizers import beginning, save_tokenizer
 from .pipeline import student_before
 from .preflight import check_vocabulary
@@ -135,6 +136,7 @@ class Session:
         batches = (collate([item]) for item in self.train_data.spread(self.recipe.calibrate.sequences))
         return [{key: value.to(self.accelerator.device) for key, value in batch.items()} for batch in batches]
 
+    @part("loading")
     def cached_targets(self) -> CachedTargets:
         """The training data with the teacher's cached predictions, checked against the recipe the first time."""
         if self._cached_targets is None:
@@ -206,6 +208,7 @@ class Session:
             self.say,
         )
 
+    @part("tokenising")
     def _corpus(self, name: str, sources: list[str], max_tokens: int | None, answers: bool = False) -> Corpus:
         data = self.recipe.data
         with self.accelerator.main_process_first():
@@ -234,6 +237,7 @@ class Session:
         # In float32 whatever the teacher is in: training keeps full-precision weights, and rounds in the products.
         return load_model(self.folder(stage) / "student", torch.float32).to(self.accelerator.device)
 
+    @part("saving")
     def save(self, student: HybridForCausalLM, folder: StageFolder) -> None:
         if self.accelerator.is_main_process:
             student.save_pretrained(folder / "student")

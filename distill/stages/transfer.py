@@ -35,6 +35,7 @@ def run(session: "Session", folder: "StageFolder") -> dict:
     from ..errors import RunError
     from ..export.formats import find_format
     from ..models import load_model
+    from ..run.seconds import part
     from ..trans_points import check_schedules, never_distilled
     from .preflight import check_prompts
 
@@ -45,12 +46,14 @@ def run(session: "Session", folder: "StageFolder") -> dict:
     chosen = selected(recipe, session.folder("select"), config.num_hidden_layers)
     folder_before = start_folder(recipe)
     start = None if folder_before is None else load_model(folder_before, session.teacher.dtype)
-    student = build_student(session.teacher, chosen, cast("HybridForCausalLM | None", start))
+    with part("building"):
+        student = build_student(session.teacher, chosen, cast("HybridForCausalLM | None", start))
     if session.exports:
         kind = find_format(recipe.export.format)
         if reason := kind.why_not(student) or kind.why_not_dtype(recipe.export.dtype, student):
             raise RunError(f"export.format={recipe.export.format} cannot hold this student: {reason}")
-        kind.check_tokenizer(student, session.tokenizer)
+        with part("verifying"):
+            kind.check_tokenizer(student, session.tokenizer)
         check_prompts(session.tokenizer, session.teacher, recipe)
     if line := never_distilled(recipe, student.config.mixers, longest):
         session.say(f"transfer: {line}")

@@ -20,6 +20,7 @@ from ...students import HybridForCausalLM, Mixer
 from ...students.modeling.documents import Documents, document_index
 from ...teachers import AttentionView, attention_view
 from ..objectives import attention_pairs
+from ..run.seconds import part
 
 RIDGE = 1e-4  # of the mean square of an input
 HALF_LIVES = tuple(2.0**i for i in range(-1, 12))  # tokens
@@ -40,6 +41,7 @@ class _Sums:
     tokens: int = 0
 
 
+@part("fitting")
 @torch.no_grad()
 def calibrate(
     teacher: PreTrainedModel,

@@ -7,6 +7,7 @@ The host does not wait for the device between log lines: what a step finds out (
 stays there until a line is written.
 """
 
+import itertools
 import math
 import signal
 import statistics
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from ..errors import DistillError
 from ..run.folder import StageFolder, truncate_log
 from ..run.progress import Progress
+from ..run.seconds import part
 from ..settings import TrainConfig
 from .checkpoint import find_checkpoint, load_generators, load_parameters, save_checkpoint
 from .engines import Engine, make_engine
@@ -104,8 +106,9 @@ def train(
     parameters = {name: p for group in groups for name, p in group["parameters"].items()}
     only_these_train(objective, groups)
     # The same for all processes, whatever each of them sees of the disk.
-    step, state = find_checkpoint(folder / "checkpoints", set(parameters), accelerator)
-    load_parameters(state, parameters)
+    with part("loading"):
+        step, state = find_checkpoint(folder / "checkpoints", set(parameters), accelerator)
+        load_parameters(state, parameters)
     groups = [{**group, "weight_decay": group.get("weight_decay", config.weight_decay)} for group in groups]
     # It has what its objective has.
     module = cast(Objective, InPrecision(objective, precision, accelerator.device.type))
@@ -137,7 +140,8 @@ def train(
 
     loader = batches_ahead(dataset, range(step, config.steps), config, seed, slots, micro, accelerator.device)
     shown = Progress(console, folder.stage, config.steps, step, tokens_per_step)
-    with _released(engine), shown as progress, _sigterm() as asked, loader:
+    timed = _timed_steps(step, accelerator.device)
+    with _released(engine), shown as progress, _sigterm() as asked, timed as line, loader:
         for batches, position in loader:
             sums: dict[str, Tensor] = {}
             if before_step:
@@ -171,6 +175,7 @@ def train(
                         metrics["event"] = "loss spike"
                     losses.append(metrics["loss"])
                 last = (now, step)
+                line(step)
                 if accelerator.is_main_process:
                     log(metrics)
                 progress.show(step, metrics["loss"])
@@ -182,7 +187,9 @@ def train(
             stops = _all_stop(asked, accelerator, logs)
             if step < config.steps and (stops or step % config.checkpoint_every == 0):
                 checkpoints, keep = folder / "checkpoints", config.keep_checkpoints
-                save_checkpoint(checkpoints, step, engine.state(), position, keep, accelerator)
+                with part("saving") as clock:
+                    save_checkpoint(checkpoints, step, engine.state(), position, keep, accelerator)
+                clock.keep()
             if on_step:
                 on_step(step)
             if stops and step < config.steps:
@@ -201,6 +208,18 @@ def train(
         "skipped": int(skips),
     }
     return Trained(metrics, weights)
+
+
+def above_steady(lines: list[tuple[int, float]]) -> float:
+    """Seconds that the steps up to the first line of a log took above as many of the median pace between later lines.
+
+    lines: (step, seconds up to there) where training begins, and at each line; 0 where there are no two.
+    """
+    spans = [(b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(lines)]
+    if len(spans) < 2:
+        return 0.0
+    (steps, seconds), *later = spans
+    return max(0.0, seconds - steps * statistics.median(seconds / steps for steps, seconds in later))
 
 
 def learning_rate_factor(step: int, config: TrainConfig) -> float:
@@ -243,6 +262,24 @@ def _released(engine: Engine) -> Iterator[None]:
     except BaseException:
         engine.release()
         raise
+
+
+@contextmanager
+def _timed_steps(step: int, device: torch.device) -> Iterator[Callable[[int], None]]:
+    """Counts what is done meanwhile as steps; `line(step)` is to be called at each line of the log, where the host has
+    waited for the device.
+
+    On a GPU what the first line took above the steady pace counts as compiling: layers by torch.compile, kernels by
+    Triton, recording, and whatever else is done once. What has to be compiled after the first line (for another kind of
+    batch) stays in the steps, as does all of training that ends before the second.
+    """
+    with part("steps") as clock:
+        lines = [(step, clock.of("steps"))]
+        try:
+            yield lambda step: lines.append((step, clock.of("steps")))
+        finally:
+            if device.type == "cuda":
+                clock.move(above_steady(lines), "steps", "compiling")
 
 
 @contextmanager

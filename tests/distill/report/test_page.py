@@ -9,10 +9,12 @@ from html.parser import HTMLParser
 import pytest
 import yaml
 
+from run_files import STAGES
 from transpoint.distill.cli import main
 from transpoint.distill.config import Recipe
 from transpoint.distill.errors import RunError
 from transpoint.distill.report.page import write_report
+from transpoint.distill.report.seconds import seconds_table
 from transpoint.distill.run.files import write_json
 
 HOSTILE = "<script>alert('x')</script> & \"quoted\" \x00\x1b[31m \ud800"
@@ -108,7 +110,34 @@ def test_a_finished_run(tiny_copy, capsys):
     recipe = shown.raw[shown.raw.index("<pre>") :]
     assert "checkpoint_every: 10" in recipe and "micro_batch_size: null" in recipe
     assert "What is the capital of France?" in shown.text
+    assert f"start {' '.join(STAGES)} all share loading" in shown.text
     assert out.stat().st_size < 500_000
+
+
+def test_where_the_time_went(tiny_copy):
+    records = {stage: json.loads((tiny_copy / stage / "done.json").read_text()) for stage in STAGES}
+    records["transfer"] |= {"taken_over": "/runs/other"}
+    records["align"] |= {"starts": 3, "stage_seconds": 5000.0, "seconds": {"steps": 4000.0, "saving": 0.01, "x": 9.0}}
+    del records["distill"]["seconds"], records["distill"]["starts"]  # of an earlier version
+    records["distill"]["stage_seconds"] = 5000.0
+    for stage in ("calibrate", "export", "evaluate"):
+        records[stage] |= {"stage_seconds": 0.0, "seconds": {}}
+    for stage, record in records.items():
+        write_json(tiny_copy / stage / "done.json", record)
+    write_json(tiny_copy / "seconds.json", {"stage_seconds": 2.5, "seconds": {"importing": 2.5}})
+    found = seconds_table(tiny_copy)
+    assert found.head == ["", "start", *STAGES, "all", "share"]
+    assert found.rows == [
+        ["importing", "2.5", "", "", "", "", "", "", "2.5", "0%"],
+        ["steps", "", "", "", "4,000", "", "", "", "4,000", "40%"],
+        ["other", "", "", "", "1,000", "5,000", "", "", "6,000", "60%"],
+        ["all", "2.5", "", "", "5,000", "5,000", "", "", "10,002", "100%"],
+    ]
+    killed = "a start that was killed counts up to its last checkpoint"
+    assert found.notes == ["transfer: taken over from other", f"align: in 3 starts ({killed})"]
+    for name in ("seconds.json", *(f"{stage}/done.json" for stage in STAGES)):
+        (tiny_copy / name).write_text('{"stage_seconds": Infinity, "seconds": {"steps": NaN}}')
+    assert seconds_table(tiny_copy) is None
 
 
 def test_it_loads_nothing(tiny_copy):
@@ -145,10 +174,13 @@ def test_what_people_wrote_is_escaped(tiny_copy):
     log = (tiny_copy / "align" / "metrics.jsonl").read_text().splitlines()
     line = json.loads(log[-1]) | {"event": HOSTILE, "<b>part</b>": 1.5}
     (tiny_copy / "align" / "metrics.jsonl").write_text("\n".join([*log[:-1], json.dumps(line)]) + "\n")
+    record = json.loads((tiny_copy / "calibrate" / "done.json").read_text()) | {"taken_over": f"/runs/{HOSTILE}"}
+    (tiny_copy / "calibrate" / "done.json").write_text(json.dumps(record))
     folder = tiny_copy.rename(tiny_copy.with_name("run <i>&amp;"))
     shown = page(folder)
     assert not shown.all("script") and not shown.all("b", **{"onerror": "alert(1)"}) and not shown.all("img")
     assert shown.text.count("<script>alert('x')</script> & \"quoted\"") == 3  # prompt, teacher, event
+    assert 'calibrate: taken over from script> & "quoted"' in shown.text
     assert "two lines </blockquote></main>" in shown.text and "run <i>&amp;" in shown.text
     assert "<img src=x onerror=alert(1)>.jsonl" in shown.text
     assert not any(character in shown.raw for character in "\x00\x1b\ud800")

@@ -1,6 +1,7 @@
 """A recipe through every stage: what a run leaves, what is reused and what runs again, interrupted anywhere."""
 
 import dataclasses
+import io
 import json
 import shutil
 import weakref
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -79,6 +81,23 @@ def test_a_run_leaves_a_folder_for_each_stage(tiny_run):
     left = {path.suffix for path in tiny_run.rglob("*") if path.is_file()}
     assert left <= {".json", ".jsonl", ".yaml", ".txt", ".md", ".safetensors", ".jinja", ".lock"}  # nothing pickled
     assert not [path for path in tiny_run.rglob(".*")]  # nothing half-written
+
+
+def test_the_seconds_of_each_stage_are_known_by_part(tiny_run):
+    parts = {
+        "transfer": {"building", "verifying", "saving", "measuring"},
+        "calibrate": {"loading", "tokenising", "fitting", "saving", "measuring"},
+        "align": {"loading", "steps", "saving", "measuring"},
+        "distill": {"loading", "steps", "saving", "measuring"},
+        "export": {"loading", "measuring", "exporting", "verifying"},
+        "evaluate": {"loading", "measuring", "recall", "answers", "cost"},
+    }
+    for stage, expected in parts.items():
+        record = done(tiny_run, stage)
+        assert set(record["seconds"]) == expected | {"other"} and record["starts"] == 1
+        assert sum(record["seconds"].values()) == pytest.approx(record["stage_seconds"], abs=0.05)
+    before = json.loads((tiny_run / "seconds.json").read_text())["seconds"]
+    assert set(before) == {"loading", "tokenising", "other"}  # of the teacher, for what evaluate looks at first
 
 
 def test_training_is_logged_and_trains(tiny_run):
@@ -344,7 +363,7 @@ def test_from_and_until(tiny_copy, run_tiny, tmp_path):
     changed = {
         path.relative_to(tiny_copy).parts[0] for path, time in files(tiny_copy).items() if before[0].get(path) != time
     }
-    assert changed == {"distill"}
+    assert changed == {"distill", "seconds.json"}
     assert ran(run_tiny(tiny_copy)) == {}
     assert list(ran(run_tiny(tmp_path / "new", until_stage="transfer"))) == ["transfer"]
     assert sorted(p.name for p in (tmp_path / "new").iterdir() if p.name in STAGES) == ["transfer"]
@@ -388,9 +407,10 @@ def test_interrupted_in_every_training_and_resumed_equals_uninterrupted(tiny_run
     output = run_tiny(tiny_copy)
     assert ran(output) == {"distill": "interrupted", "export": "not run yet", "evaluate": "not run yet"}
     assert "distill: going on from step 10" in output
-    for stage in ("align", "distill"):
+    for stage, starts in (("align", 2), ("distill", 4)):
         assert student(tiny_copy, stage) == student(tiny_run, stage)
         assert metrics(tiny_copy, stage) == metrics(tiny_run, stage)
+        assert done(tiny_copy, stage)["starts"] == starts
     weights = "export/native/model.safetensors"
     assert (tiny_copy / weights).read_bytes() == (tiny_run / weights).read_bytes()
     found, wanted = (json.loads((run / "evaluate" / "results.json").read_text()) for run in (tiny_copy, tiny_run))
@@ -417,7 +437,11 @@ def test_interrupted_between_steps_the_stage_runs_again(stage, when, tiny_run, t
         run_tiny(tiny_copy)
     pipeline[index] = real
     assert reasons(tiny_copy) == {stage: "interrupted"}
+    kept = json.loads((tiny_copy / stage / "seconds.json").read_text())
     assert ran(run_tiny(tiny_copy)) == {stage: "interrupted"}
+    record = done(tiny_copy, stage)
+    assert record["starts"] == 2 and not (tiny_copy / stage / "seconds.json").exists()
+    assert all(record["seconds"][part] >= seconds for part, seconds in kept["seconds"].items())
     assert student(tiny_copy, stage) == student(tiny_run, stage)
     if stage == "align":
         assert metrics(tiny_copy, stage) == metrics(tiny_run, stage)
@@ -435,7 +459,7 @@ def test_another_run_takes_over_what_is_the_same_and_goes_on(tiny_run, run_tiny,
     output = run_tiny(folder, *reuse)
     for stage in ("transfer", "calibrate", "align"):
         assert f"{stage}: taken over from {tiny_run}" in output
-        assert (folder / stage / "done.json").read_bytes() == (tiny_run / stage / "done.json").read_bytes()
+        assert done(folder, stage) == done(tiny_run, stage) | {"taken_over": str(tiny_run)}
     assert student(folder, "align") == student(tiny_run, "align")
     assert "distill: not run yet" in output and student(folder, "distill") != student(tiny_run, "distill")
     assert files(tiny_run) == before
@@ -531,6 +555,11 @@ def test_the_summary_shows_plan_quality_answers_and_how_to_load(tiny_run):
     assert "layer plan: MAMA  (2 of 4 layers are Mamba-2)" in text
     assert "question: What is the capital of France?\n teacher: " in text
     assert f"checkpoint: {tiny_run / 'export' / 'native'}" in text
+    out = io.StringIO()
+    Console(file=out, width=80).print(*(part for part in parts if not isinstance(part, str)))
+    lines = [line.split() for line in out.getvalue().splitlines()]
+    assert ["start", *STAGES, "all", "share"] in lines
+    assert {"steps", "verifying", "other"} < {line[0] for line in lines if line and line[-1].endswith("%")}
     names = {}
     exec(text[text.index("from transformers import") :], names)
     assert type(names["model"]).__name__ == "GraniteMoeHybridForCausalLM"
@@ -552,7 +581,7 @@ def test_the_card_of_a_run(tiny_run):
 def test_stages_of_other_settings_do_not_count(tiny_copy, run_tiny):
     run_tiny(tiny_copy, "student.keep_attention=[0]", until_stage="transfer")
     assert list(lineage(tiny_copy)) == ["transfer"] and (tiny_copy / "distill" / "done.json").exists()
-    plan, _ = summary(tiny_copy)  # and no answers, no checkpoint
+    plan, _, _ = summary(tiny_copy)  # with quality and seconds, and no answers, no checkpoint
     assert plan.startswith("layer plan: AMMM")
     assert [row["model"] for row in card_facts(tiny_copy).quality][1:] == ["after transfer"]
     assert card_facts(tiny_copy).recipe["student"]["keep_attention"] == [0]

@@ -26,9 +26,10 @@ from run_files import ROOT, TINY
 from transpoint.distill.data.corpus import Corpus
 from transpoint.distill.data.packed import PackedDataset, batch_indices, collate
 from transpoint.distill.run.folder import StageFolder
+from transpoint.distill.run.seconds import Clock, ticking
 from transpoint.distill.settings import TrainConfig
 from transpoint.distill.train import checkpoint
-from transpoint.distill.train.trainer import Stopped, TrainingError, learning_rate_factor, train
+from transpoint.distill.train.trainer import Stopped, TrainingError, above_steady, learning_rate_factor, train
 
 STEPS = 17
 TRAINED = ("linear.weight", "linear.bias", "scale")
@@ -297,6 +298,29 @@ def test_a_gradient_that_is_not_finite_is_named(folder, dataset):
 
     with pytest.raises(TrainingError, match="first of all the gradient of scale. Lower align.lr"):
         go(folder, settings_of(max_skipped=1), dataset, Rooted)
+
+
+def test_steps_and_saving_are_timed_apart_and_kept_with_each_checkpoint(folder, dataset):
+    kept = folder / "seconds.json"
+    with ticking(Clock(kept)) as clock:
+        go(folder, settings_of(), dataset, stop=9)
+    at_the_checkpoint = json.loads(kept.read_text())["seconds"]
+    assert 0 < at_the_checkpoint["saving"] and 0 < at_the_checkpoint["steps"] <= clock.record()["seconds"]["steps"]
+    assert "compiling" not in clock.seconds  # on a CPU nothing is
+
+
+@pytest.mark.parametrize(
+    ("lines", "seconds"),
+    [
+        ([(0, 1.0)], 0),
+        ([(0, 1.0), (10, 9.0)], 0),  # there is no later line to tell
+        ([(0, 1.0), (10, 36.0), (20, 56.0), (30, 79.0), (35, 89.0)], 15),  # 35 s, where others took 2, 2.3 and 2 s each
+        ([(7, 5.0), (10, 15.0), (20, 25.0)], 7),  # resumed in the middle
+        ([(0, 0.0), (10, 9.0), (20, 19.0)], 0),  # faster than steady
+    ],
+)
+def test_what_the_first_line_took_above_the_pace_of_the_others(lines, seconds):
+    assert above_steady(lines) == pytest.approx(seconds)
 
 
 def test_a_loss_spike_is_told(folder, dataset, capsys):
