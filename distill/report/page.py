@@ -147,7 +147,7 @@ def _contents(root: Path, text: str | None) -> dict:
     quality, damaged = _quality(root, current, results), [stage.name for stage in stages.values() if stage.damaged]
     layers = _layers(root, stages, results)
     events = [event for stage in stages.values() for event in _events(stage)]
-    seconds = seconds_table(root)
+    seconds = seconds_table(root, current)
     return {
         "name": root.resolve().name,
         "written": time.strftime("%Y-%m-%d %H:%M"),

@@ -6,7 +6,6 @@ from pathlib import Path
 from ..run.files import read_json
 from ..run.records import StageRecord, number, read_record
 from ..run.seconds import OTHER, PARTS
-from ..stages.inputs import lineage
 
 START = "start"  # what the latest run did before its first stage
 
@@ -21,10 +20,10 @@ class SecondsTable:
     notes: list[str]
 
 
-def seconds_table(root: Path) -> SecondsTable | None:
-    """The seconds of a run's finished stages, None where none is known. Those of a stage that was taken over are the
-    other run's."""
-    done, notes = lineage(root), []
+def seconds_table(root: Path, done: dict[str, StageRecord]) -> SecondsTable | None:
+    """The seconds of a run's finished stages, `done` of `lineage`; None where none is known. Those of a stage that was
+    taken over are the other run's."""
+    notes: list[str] = []
     columns = {START: read_record(StageRecord, read_json(root / "seconds.json"))}
     for name, record in done.items():
         columns[name] = record

@@ -21,31 +21,30 @@ from .seconds import SecondsTable, seconds_table
 
 def card_facts(root: Path) -> CardFacts:
     """What the records of a run say for the model card of its latest student."""
-    made = names(lambda stage: stage.makes_student)
-    done = {stage: record for stage, record in lineage(root).items() if stage in made}
-    recipe = list(done.values())[-1].recipe
-    tokens = {stage: record.training.tokens or 0 for stage, record in done.items() if record.training is not None}
+    done, made = lineage(root), names(lambda stage: stage.makes_student)
+    recipe = [record for stage, record in done.items() if stage in made][-1].recipe
+    tokens = {stage: one.training.tokens or 0 for stage, one in done.items() if one.training is not None}
     # Read when the run began, or now where an earlier version did not.
     known, source = done["transfer"].teacher, recipe["teacher"]["source"]
     info = TeacherInfo(**known) if known else None if is_scratch(source) else teacher_info(source)
     if info is not None and info.commit is not None:  # whoever runs the recipe gets the same teacher
         recipe = {**recipe, "teacher": {**recipe["teacher"], "revision": info.commit}}
-    return CardFacts(info, recipe, tokens, quality_rows(root), lineage(root).get("evaluate", StageRecord()).measures)
+    return CardFacts(info, recipe, tokens, quality_rows(root, done), done.get("evaluate", StageRecord()).measures)
 
 
-def quality_rows(root: Path) -> list[dict]:
-    """Held-out quality of the teacher and of each stage's student, as recorded."""
+def quality_rows(root: Path, done: dict[str, StageRecord]) -> list[dict]:
+    """Held-out quality of the teacher and of each stage's student, as recorded; `done`: of `lineage`."""
     teacher = read_json(root / "teacher_quality.json")
     rows = [quality_row("teacher", read_record(Quality, teacher))] if isinstance(teacher, dict) else []
     made = names(lambda stage: stage.makes_student)
-    done = {stage: record.quality for stage, record in lineage(root).items() if stage in made}
-    return rows + [quality_row(f"after {stage}", quality) for stage, quality in done.items() if quality is not None]
+    found = {stage: record.quality for stage, record in done.items() if stage in made}
+    return rows + [quality_row(f"after {stage}", quality) for stage, quality in found.items() if quality is not None]
 
 
 def summary(root: Path) -> list:
     """What a finished run shows: layer plan, quality by stage, answers, seconds, and how to load the checkpoint."""
     done = lineage(root)
-    rows = quality_rows(root)
+    rows = quality_rows(root, done)
     evaluated = done.get("evaluate", StageRecord())
     if evaluated.quality is not None:
         rows.append(quality_row("exported checkpoint", evaluated.quality))
@@ -64,7 +63,7 @@ def summary(root: Path) -> list:
         answered = {"teacher": entry.teacher, "student": entry.student} if "teacher" in models else {"": entry.student}
         lines = [f"{'question' if 'teacher' in models else 'text'}: {entry.prompt}"]
         parts.append("\n".join(lines + [f" {name or 'goes on'}: {text}" for name, text in answered.items()]))
-    if (seconds := seconds_table(root)) is not None:
+    if (seconds := seconds_table(root, done)) is not None:
         parts.append(_timetable(seconds))
     if "export" in done and (name := done["export"].folder):
         folder = (root / "export" / name).resolve()

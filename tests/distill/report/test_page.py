@@ -16,6 +16,7 @@ from transpoint.distill.errors import RunError
 from transpoint.distill.report.page import write_report
 from transpoint.distill.report.seconds import seconds_table
 from transpoint.distill.run.files import write_json
+from transpoint.distill.stages.inputs import lineage
 
 HOSTILE = "<script>alert('x')</script> & \"quoted\" \x00\x1b[31m \ud800"
 VOID = {"meta", "br", "img", "link", "input", "hr"}
@@ -125,7 +126,7 @@ def test_where_the_time_went(tiny_copy):
     for stage, record in records.items():
         write_json(tiny_copy / stage / "done.json", record)
     write_json(tiny_copy / "seconds.json", {"stage_seconds": 2.5, "seconds": {"importing": 2.5}})
-    found = seconds_table(tiny_copy)
+    found = seconds_table(tiny_copy, lineage(tiny_copy))
     assert found.head == ["", "start", *STAGES, "all", "share"]
     assert found.rows == [
         ["importing", "2.5", "", "", "", "", "", "", "2.5", "0%"],
@@ -137,7 +138,7 @@ def test_where_the_time_went(tiny_copy):
     assert found.notes == ["transfer: taken over from other", f"align: in 3 starts ({killed})"]
     for name in ("seconds.json", *(f"{stage}/done.json" for stage in STAGES)):
         (tiny_copy / name).write_text('{"stage_seconds": Infinity, "seconds": {"steps": NaN}}')
-    assert seconds_table(tiny_copy) is None
+    assert seconds_table(tiny_copy, lineage(tiny_copy)) is None
 
 
 def test_it_loads_nothing(tiny_copy):

@@ -565,6 +565,16 @@ def test_the_summary_shows_plan_quality_answers_and_how_to_load(tiny_run):
     assert type(names["model"]).__name__ == "GraniteMoeHybridForCausalLM"
 
 
+def test_summary_and_card_read_a_runs_records_once(tiny_run, monkeypatch):
+    read = []
+    real = StageFolder.done
+    monkeypatch.setattr(StageFolder, "done", property(lambda self: read.append(self.stage) or real.fget(self)))
+    for one in (summary, card_facts):
+        read.clear()
+        one(tiny_run)
+        assert read == STAGES
+
+
 def test_the_card_of_a_run(tiny_run):
     text = (tiny_run / "export" / "native" / "README.md").read_text(encoding="utf-8")
     for stage in ("transfer", "calibrate", "align", "distill"):
