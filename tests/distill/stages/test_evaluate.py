@@ -7,6 +7,7 @@ import pytest
 from rich.console import Console
 
 from run_files import ROOT, done
+from transpoint.distill import models
 from transpoint.distill.data.corpus import tokenize_corpus
 from transpoint.distill.data.packed import PackedDataset
 from transpoint.distill.data.sources import DataError
@@ -60,7 +61,10 @@ def test_by_source_and_by_length(tiny_copy, run_tiny, sources):
 def test_the_student_is_measured_where_torch_cannot_run_the_export(tiny_copy, run_tiny, monkeypatch):
     unread = dataclasses.replace(NATIVE, load=lambda folder: pytest.fail("it was loaded"), loads=False)
     monkeypatch.setitem(FORMATS, "native", unread)
+    loaded = []
+    monkeypatch.setattr(models, "load_model", lambda path: loaded.append(path) or load_model(path))
     run_tiny(tiny_copy, "evaluate.recall=[]", "evaluate.max_new_tokens=4")
+    assert loaded == [tiny_copy / "distill" / "student"]  # once: the card needs none of its weights
     assert done(tiny_copy, "evaluate")["quality"] == done(tiny_copy, "distill")["quality"]
 
 
