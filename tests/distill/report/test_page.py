@@ -111,7 +111,7 @@ def test_a_finished_run(tiny_copy, capsys):
     recipe = shown.raw[shown.raw.index("<pre>") :]
     assert "checkpoint_every: 10" in recipe and "micro_batch_size: null" in recipe
     assert "What is the capital of France?" in shown.text
-    assert f"start {' '.join(STAGES)} all share loading" in shown.text
+    assert f"start {' '.join(STAGES)} all share" in shown.text
     assert out.stat().st_size < 500_000
 
 
