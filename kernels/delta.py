@@ -44,8 +44,8 @@ def delta_scan(
         seq_idx: (B, L) integers, the document of each token. The state is reset to zero wherever the value changes;
             initial_state belongs to the document of the first token.
         return_final_state: also return the state after the last token.
-        chunk_size: the most tokens a chunk may have; None leaves it to the implementation. The kernels round it to a
-            power of two from 16 to 64.
+        chunk_size: the most tokens a chunk may have; None leaves it to the implementation. The kernels take 16
+            or 32.
         backend: "triton" or "torch"; "auto" takes the kernels wherever they can run.
 
     Returns:
