@@ -24,6 +24,7 @@ from .configuration_mixers import MIXERS, have_trans_points
 from .documents import Documents, Spans, document_index
 from .errors import StudentError
 from .modeling_mixer import Geometry, Mixer, MixerMask
+from .packed_sdpa import PACKED
 
 # Keywords of `from_pretrained` that say where a checkpoint is and how to get at it.
 HUB = {"cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token"}
@@ -58,6 +59,8 @@ class HybridForCausalLM(_Teacher):
 
     def __init__(self, config: HybridConfig):
         super().__init__(config)
+        if config._attn_implementation == "sdpa":
+            config._attn_implementation = PACKED
         exact: set[str] = set()
         for index, (layer, kind) in enumerate(zip(self.get_decoder().layers, config.mixers, strict=True)):
             if kind != "attention":

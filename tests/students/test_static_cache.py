@@ -169,3 +169,22 @@ def test_where_it_cannot_be_a_growing_one_is_taken_and_it_is_said(make_student, 
     else:
         with pytest.raises(ValueError, match=f"^{reason}: leave max_cache_len out$"):
             student.new_cache(max_cache_len=8)
+
+
+@torch.no_grad()
+def test_a_compiled_step_makes_no_copies_of_keys_for_the_heads_that_share_them(make_student):
+    student, ids = make_student(sizes={"num_hidden_layers": 2}), tokens()
+    cache, shapes = student.new_cache(max_cache_len=512), []
+
+    def look(graph, inputs):
+        made = [node.meta.get("example_value") for node in graph.graph.nodes]
+        shapes.extend(one.shape for one in made if isinstance(one, torch.Tensor) and one.ndim >= 4)
+        return graph
+
+    student(ids[:, :9], cache=cache)
+    want = logits(student, ids)
+    step = torch.compile(student.forward, backend=look, fullgraph=True, dynamic=False)
+    assert_near(step(ids[:, 9:10], cache=cache).logits[:, 0], want[:, 9])
+    heads, kept = student.config.num_attention_heads, student.config.num_key_value_heads
+    assert heads > kept and (2, kept, 512) in {shape[:3] for shape in shapes}
+    assert (2, heads, 512) not in {shape[:3] for shape in shapes} and not any(len(shape) > 4 for shape in shapes)
