@@ -2,6 +2,7 @@
 
     python scripts/bench_training.py --json docs/results/training.json                   # one GPU
     accelerate launch --config_file configs/accelerate/ddp.yaml scripts/bench_training.py  # several
+    python scripts/bench_training.py --stage distill --length 2048 8192 32768 --tokens 32768  # how a step grows
     python scripts/bench_training.py --quick                                             # a tiny model on a CPU
 
 Models have the shape of a teacher and random weights, text is random tokens in documents of random lengths: neither
@@ -31,6 +32,7 @@ from transpoint.distill.train.engines import make_engine
 from transpoint.distill.train.groups import distill_groups, mixer_parameters, only_these_train
 from transpoint.distill.train.trainer import InPrecision
 from transpoint.students import StudentConfig, build_student
+from transpoint.students.modeling.configuration_mixers import MIXERS
 from transpoint.teachers import share_layers
 
 WINDOWS = 5  # stretches of steps that the median is of
@@ -41,6 +43,14 @@ SHAPES = {
     ),
     "tinyllama-1.1b": dict(
         hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32, num_key_value_heads=4,
+        vocab_size=32000,
+    ),
+    "llama-3b": dict(
+        hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24, num_key_value_heads=8,
+        vocab_size=128256, tie_word_embeddings=True,
+    ),
+    "mistral-7b": dict(
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
         vocab_size=32000,
     ),
     "tiny": dict(
@@ -56,12 +66,13 @@ def main(arguments: list[str] | None = None) -> int:
     recipe.student.mixer = options.mixer
     accelerator = make_accelerator(recipe)
     records = []
-    for batch in options.batch:
-        for stage in options.stage:
-            record = measure(options, stage, batch, accelerator)
-            records.append(record)
-            if accelerator.is_main_process:
-                print(json.dumps(record), file=sys.stderr, flush=True)
+    for length, batch, stage in itertools.product(options.length, options.batch, options.stage):
+        if options.tokens:
+            batch = max(1, options.tokens // length)
+        record = measure(options, stage, batch, length, accelerator)
+        records.append(record)
+        if accelerator.is_main_process:
+            print(json.dumps(record), file=sys.stderr, flush=True)
     if accelerator.is_main_process:
         print("\n".join(table(records, options, accelerator)))
         if options.json:
@@ -70,9 +81,9 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def measure(options: argparse.Namespace, stage: str, batch: int, accelerator: Accelerator) -> dict:
-    """Tokens a second over all processes, milliseconds of a step, bytes at the peak of one, share of the peak FLOPs."""
-    device, length = accelerator.device, options.length
+def measure(options: argparse.Namespace, stage: str, batch: int, length: int, accelerator: Accelerator) -> dict:
+    """Tokens a second over all processes, milliseconds of a step, bytes at the peak of each, share of peak FLOPs."""
+    device = accelerator.device
     on_gpu = device.type == "cuda"
     if on_gpu:  # what a row before this one left behind is not this one's
         gc.collect()
@@ -82,9 +93,9 @@ def measure(options: argparse.Namespace, stage: str, batch: int, accelerator: Ac
     config = LlamaConfig(**SHAPES[options.shape], max_position_embeddings=length)
     teacher = AutoModelForCausalLM.from_config(config).to(device, torch.bfloat16 if on_gpu else None)
     teacher = teacher.eval().requires_grad_(False)
-    keep = "every:2" if options.mixer == "mamba2" else []
     points = {"trans_points": options.trans_points} if options.mixer == "transmamba" else {}
-    student = build_student(teacher, StudentConfig(mixer=options.mixer, keep_attention=keep, **points))
+    kept = [] if options.keep_attention == "none" else options.keep_attention
+    student = build_student(teacher, StudentConfig(mixer=options.mixer, keep_attention=kept, **points))
     student = student.float().to(device).train()
     settings = Recipe().distill
     settings.teacher_lr = 1e-4
@@ -120,12 +131,13 @@ def measure(options: argparse.Namespace, stage: str, batch: int, accelerator: Ac
     rate = product_rate(device) if on_gpu else None
     record = {
         "stage": stage,
+        "length": length,
         "batch": batch,
         "tokens_per_second": speed,
         "step_ms": 1e3 * median,
         "first_step_s": first,
-        "allocated": torch.cuda.max_memory_allocated() if on_gpu else None,
-        "reserved": torch.cuda.max_memory_reserved() if on_gpu else None,
+        "allocated": _of_all(torch.cuda.max_memory_allocated(), accelerator) if on_gpu else None,
+        "reserved": _of_all(torch.cuda.max_memory_reserved(), accelerator) if on_gpu else None,
         "mfu": flops * speed / (rate * accelerator.num_processes) if rate else None,
     }
     engine.close()
@@ -144,6 +156,11 @@ def product_rate(device: torch.device) -> float:
     return 2 * 8192**3 / statistics.median(seconds[3:])
 
 
+def _of_all(value: int, accelerator: Accelerator) -> list[int]:
+    """Of each process."""
+    return accelerator.gather(torch.tensor([value], device=accelerator.device)).tolist()
+
+
 def profiled(run) -> str:
     """The kernels that `run` spends its time in."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -152,20 +169,21 @@ def profiled(run) -> str:
 
 
 def table(records: list[dict], options: argparse.Namespace, accelerator: Accelerator) -> list[str]:
-    """Markdown: one row for each stage and batch."""
+    """Markdown: one row for each length, batch and stage; memory of the process that has most."""
     known = facts(options, accelerator)
     lines = [
-        f"{known['shape']}, {known['mixer']}, sequences of {known['length']:,}, "
+        f"{known['shape']}, {known['mixer']}, "
         f"{known['processes']} x {known['device']}, torch {known['torch']}, transformers {known['transformers']}",
         "",
-        "| stage | sequences a process | tokens/s | step, ms | allocated, GB | reserved, GB "
+        "| stage | tokens a sequence | sequences a process | tokens/s | step, ms | allocated, GB | reserved, GB "
         "| of the bf16 product rate | first step, s |",
-        "|" + "---|" * 8,
+        "|" + "---|" * 9,
     ]
     for r in records:
         mfu = r["mfu"]
-        cells = [r["stage"], str(r["batch"]), f"{r['tokens_per_second']:,.0f}", f"{r['step_ms']:.1f}"]
-        cells += ["-" if r[name] is None else f"{r[name] / 1e9:.1f}" for name in ("allocated", "reserved")]
+        cells = [r["stage"], f"{r['length']:,}", str(r["batch"])]
+        cells += [f"{r['tokens_per_second']:,.0f}", f"{r['step_ms']:.1f}"]
+        cells += ["-" if r[name] is None else f"{max(r[name]) / 1e9:.1f}" for name in ("allocated", "reserved")]
         cells.append("-" if mfu is None else f"{mfu:.1%}")
         lines.append(f"| {' | '.join([*cells, format(r['first_step_s'], '.1f')])} |")
     return lines
@@ -173,7 +191,8 @@ def table(records: list[dict], options: argparse.Namespace, accelerator: Acceler
 
 def facts(options: argparse.Namespace, accelerator: Accelerator) -> dict:
     """What the figures depend on."""
-    chosen = {name: getattr(options, name) for name in ("shape", "mixer", "length", "steps", "eager", "share_teacher")}
+    names = ("shape", "mixer", "keep_attention", "steps", "eager", "share_teacher")
+    chosen = {name: getattr(options, name) for name in names}
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     device = gpu_name(accelerator.device) or "CPU"
     return chosen | {"device": device, "processes": accelerator.num_processes} | versions
@@ -201,11 +220,13 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m", help="whose shape the teacher has")
-    parser.add_argument("--mixer", choices=("mamba2", "transmamba"), default="mamba2")
+    parser.add_argument("--mixer", choices=MIXERS, default="mamba2", help="softmax in all layers is the teacher itself")
+    parser.add_argument("--keep-attention", help="as student.keep_attention, or none; else the mixer's default")
     parser.add_argument("--trans-points", default="log:1024", help="schedule of a transmamba student")
     parser.add_argument("--stage", nargs="+", choices=("align", "distill"), default=["align", "distill"])
     parser.add_argument("--batch", type=int, nargs="+", default=[4, 16], help="sequences in a step of a process")
-    parser.add_argument("--length", type=int, default=2048, help="tokens of a sequence")
+    parser.add_argument("--tokens", type=int, help="in a step of a process, in place of --batch")
+    parser.add_argument("--length", type=int, nargs="+", default=[2048], help="tokens of a sequence")
     parser.add_argument("--steps", type=int, default=5, help="in each of the stretches that are timed")
     parser.add_argument("--warmup", type=int, default=5)
     parser.add_argument("--json", type=Path, help="where to write the figures")
@@ -215,7 +236,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="a tiny model, short sequences")
     options = parser.parse_args(arguments)
     if options.quick:
-        options.shape, options.batch, options.length, options.steps, options.warmup = "tiny", [1, 2], 64, 3, 1
+        options.shape, options.batch, options.length, options.steps, options.warmup = "tiny", [1, 2], [64], 3, 1
     return options
 
 

@@ -21,4 +21,4 @@ def test_quick(mixer, bench, tmp_path, capsys):
     for record in found["records"]:
         assert record["tokens_per_second"] == pytest.approx(record["batch"] * 64 / record["step_ms"] * 1e3)
     rows = [line for line in printed.splitlines() if line.startswith("| ")]
-    assert len(rows) == 1 + 4 and all(row.count("|") == 9 for row in rows)
+    assert len(rows) == 1 + 4 and all(row.count("|") == 10 for row in rows)
