@@ -259,7 +259,9 @@ def read_attention(
             raise TeacherError(
                 f"{what}its rotary embedding ({type(rotary).__name__}) is not one for each type of layer"
             )
-    frequencies = None if rotary is None else getattr(rotary, f"{layer_type}_inv_freq" if layer_type else "inv_freq")
+    frequencies = None
+    if rotary is not None and getattr(module, "use_rope", True):  # SmolLM3 has layers without
+        frequencies = getattr(rotary, f"{layer_type}_inv_freq" if layer_type else "inv_freq")
     return AttentionView(
         layer=index,
         name=name,

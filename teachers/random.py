@@ -9,12 +9,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from .errors import TeacherError
 
 # What each family has that the others lack: biases (qwen2), q/k norms and a head_dim of its own (qwen3), a sliding
-# window (mistral). All have grouped key/value heads.
+# window (mistral), a layer without positions (smollm3). All have grouped key/value heads.
 RANDOM_FAMILIES = {
     "llama": {"model_type": "llama", "tie_word_embeddings": True},
     "mistral": {"model_type": "mistral", "sliding_window": 16},
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen3": {"model_type": "qwen3", "head_dim": 32},
+    "smollm3": {"model_type": "smollm3", "tie_word_embeddings": True},
 }
 SIZES = {
     "hidden_size": 64,

@@ -31,7 +31,7 @@ from ..tokenizers import PROBES
 from . import granite
 from .engines import READ, TRIED, Engine
 from .formats import ExportError, Format
-from .home import FOR_CONFIG, FOR_STUDENT
+from .home import FOR_CONFIG, FOR_STUDENT, has_positions
 from .verify import TOLERANCE, as_written, rounded
 
 FILE = "model.gguf"
@@ -79,7 +79,8 @@ def why_not(student: HybridForCausalLM) -> str | None:
     if reason := granite.why_not(student) or _no_llama_cpp():
         return reason
     config, mixers = student.config, granite.mixers_of(student)
-    if len(mixers) + config.mixers.count("attention") < len(config.mixers):
+    attention: list[Any] = [layer for layer in student.attention_layers() if layer not in mixers]
+    if len(mixers) + config.mixers.count("attention") < len(config.mixers) or not all(map(has_positions, attention)):
         return f"{_OWN_ATTENTION}; {FOR_STUDENT}"
     mixer = mixers[0]
     width = mixer.num_heads * mixer.head_dim
@@ -95,7 +96,6 @@ def why_not(student: HybridForCausalLM) -> str | None:
             f"its Mamba-2 layer is as wide as two hidden states of {config.hidden_size}, into which "
             f"{mixer.num_heads} heads of {mixer.head_dim} do not go; use format custom"
         )
-    attention: list[Any] = [layer for layer in student.attention_layers() if layer not in mixers]
     if width != config.hidden_size and any(layer.q_proj.bias is not None for layer in attention):
         return "its attention has biases only where all heads are as wide as a hidden state; use format custom"
     if (kind := config.rope_parameters.get("rope_type", "default")) not in ROPES:

@@ -29,7 +29,7 @@ from .home import (
 )
 from .verify import rounded
 
-FAMILIES = ("llama", "mistral", "qwen2")  # what is outside attention is then the same arithmetic
+FAMILIES = ("llama", "mistral", "qwen2", "smollm3")  # what is outside attention is then the same arithmetic
 NEEDS = "5.23"  # transformers before it normalises over all heads at once: silently other logits
 TITLE = "Mamba-2"
 FIXED = {"rope": False, "conv_activation": "silu", "gate": True, "norm": True}

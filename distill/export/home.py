@@ -101,7 +101,9 @@ def state_of_appended(model: type[PreTrainedModel], config: PreTrainedConfig, la
 
 def has_positions(attention: nn.Module) -> bool:
     """Whether an attention, kept or as a mixer, has a rotary embedding."""
-    return not isinstance(attention, SoftmaxMixer) or attention.positions
+    if isinstance(attention, SoftmaxMixer):
+        return attention.positions and attention.geometry.rotary_dim > 0
+    return bool(getattr(attention, "use_rope", True))  # SmolLM3 has layers without
 
 
 def mlp_of(layer: nn.Module) -> tuple[nn.Linear, nn.Linear, nn.Linear]:

@@ -29,7 +29,7 @@ pytestmark = [pytest.mark.stack, pytest.mark.slow]
 
 # They have converted, and must.
 CONVERT = {"apertus", "arcee", "gemma", "granite", "llama", "mistral", "mixtral", "nemotron", "olmo", "qwen2", "qwen3"}
-CONVERT |= {"qwen3_moe", "seed_oss", "stablelm", "starcoder2"}
+CONVERT |= {"qwen3_moe", "seed_oss", "smollm3", "stablelm", "starcoder2"}
 # By readers of their own, norms over all heads, rotary embeddings by layer type.
 CONVERT |= {"gpt_neox", "phi", "phi3", "olmo2", "olmo3", "gemma3_text"}
 TABLE = ROOT / "docs" / "families.md"

@@ -6,7 +6,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from transpoint.teachers import TeacherError, attention_view
-from transpoint.teachers.random import random_teacher
+from transpoint.teachers.random import RANDOM_FAMILIES, random_teacher
 
 LENGTH = 24  # longer than the windows below
 
@@ -27,6 +27,7 @@ FAMILIES = {
     "mistral": ("mistral", {}, {"window": 16}),
     "qwen2": ("qwen2", {}, {"biases": ("k_proj", "q_proj", "v_proj")}),
     "qwen3": ("qwen3", {}, {"head_dim": 32, "scale": 32**-0.5, "rotary_dim": 32, "normed": True}),
+    "smollm3, no rotary in every fourth layer": ("smollm3", {}, {"rotary_dim": [16, 16, 16, 0]}),
     "stablelm": ("stablelm", {"partial_rotary_factor": 0.5}, {"rotary_dim": 8}),
     "granite": ("granite", {"attention_multiplier": 0.4}, {"scale": 0.4}),
     "mixtral": ("mixtral", {"num_local_experts": 2}, {}),
@@ -52,7 +53,7 @@ FAMILIES = {
 
 def teacher(family, **fields):
     """A tiny random model of any family transformers has."""
-    if family in ("llama", "mistral", "qwen2", "qwen3"):
+    if family in RANDOM_FAMILIES:
         return random_teacher(f"random-{family}", 1, **fields)[0]
     sizes = {
         "vocab_size": 100,
@@ -293,7 +294,6 @@ REFUSED = {
 
 # Same parts, other arithmetic: only the numeric check can tell.
 MISCOMPUTED = {
-    "SmolLM3, no rotary in every fourth layer": (lambda: teacher("smollm3"), "model.layers.3.self_attn"),
     "GLM-4, interleaved rotary": (lambda: teacher("glm4"), "model.layers.0.self_attn"),
     "one layer unrotated": (lambda: computing(unrotated), "model.layers.2.self_attn"),
     "one layer scaled": (

@@ -83,6 +83,8 @@ NATIVE = {
     "qwen2-no-attention": {"family": "qwen2", "keep": []},
     "qwen2-untied-conv2": {"family": "qwen2", "options": {"conv_kernel": 2}, "tie_word_embeddings": False},
     "qwen2-no-positions": {"family": "qwen2", "options": {"attention_positions": False}},
+    "smollm3-layers-with-positions": {"family": "smollm3", "keep": (1, 2)},
+    "smollm3-the-one-without": {"family": "smollm3", "keep": (3,)},
 }
 
 
@@ -99,6 +101,7 @@ NATIVE_GDN = {
     "qwen3-no-attention": {"family": "qwen3", "keep": []},
     "llama-no-attention-conv1-untied": {"keep": [], "options": {"conv_kernel": 1}, "tie_word_embeddings": False},
     "mistral-windows-given-up": {"family": "mistral", "keep": []},
+    "smollm3-no-attention": {"family": "smollm3", "keep": []},
 }
 
 
@@ -133,7 +136,8 @@ def test_native_is_the_student_in_plain_transformers(case, tmp_path, unverified)
     student = distinct_student(**NATIVE[case])
     config = assert_native_is(student, GraniteMoeHybridForCausalLM, tmp_path, unverified)
     types = ["mamba" if mixer == "mamba2" else "attention" for mixer in student.config.mixers]
-    assert config["position_embedding_type"] == ("nope" if "softmax" in student.config.mixers else "rope")
+    has_no_positions = "softmax" in student.config.mixers or NATIVE[case].get("keep") == (3,)
+    assert config["position_embedding_type"] == ("nope" if has_no_positions else "rope")
     assert config["layer_types"] == (types if "attention" in types else [*types, "attention"])
     assert config["model_type"] == "granitemoehybrid" and config["num_local_experts"] == 0
     biased = any(
@@ -539,11 +543,15 @@ REFUSED = {
     "all of these": ({"options": PLAIN}, fixed(ROPE, ACTIVATION, GATE, NORM)),
     "family": (
         {"family": "qwen3"},
-        "it holds what llama, mistral, qwen2 have, not qwen3; use format custom",
+        "it holds what llama, mistral, qwen2, smollm3 have, not qwen3; use format custom",
     ),
     "window": (
         {"family": "mistral"},
         "its attention has no sliding window (16 tokens here); use format custom",
+    ),
+    "layers without positions beside others": (
+        {"family": "smollm3"},
+        "either all of its attention has positions, or none; use format custom",
     ),
     "window of kept attention": (
         {"options": {"attention_window": 9}},
@@ -629,7 +637,8 @@ def test_mamba_1_of_a_teachers_keys_and_queries_has_no_class(tmp_path):
 def test_a_family_whose_layers_are_others():
     """OLMo-2 norms what comes out of attention, and no class with gated DeltaNet layers does."""
     student = build_student(tiny_teacher("olmo2"), StudentConfig(keep_attention=[1], **GDN))
-    assert native.why_not(student) == "it holds what llama, mistral, qwen2, qwen3 have, not olmo2; use format custom"
+    families = "llama, mistral, qwen2, qwen3, smollm3"
+    assert native.why_not(student) == f"it holds what {families} have, not olmo2; use format custom"
 
 
 def refusal(student, tmp_path, format="native"):
