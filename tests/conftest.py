@@ -1,3 +1,4 @@
+import gc
 import os
 
 import pytest
@@ -13,6 +14,17 @@ if not torch.cuda.is_available():
 
 settings.register_profile("transpoint", deadline=None)  # a busy machine is no failure
 settings.load_profile("transpoint")
+
+gc.disable()  # until everything is imported
+
+
+@pytest.fixture(autouse=True, scope="session")
+def collect_no_modules():
+    """Else each collection, such as that after a stage of training, looks through all modules: half a second."""
+    gc.freeze()
+    gc.enable()
+    yield
+    gc.unfreeze()  # or some would be told of as leaks
 
 
 @pytest.fixture(autouse=True, scope="session")
