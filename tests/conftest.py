@@ -1,15 +1,30 @@
+import gc
 import os
 
 import pytest
 import torch
 from hypothesis import settings
 
+from interpreter import remember_builtins
+
 # Triton reads this at its first import: without a GPU its kernels run in its interpreter.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    remember_builtins()
 
 settings.register_profile("transpoint", deadline=None)  # a busy machine is no failure
 settings.load_profile("transpoint")
+
+gc.disable()  # until everything is imported
+
+
+@pytest.fixture(autouse=True, scope="session")
+def collect_no_modules():
+    """Else each collection, such as that after a stage of training, looks through all modules: half a second."""
+    gc.freeze()
+    gc.enable()
+    yield
+    gc.unfreeze()  # or some would be told of as leaks
 
 
 @pytest.fixture(autouse=True, scope="session")

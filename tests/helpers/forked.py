@@ -50,7 +50,9 @@ def in_two(function, *arguments, engine: str = "ddp") -> None:
     from torch.multiprocessing import start_processes
 
     multiprocessing.set_forkserver_preload(["preload"])
-    with mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES=""):  # there may be one GPU only
+    # The server that forks passes over what it does not find, and knows no sys.path but this.
+    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    with mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES="", PYTHONPATH=paths):  # there may be one GPU only
         spin_briefly(os.environ)
         given = (engine, _free_port(), function, arguments)
         start_processes(_as_one_of_two, given, nprocs=2, start_method="forkserver")
@@ -111,4 +113,4 @@ def _fork(job: dict) -> bool:
 if __name__ == "__main__":
     import preload  # noqa: F401 - here, and not in every child
 
-    sys.exit(0 if all([_fork(job) for job in json.load(sys.stdin)]) else 1)
+    os._exit(0 if all([_fork(job) for job in json.load(sys.stdin)]) else 1)  # without a second for tidying up

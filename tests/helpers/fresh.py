@@ -6,6 +6,7 @@ the seconds that importing torch and transformers takes each time. This file is 
 
 import atexit
 import functools
+import gc
 import json
 import os
 import subprocess
@@ -72,6 +73,7 @@ def _serve() -> None:
 
 
 if __name__ == "__main__":
+    gc.disable()  # its children end soon
     import torch
     import transformers.models.granitemoehybrid.modeling_granitemoehybrid
     import transformers.models.llama.modeling_llama  # noqa: F401

@@ -502,17 +502,17 @@ def test_the_learning_rate_rises_then_falls_along_a_cosine(steps, warmup, final)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0])
-def test_a_dozen_kills_at_random_moments_change_no_bit(seed, tmp_path, run_tiny):
-    more = ["align.steps=8", "distill.steps=40", "align.checkpoint_every=2", "distill.checkpoint_every=2"]
+def test_kills_at_random_moments_change_no_bit(seed, tmp_path, run_tiny):
+    more = ["align.steps=4", "distill.steps=16", "align.checkpoint_every=2", "distill.checkpoint_every=2"]
     more += ["align.log_every=1", "distill.log_every=1", "data.length=32", "evaluate.sequences=2"]
     run_tiny(tmp_path / "whole", *more, until_stage="distill")
-    command = [sys.executable, ROOT / "tests" / "helpers" / "kill_often.py", "12", str(seed)]
+    command = [sys.executable, ROOT / "tests" / "helpers" / "kill_often.py", "8", str(seed)]
     command += ["run", TINY, f"run.dir={tmp_path / 'killed'}", *more, "--until", "distill"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     killed = ast.literal_eval(done.stdout.rpartition("killed ")[2])
-    assert sum(killed.values()) == 12
+    assert sum(killed.values()) == 8
     assert {"after calibrate", "after align"} <= killed.keys(), killed
     for stage in ("align", "distill"):
         weights = [tmp_path / name / stage / "student" / "model.safetensors" for name in ("whole", "killed")]
