@@ -35,27 +35,53 @@ from .ssd_triton import LOG2E, softplus
 # Launch parameters
 
 CHUNK = 8  # tokens whose states the walk back holds in registers: of the states, one in so many is saved
-NUMBERS = 512  # of the states, for each warp: 16 a thread
-WARPS = 1
+CHANNELS, NUMBERS = 4, 4  # of a thread: the channels, and the numbers of the state of each
+BLOCK_D = 32  # channels of a program, which writes one sum over them for each token and number
 
 
 def config(N: int, backward: bool) -> dict:
-    """Channels of a program, so that registers hold their states, and warps.
+    """How a program's numbers are shared out: to LANES by numbers of the state and to ROWS by channels, and warps.
 
-    Chosen for few instructions and register spills on sm_90, as ptxas tells them; not timed.
+    Chosen for few instructions, no shared memory up to N = 16 and few register spills on sm_90, as ptxas tells them;
+    not timed.
     """
-    return {"BLOCK_D": max(1, NUMBERS * WARPS // power_of_2(N)), "num_warps": WARPS, "num_stages": 1}
+    NUMBERS_ = min(NUMBERS, power_of_2(N))
+    lanes, rows = power_of_2(N) // NUMBERS_, BLOCK_D // CHANNELS
+    shares = {"LANES": lanes, "ROWS": rows, "CHANNELS": CHANNELS, "NUMBERS": NUMBERS_}
+    return shares | {"num_warps": max(1, lanes * rows // 32), "num_stages": 1}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Kernels
+#
+# Tiles are (LANES, ROWS, CHANNELS, NUMBERS): the first two dimensions lie across the threads of a warp (and ROWS, across
+# warps), the last two in the registers of each. What has no numbers of the state is (LANES, ROWS, CHANNELS), what has no
+# channels is (LANES, ROWS, NUMBERS). Triton gives tiles that layout because it is how memory is read best: contiguous
+# numbers by one thread, and then by neighbours in the order of the dimensions. So nothing has to move between threads
+# but what is summed. What is costly and differs by channel and token only, as softplus does, is computed for LANES
+# tokens at a time, each in lanes of its own.
 
 
 @triton.jit
-def _states(BLOCK_N: tl.constexpr):
-    """The numbers of a state. That no more than 4 are known to be contiguous gives a thread 4 of each of its channels,
-    which shares the shuffles between sums over channels and sums over the state."""
-    return tl.max_contiguous(tl.arange(0, BLOCK_N), min(BLOCK_N, 4))
+def _channels(first, LANES: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+    row = first + tl.arange(0, ROWS)[None, :, None] * CHANNELS + tl.arange(0, CHANNELS)[None, None, :]
+    return tl.broadcast_to(row, (LANES, ROWS, CHANNELS))
+
+
+@triton.jit
+def _numbers(LANES: tl.constexpr, ROWS: tl.constexpr, NUMBERS: tl.constexpr):
+    lane = tl.arange(0, LANES)[:, None, None] * NUMBERS + tl.arange(0, NUMBERS)[None, None, :]
+    return tl.broadcast_to(lane, (LANES, ROWS, NUMBERS))
+
+
+@triton.jit
+def _load(ptr, mask):
+    return tl.load(ptr, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store(ptr, value, mask):
+    tl.store(ptr, value.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -75,16 +101,41 @@ def _tokens(ptr, stride, start, L, column, end, Q: tl.constexpr):
 
 
 @triton.jit
-def _step(raw, bias, ok, SOFTPLUS: tl.constexpr):
-    """The step: 0 past the end, which neither decays nor writes."""
-    raw = raw.to(tl.float32) + bias
-    return tl.where(ok, softplus(raw) if SOFTPLUS else raw, 0.0)
+def _tokens_by_lane(ptr, stride, start, L, column, end, Q: tl.constexpr, LANES: tl.constexpr):
+    """Q rows from `start` on, each in a lane: tiles of LANES rows; zeros past the end."""
+    tiles = ()
+    for q in tl.static_range(0, Q, LANES):
+        t = start + q + tl.arange(0, LANES)[:, None, None]
+        tiles += (tl.load(ptr + t * stride + column, mask=_inside(column, end, t, L), other=0.0),)
+    return tiles
+
+
+@triton.jit
+def _steps(dts, bias, start, L, i, end, Q: tl.constexpr, LANES: tl.constexpr, SOFTPLUS: tl.constexpr):
+    """Steps of what _tokens_by_lane has loaded: 0 past the end, which neither decay nor write."""
+    steps = ()
+    for q in tl.static_range(0, Q, LANES):
+        t = start + q + tl.arange(0, LANES)[:, None, None]
+        raw = dts[q // LANES].to(tl.float32) + bias
+        steps += (tl.where(_inside(i, end, t, L), softplus(raw) if SOFTPLUS else raw, 0.0),)
+    return steps
+
+
+@triton.jit
+def _in_all_lanes(tile, lane: tl.constexpr):
+    """What one lane has."""
+    return tl.gather(tile, tl.full(tile.shape, lane, tl.int32), 0)
+
+
+@triton.jit
+def _add(a, b, a_, b_):
+    return a + a_, b + b_
 
 
 @triton.jit
 def _decay(step, rates, seq_idx, stride, t, L, HAS_SEQ: tl.constexpr):
-    """Decays (channels, N) from steps (channels) and rates in base 2; 0 at the first token of a document."""
-    log = step[:, None] * rates
+    """Decays from steps and rates in base 2; 0 at the first token of a document."""
+    log = step[:, :, :, None] * rates
     if HAS_SEQ:
         inside = (t > 0) & (t < L)
         here = tl.load(seq_idx + t * stride, mask=inside, other=0)
@@ -99,57 +150,59 @@ def _scan_kernel(
     x_sb, x_sl, dt_sb, dt_sl, B_sb, B_sl, B_sg, C_sb, C_sl, C_sg, seq_sb, seq_sl, L, d, chunks, blocks,
     GROUP: tl.constexpr, SB: tl.constexpr, SC: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, HAS_D: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_SEQ: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_FINAL: tl.constexpr,
-    SAVES: tl.constexpr, SOFTPLUS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    SAVES: tl.constexpr, SOFTPLUS: tl.constexpr,
+    LANES: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, NUMBERS: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
     b, block = pid // blocks, pid % blocks
-    per_group = (GROUP + BLOCK_D - 1) // BLOCK_D  # channels of a program are of one group of B, and of C
-    first = block // per_group * GROUP
-    i = first + block % per_group * BLOCK_D + tl.arange(0, BLOCK_D)
-    n = _states(BLOCK_N)
-    end = first + GROUP
-    i_ok, n_ok = i < end, n < N
-    ok = i_ok[:, None] & n_ok[None, :]
-    place = i[:, None] * N + n[None, :]
+    per_group = (GROUP + ROWS * CHANNELS - 1) // (ROWS * CHANNELS)  # a program's channels are of one group of B, and C
+    group = block // per_group * GROUP
+    end = group + GROUP
+    i = _channels(group + block % per_group * (ROWS * CHANNELS), LANES, ROWS, CHANNELS)
+    n = _numbers(LANES, ROWS, NUMBERS)
+    place = i[:, :, :, None] * N + n[:, :, None, :]
+    ok = (i < end)[:, :, :, None] & (n < N)[:, :, None, :]
     x += b * x_sb
     dt += b * dt_sb
-    B += b * B_sb + first // SB * B_sg
-    C += b * C_sb + first // SC * C_sg
+    B += b * B_sb + group // SB * B_sg
+    C += b * C_sb + group // SC * C_sg
     out += b * L * d
     if HAS_SEQ:
         seq_idx += b * seq_sb
-    rates = tl.load(A + place, mask=ok, other=0.0).to(tl.float32) * LOG2E
-    bias, skip = tl.zeros((BLOCK_D,), tl.float32), tl.zeros((BLOCK_D,), tl.float32)
-    if HAS_BIAS:
-        bias = tl.load(dt_bias + i, mask=i_ok, other=0.0).to(tl.float32)
-    if HAS_D:
-        skip = tl.load(D + i, mask=i_ok, other=0.0).to(tl.float32)
-    state = tl.zeros((BLOCK_D, BLOCK_N), tl.float32)
-    if HAS_INITIAL:
-        state = tl.load(initial + b * d * N + place, mask=ok, other=0.0).to(tl.float32)
+    lane = tl.arange(0, LANES)[:, None, None]
+    rates = _load(A + place, ok) * LOG2E
+    bias = _load(dt_bias + i, i < end) if HAS_BIAS else tl.zeros(i.shape, tl.float32)
+    skip = _load(D + i, i < end) if HAS_D else tl.zeros(i.shape, tl.float32)
+    state = _load(initial + b * d * N + place, ok) if HAS_INITIAL else tl.zeros(place.shape, tl.float32)
     start = tl.cast(0, tl.int64)
-    xs, dts = _tokens(x, x_sl, start, L, i, end, Q), _tokens(dt, dt_sl, start, L, i, end, Q)
+    dts = _tokens_by_lane(dt, dt_sl, start, L, i, end, Q, LANES)
+    xs = _tokens(x, x_sl, start, L, i, end, Q)
     Bs, Cs = _tokens(B, B_sl, start, L, n, N, Q), _tokens(C, C_sl, start, L, n, N, Q)
     for k in range(0, chunks):
         start = tl.cast(k, tl.int64) * Q
         if SAVES:
-            saved = state.to(states.dtype.element_ty)
-            tl.store(states + (b * chunks + k) * d * N + place, saved, mask=ok)
+            _store(states + (b * chunks + k) * d * N + place, state, ok)
         # The next chunk's inputs travel while this one is computed.
         after = start + Q
-        next_xs, next_dts = _tokens(x, x_sl, after, L, i, end, Q), _tokens(dt, dt_sl, after, L, i, end, Q)
+        next_dts = _tokens_by_lane(dt, dt_sl, after, L, i, end, Q, LANES)
+        next_xs = _tokens(x, x_sl, after, L, i, end, Q)
         next_Bs, next_Cs = _tokens(B, B_sl, after, L, n, N, Q), _tokens(C, C_sl, after, L, n, N, Q)
+        steps = _steps(dts, bias, start, L, i, end, Q, LANES, SOFTPLUS)
+        y = tl.zeros(i.shape, tl.float32)
         for q in tl.static_range(Q):
             t = start + q
             x_ = xs[q].to(tl.float32)
-            step = _step(dts[q], bias, _inside(i, end, t, L), SOFTPLUS)
-            added = (step * x_)[:, None] * Bs[q].to(tl.float32)[None, :]
+            step = _in_all_lanes(steps[q // LANES], q % LANES)
+            added = (step * x_)[:, :, :, None] * Bs[q].to(tl.float32)[:, :, None, :]
             state = _decay(step, rates, seq_idx, seq_sl, t, L, HAS_SEQ) * state + added
-            y = tl.sum(state * Cs[q].to(tl.float32)[None, :], 1) + skip * x_
-            tl.store(out + t * d + i, y.to(out.dtype.element_ty), mask=_inside(i, end, t, L))
-        xs, dts, Bs, Cs = next_xs, next_dts, next_Bs, next_Cs
+            read = tl.sum(tl.sum(state * Cs[q].to(tl.float32)[:, :, None, :], 3), 0)[None, :, :]
+            y = tl.where(lane == q % LANES, read + skip * x_, y)
+            if q % LANES == LANES - 1 or q == Q - 1:
+                t = start + q // LANES * LANES + lane
+                _store(out + t * d + i, y, _inside(i, end, t, L) & (lane <= q % LANES))
+        dts, xs, Bs, Cs = next_dts, next_xs, next_Bs, next_Cs
     if HAS_FINAL:
-        tl.store(final + b * d * N + place, state, mask=ok)
+        _store(final + b * d * N + place, state, ok)
 
 
 @triton.jit
@@ -158,84 +211,90 @@ def _gradient_kernel(
     x_sb, x_sl, dt_sb, dt_sl, B_sb, B_sl, B_sg, C_sb, C_sl, C_sg, seq_sb, seq_sl, dy_sb, dy_sl, L, d, chunks, blocks,
     GROUP: tl.constexpr, SB: tl.constexpr, SC: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, HAS_D: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_SEQ: tl.constexpr, HAS_FINAL: tl.constexpr, SOFTPLUS: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    LANES: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, NUMBERS: tl.constexpr,
 ):  # fmt: skip
     """dx and d_dt (B, L, d); sums over tokens dA (B, d, N), dD and d_bias (B, d); sums over a program's channels dB and
     dC (B, L, blocks, N); and the gradient of the initial state (B, d, N)."""
     pid = tl.program_id(0).to(tl.int64)
     b, block = pid // blocks, pid % blocks
-    per_group = (GROUP + BLOCK_D - 1) // BLOCK_D
-    first = block // per_group * GROUP
-    i = first + block % per_group * BLOCK_D + tl.arange(0, BLOCK_D)
-    n = _states(BLOCK_N)
-    end = first + GROUP
-    i_ok, n_ok = i < end, n < N
-    ok = i_ok[:, None] & n_ok[None, :]
-    place = i[:, None] * N + n[None, :]
+    per_group = (GROUP + ROWS * CHANNELS - 1) // (ROWS * CHANNELS)
+    group = block // per_group * GROUP
+    end = group + GROUP
+    i = _channels(group + block % per_group * (ROWS * CHANNELS), LANES, ROWS, CHANNELS)
+    n = _numbers(LANES, ROWS, NUMBERS)
+    place = i[:, :, :, None] * N + n[:, :, None, :]
+    ok = (i < end)[:, :, :, None] & (n < N)[:, :, None, :]
     x += b * x_sb
     dt += b * dt_sb
     dy += b * dy_sb
-    B += b * B_sb + first // SB * B_sg
-    C += b * C_sb + first // SC * C_sg
+    B += b * B_sb + group // SB * B_sg
+    C += b * C_sb + group // SC * C_sg
     dx += b * L * d
     d_dt += b * L * d
     dB += (b * L * blocks + block) * N
     dC += (b * L * blocks + block) * N
     if HAS_SEQ:
         seq_idx += b * seq_sb
-    rates = tl.load(A + place, mask=ok, other=0.0).to(tl.float32) * LOG2E
-    bias, skip = tl.zeros((BLOCK_D,), tl.float32), tl.zeros((BLOCK_D,), tl.float32)
-    if HAS_BIAS:
-        bias = tl.load(dt_bias + i, mask=i_ok, other=0.0).to(tl.float32)
-    if HAS_D:
-        skip = tl.load(D + i, mask=i_ok, other=0.0).to(tl.float32)
-    G = tl.zeros((BLOCK_D, BLOCK_N), tl.float32)
-    if HAS_FINAL:
-        G = tl.load(d_final + b * d * N + place, mask=ok, other=0.0).to(tl.float32)
-    dA_ = tl.zeros((BLOCK_D, BLOCK_N), tl.float32)
-    dD_, d_bias_ = tl.zeros((BLOCK_D,), tl.float32), tl.zeros((BLOCK_D,), tl.float32)
+    lane = tl.arange(0, LANES)[:, None, None]
+    row = tl.arange(0, ROWS)[None, :, None]
+    rates = _load(A + place, ok) * LOG2E
+    bias = _load(dt_bias + i, i < end) if HAS_BIAS else tl.zeros(i.shape, tl.float32)
+    skip = _load(D + i, i < end) if HAS_D else tl.zeros(i.shape, tl.float32)
+    G = _load(d_final + b * d * N + place, ok) if HAS_FINAL else tl.zeros(place.shape, tl.float32)
+    dA_ = tl.zeros(place.shape, tl.float32)
+    dD_, d_bias_ = tl.zeros(i.shape, tl.float32), tl.zeros(i.shape, tl.float32)
     for k in range(0, chunks):
         c = tl.cast(chunks - 1 - k, tl.int64)
         start = c * Q
-        state = tl.load(states + (b * chunks + c) * d * N + place, mask=ok, other=0.0).to(tl.float32)
-        xs, dts = _tokens(x, x_sl, start, L, i, end, Q), _tokens(dt, dt_sl, start, L, i, end, Q)
+        state = _load(states + (b * chunks + c) * d * N + place, ok)
+        dts = _tokens_by_lane(dt, dt_sl, start, L, i, end, Q, LANES)
+        xs = _tokens(x, x_sl, start, L, i, end, Q)
         Bs, Cs = _tokens(B, B_sl, start, L, n, N, Q), _tokens(C, C_sl, start, L, n, N, Q)
         dys = _tokens(dy, dy_sl, start, L, i, end, Q)
-        hs, steps = (state,), ()
+        steps = _steps(dts, bias, start, L, i, end, Q, LANES, SOFTPLUS)
+        hs = (state,)
         for q in tl.static_range(Q):
-            t = start + q
-            step = _step(dts[q], bias, _inside(i, end, t, L), SOFTPLUS)
-            added = (step * xs[q].to(tl.float32))[:, None] * Bs[q].to(tl.float32)[None, :]
-            state = _decay(step, rates, seq_idx, seq_sl, t, L, HAS_SEQ) * state + added
+            step = _in_all_lanes(steps[q // LANES], q % LANES)
+            added = (step * xs[q].to(tl.float32))[:, :, :, None] * Bs[q].to(tl.float32)[:, :, None, :]
+            state = _decay(step, rates, seq_idx, seq_sl, start + q, L, HAS_SEQ) * state + added
             hs += (state,)
-            steps += (step,)
+        d_x, d_step = tl.zeros(i.shape, tl.float32), tl.zeros(i.shape, tl.float32)
         for q in tl.static_range(Q - 1, -1, -1):
             t = start + q
-            x_, dy_, step = xs[q].to(tl.float32), dys[q].to(tl.float32), steps[q]
-            G += dy_[:, None] * Cs[q].to(tl.float32)[None, :]
-            dC_ = tl.sum(dy_[:, None] * hs[q + 1], 0)
-            dB_ = tl.sum(G * (step * x_)[:, None], 0)
-            tl.store(dC + t * blocks * N + n, dC_.to(dC.dtype.element_ty), mask=_inside(n, N, t, L))
-            tl.store(dB + t * blocks * N + n, dB_.to(dB.dtype.element_ty), mask=_inside(n, N, t, L))
-            written = tl.sum(G * Bs[q].to(tl.float32)[None, :], 1)
+            x_, dy_ = xs[q].to(tl.float32), dys[q].to(tl.float32)
+            step = _in_all_lanes(steps[q // LANES], q % LANES)
+            G += dy_[:, :, :, None] * Cs[q].to(tl.float32)[:, :, None, :]
+            dB_ = tl.sum(G * (step * x_)[:, :, :, None], 2)
+            dC_ = tl.sum(hs[q + 1] * dy_[:, :, :, None], 2)
+            dB_, dC_ = tl.reduce((dB_, dC_), 1, _add)
+            once = _inside(n, N, t, L) & (row == 0)
+            _store(dB + t * blocks * N + n, tl.broadcast_to(dB_[:, None, :], n.shape), once)
+            _store(dC + t * blocks * N + n, tl.broadcast_to(dC_[:, None, :], n.shape), once)
+            written = tl.sum(G * Bs[q].to(tl.float32)[:, :, None, :], 3)
             G *= _decay(step, rates, seq_idx, seq_sl, t, L, HAS_SEQ)  # from here on, of the state before the token
             kept = G * hs[q]
-            dA_ += kept * step[:, None]
-            d_step = x_ * written + tl.sum(kept * rates, 1) / LOG2E
-            if SOFTPLUS:
-                d_step *= tl.sigmoid(dts[q].to(tl.float32) + bias)
-            d_step = tl.where(_inside(i, end, t, L), d_step, 0.0)
-            d_x = step * written + skip * dy_
-            tl.store(d_dt + t * d + i, d_step.to(d_dt.dtype.element_ty), mask=_inside(i, end, t, L))
-            tl.store(dx + t * d + i, d_x.to(dx.dtype.element_ty), mask=_inside(i, end, t, L))
+            dA_ += kept * step[:, :, :, None]
+            written, decayed = tl.reduce((written, tl.sum(kept * rates, 3)), 0, _add)
+            written, decayed = written[None, :, :], decayed[None, :, :]
+            d_x = tl.where(lane == q % LANES, step * written + skip * dy_, d_x)
+            d_step = tl.where(lane == q % LANES, x_ * written + decayed / LOG2E, d_step)
             dD_ += dy_ * x_
-            d_bias_ += d_step
-    tl.store(d_initial + b * d * N + place, G, mask=ok)
-    tl.store(dA + b * d * N + place, dA_, mask=ok)
+            if q % LANES == 0:
+                t = start + q + lane
+                inside = _inside(i, end, t, L) & (lane < Q - q)
+                if SOFTPLUS:
+                    d_step *= tl.sigmoid(dts[q // LANES].to(tl.float32) + bias)
+                d_step = tl.where(inside, d_step, 0.0)
+                d_bias_ += d_step
+                _store(d_dt + t * d + i, d_step, inside)
+                _store(dx + t * d + i, d_x, inside)
+    _store(d_initial + b * d * N + place, G, ok)
+    _store(dA + b * d * N + place, dA_, ok)
+    once = (i < end) & (lane == 0)
     if HAS_D:
-        tl.store(dD + b * d + i, dD_, mask=i_ok)
+        _store(dD + b * d + i, dD_, once)
     if HAS_BIAS:
-        tl.store(d_bias + b * d + i, d_bias_, mask=i_ok)
+        _store(d_bias + b * d + i, tl.broadcast_to(tl.sum(d_bias_, 0)[None, :, :], i.shape), once)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -272,14 +331,14 @@ class _Scan:
         self.sizes = self.length, self.d, self.chunks
         self.common = self.shares | {
             "N": self.N, "Q": CHUNK, "HAS_D": D is not None, "HAS_BIAS": dt_bias is not None,
-            "HAS_SEQ": seq_idx is not None, "SOFTPLUS": dt_softplus, "BLOCK_N": power_of_2(self.N),
+            "HAS_SEQ": seq_idx is not None, "SOFTPLUS": dt_softplus,
         }  # fmt: skip
 
     def config(self, backward):
         """Launch parameters, and how many programs they give each sequence."""
         options = config(self.N, backward)
-        options["BLOCK_D"] = min(options["BLOCK_D"], power_of_2(self.group))
-        return options, self.d // self.group * -(-self.group // options["BLOCK_D"])
+        options["ROWS"] = min(options["ROWS"], power_of_2(-(-self.group // options["CHANNELS"])))
+        return options, self.d // self.group * -(-self.group // (options["ROWS"] * options["CHANNELS"]))
 
 
 def _forward(run, *args):
