@@ -54,12 +54,12 @@ def config(N: int, backward: bool) -> dict:
 # ---------------------------------------------------------------------------------------------------------------------
 # Kernels
 #
-# Tiles are (LANES, ROWS, CHANNELS, NUMBERS): the first two dimensions lie across the threads of a warp (and ROWS, across
-# warps), the last two in the registers of each. What has no numbers of the state is (LANES, ROWS, CHANNELS), what has no
-# channels is (LANES, ROWS, NUMBERS). Triton gives tiles that layout because it is how memory is read best: contiguous
-# numbers by one thread, and then by neighbours in the order of the dimensions. So nothing has to move between threads
-# but what is summed. What is costly and differs by channel and token only, as softplus does, is computed for LANES
-# tokens at a time, each in lanes of its own.
+# Tiles are (LANES, ROWS, CHANNELS, NUMBERS): the first two dimensions lie across the threads of a warp (ROWS, across
+# warps too), the last two in the registers of each. What has no numbers of the state is (LANES, ROWS, CHANNELS), what
+# has no channels is (LANES, ROWS, NUMBERS). Triton gives tiles that layout because it is how memory is read best:
+# contiguous numbers by one thread, and then by neighbours in the order of the dimensions. So nothing has to move
+# between threads but what is summed. What is costly and differs by channel and token only, as softplus, is computed
+# for LANES tokens at a time, each in lanes of its own.
 
 
 @triton.jit
