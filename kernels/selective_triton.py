@@ -56,10 +56,9 @@ def config(N: int, backward: bool) -> dict:
 #
 # Tiles are (LANES, ROWS, CHANNELS, NUMBERS): the first two dimensions lie across the threads of a warp (ROWS, across
 # warps too), the last two in the registers of each. What has no numbers of the state is (LANES, ROWS, CHANNELS), what
-# has no channels is (LANES, ROWS, NUMBERS). Triton gives tiles that layout because it is how memory is read best:
-# contiguous numbers by one thread, and then by neighbours in the order of the dimensions. So nothing has to move
-# between threads but what is summed. What is costly and differs by channel and token only, as softplus, is computed
-# for LANES tokens at a time, each in lanes of its own.
+# has no channels is (LANES, ROWS, NUMBERS). Triton gives tiles that layout because it is how memory is read best; see
+# _laid_out. So nothing has to move between threads but what is summed. What is costly and differs by channel and token
+# only, as softplus, is computed for LANES tokens at a time, each in lanes of its own.
 
 
 @triton.jit
@@ -75,13 +74,27 @@ def _numbers(LANES: tl.constexpr, ROWS: tl.constexpr, NUMBERS: tl.constexpr):
 
 
 @triton.jit
-def _load(ptr, mask):
-    return tl.load(ptr, mask=mask, other=0.0).to(tl.float32)
+def _laid_out(ptr, offset):
+    """ptr + offset. Triton shares a tile of pointers out by contiguity: the dimension with most to a thread, the others
+    across threads in that order. Only that of the last dimension, which alone decides how wide accesses are, is true;
+    the others put LANES before ROWS. Where they are equal, the order depends on Triton's version."""
+    place = ptr + offset
+    if place.shape[-1] >= 4:
+        if len(place.shape) == 4:
+            place = tl.max_contiguous(place, [3, 2, 1, 4])
+        else:
+            place = tl.max_contiguous(place, [2, 1, 4])
+    return place
 
 
 @triton.jit
-def _store(ptr, value, mask):
-    tl.store(ptr, value.to(ptr.dtype.element_ty), mask=mask)
+def _load(ptr, offset, mask):
+    return tl.load(_laid_out(ptr, offset), mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store(ptr, offset, value, mask):
+    tl.store(_laid_out(ptr, offset), value.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -96,7 +109,7 @@ def _tokens(ptr, stride, start, L, column, end, Q: tl.constexpr):
     rows = ()
     for q in tl.static_range(Q):
         t = start + q
-        rows += (tl.load(ptr + t * stride + column, mask=_inside(column, end, t, L), other=0.0),)
+        rows += (tl.load(_laid_out(ptr + t * stride, column), mask=_inside(column, end, t, L), other=0.0),)
     return rows
 
 
@@ -106,7 +119,7 @@ def _tokens_by_lane(ptr, stride, start, L, column, end, Q: tl.constexpr, LANES: 
     tiles = ()
     for q in tl.static_range(0, Q, LANES):
         t = start + q + tl.arange(0, LANES)[:, None, None]
-        tiles += (tl.load(ptr + t * stride + column, mask=_inside(column, end, t, L), other=0.0),)
+        tiles += (tl.load(_laid_out(ptr, t * stride + column), mask=_inside(column, end, t, L), other=0.0),)
     return tiles
 
 
@@ -170,10 +183,10 @@ def _scan_kernel(
     if HAS_SEQ:
         seq_idx += b * seq_sb
     lane = tl.arange(0, LANES)[:, None, None]
-    rates = _load(A + place, ok) * LOG2E
-    bias = _load(dt_bias + i, i < end) if HAS_BIAS else tl.zeros(i.shape, tl.float32)
-    skip = _load(D + i, i < end) if HAS_D else tl.zeros(i.shape, tl.float32)
-    state = _load(initial + b * d * N + place, ok) if HAS_INITIAL else tl.zeros(place.shape, tl.float32)
+    rates = _load(A, place, ok) * LOG2E
+    bias = _load(dt_bias, i, i < end) if HAS_BIAS else tl.zeros(i.shape, tl.float32)
+    skip = _load(D, i, i < end) if HAS_D else tl.zeros(i.shape, tl.float32)
+    state = _load(initial + b * d * N, place, ok) if HAS_INITIAL else tl.zeros(place.shape, tl.float32)
     start = tl.cast(0, tl.int64)
     dts = _tokens_by_lane(dt, dt_sl, start, L, i, end, Q, LANES)
     xs = _tokens(x, x_sl, start, L, i, end, Q)
@@ -181,7 +194,7 @@ def _scan_kernel(
     for k in range(0, chunks):
         start = tl.cast(k, tl.int64) * Q
         if SAVES:
-            _store(states + (b * chunks + k) * d * N + place, state, ok)
+            _store(states + (b * chunks + k) * d * N, place, state, ok)
         # The next chunk's inputs travel while this one is computed.
         after = start + Q
         next_dts = _tokens_by_lane(dt, dt_sl, after, L, i, end, Q, LANES)
@@ -199,10 +212,10 @@ def _scan_kernel(
             y = tl.where(lane == q % LANES, read + skip * x_, y)
             if q % LANES == LANES - 1 or q == Q - 1:
                 t = start + q // LANES * LANES + lane
-                _store(out + t * d + i, y, _inside(i, end, t, L) & (lane <= q % LANES))
+                _store(out, t * d + i, y, _inside(i, end, t, L) & (lane <= q % LANES))
         dts, xs, Bs, Cs = next_dts, next_xs, next_Bs, next_Cs
     if HAS_FINAL:
-        _store(final + b * d * N + place, state, ok)
+        _store(final + b * d * N, place, state, ok)
 
 
 @triton.jit
@@ -237,16 +250,16 @@ def _gradient_kernel(
         seq_idx += b * seq_sb
     lane = tl.arange(0, LANES)[:, None, None]
     row = tl.arange(0, ROWS)[None, :, None]
-    rates = _load(A + place, ok) * LOG2E
-    bias = _load(dt_bias + i, i < end) if HAS_BIAS else tl.zeros(i.shape, tl.float32)
-    skip = _load(D + i, i < end) if HAS_D else tl.zeros(i.shape, tl.float32)
-    G = _load(d_final + b * d * N + place, ok) if HAS_FINAL else tl.zeros(place.shape, tl.float32)
+    rates = _load(A, place, ok) * LOG2E
+    bias = _load(dt_bias, i, i < end) if HAS_BIAS else tl.zeros(i.shape, tl.float32)
+    skip = _load(D, i, i < end) if HAS_D else tl.zeros(i.shape, tl.float32)
+    G = _load(d_final + b * d * N, place, ok) if HAS_FINAL else tl.zeros(place.shape, tl.float32)
     dA_ = tl.zeros(place.shape, tl.float32)
     dD_, d_bias_ = tl.zeros(i.shape, tl.float32), tl.zeros(i.shape, tl.float32)
     for k in range(0, chunks):
         c = tl.cast(chunks - 1 - k, tl.int64)
         start = c * Q
-        state = _load(states + (b * chunks + c) * d * N + place, ok)
+        state = _load(states + (b * chunks + c) * d * N, place, ok)
         dts = _tokens_by_lane(dt, dt_sl, start, L, i, end, Q, LANES)
         xs = _tokens(x, x_sl, start, L, i, end, Q)
         Bs, Cs = _tokens(B, B_sl, start, L, n, N, Q), _tokens(C, C_sl, start, L, n, N, Q)
@@ -268,8 +281,8 @@ def _gradient_kernel(
             dC_ = tl.sum(hs[q + 1] * dy_[:, :, :, None], 2)
             dB_, dC_ = tl.reduce((dB_, dC_), 1, _add)
             once = _inside(n, N, t, L) & (row == 0)
-            _store(dB + t * blocks * N + n, tl.broadcast_to(dB_[:, None, :], n.shape), once)
-            _store(dC + t * blocks * N + n, tl.broadcast_to(dC_[:, None, :], n.shape), once)
+            _store(dB + t * blocks * N, n, tl.broadcast_to(dB_[:, None, :], n.shape), once)
+            _store(dC + t * blocks * N, n, tl.broadcast_to(dC_[:, None, :], n.shape), once)
             written = tl.sum(G * Bs[q].to(tl.float32)[:, :, None, :], 3)
             G *= _decay(step, rates, seq_idx, seq_sl, t, L, HAS_SEQ)  # from here on, of the state before the token
             kept = G * hs[q]
@@ -286,15 +299,15 @@ def _gradient_kernel(
                     d_step *= tl.sigmoid(dts[q // LANES].to(tl.float32) + bias)
                 d_step = tl.where(inside, d_step, 0.0)
                 d_bias_ += d_step
-                _store(d_dt + t * d + i, d_step, inside)
-                _store(dx + t * d + i, d_x, inside)
-    _store(d_initial + b * d * N + place, G, ok)
-    _store(dA + b * d * N + place, dA_, ok)
+                _store(d_dt, t * d + i, d_step, inside)
+                _store(dx, t * d + i, d_x, inside)
+    _store(d_initial + b * d * N, place, G, ok)
+    _store(dA + b * d * N, place, dA_, ok)
     once = (i < end) & (lane == 0)
     if HAS_D:
-        _store(dD + b * d + i, dD_, once)
+        _store(dD + b * d, i, dD_, once)
     if HAS_BIAS:
-        _store(d_bias + b * d + i, tl.broadcast_to(tl.sum(d_bias_, 0)[None, :, :], i.shape), once)
+        _store(d_bias + b * d, i, tl.broadcast_to(tl.sum(d_bias_, 0)[None, :, :], i.shape), once)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
