@@ -33,7 +33,7 @@ def selective_scan(
     """Run the recurrence over whole sequences.
 
     Everything is computed in float32 (float64 if x is float64), under autocast too; of the states that the kernels keep
-    for the backward pass, one in 16, x's dtype is. Differentiable in every floating argument; the kernels once only.
+    for the backward pass, one in 8, x's dtype is. Differentiable in every floating argument; the kernels once only.
 
     Args:
         x: (B, L, d) inputs.

@@ -1,22 +1,21 @@
 """Triton kernels of Mamba-1's selective scan, forward and backward, registered as torch custom ops.
 
 Each number of a state has a recurrence of its own, h_t = a_t h_{t-1} + b_t, with a_t = exp(dt_t A) and
-b_t = dt_t x_t B_t (Gu and Dao 2023, arXiv 2312.00752, section 3.3.2): no matrix unit can be used, and what is computed
-of it (channels times N numbers for each token) stays in registers. Programs walk along the sequence by chunks of Q
-tokens, each with a few channels; within a chunk an associative scan runs over the tokens.
+b_t = dt_t x_t B_t (Gu and Dao 2023, arXiv 2312.00752, section 3.3.2): no matrix unit can be used. There are as many of
+them as a GPU has threads, so programs, of one warp each, walk token by token with the states of a few channels in
+registers: a scan over tokens in parallel would cost more than it saves.
 
 With G_t the gradient of h_t, and a_{L+1} = 1 (differentiated by hand):
 
-    G_t = dy_t C_t + a_{t+1} G_{t+1}                    e_t = h_t - b_t  (what token t has kept, a_t h_{t-1})
+    G_t = dy_t C_t + a_{t+1} G_{t+1}                    e_t = a_t h_{t-1}  (what token t has kept)
     dC_t = sum_i dy_t h_t        dB_t = sum_i G_t dt_t x_t        dx_t = dt_t G_t B_t + D dy_t
     d(dt)_t = x_t G_t B_t + sum_n G_t e_t A             dA = sum_t G_t e_t dt_t
 
     _scan_kernel       y, the states that enter the chunks, and the last one
-    _gradient_kernel   the walk back, from the states that enter the chunks: all gradients
+    _gradient_kernel   the walk back, by chunks, whose states are computed anew from the one that enters: all gradients
 
-dB and dC are sums over the channels of a group. A program of the walk back goes through a slice of a group, a few
-channels at a time, and what passes from chunk to chunk waits in memory; where there are several slices to a group,
-their sums are added up afterwards, in an order that does not vary.
+dB and dC are sums over the channels of a group. Where a group has several programs, their sums are added up
+afterwards, in an order that does not vary.
 """
 
 import math
@@ -27,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .backend import inner_contiguous, power_of_2, sm_count
+from .backend import inner_contiguous, power_of_2
 from .custom_op import CustomOp, once
 from .launch import launched
 from .ssd_triton import LOG2E, softplus
@@ -35,209 +34,280 @@ from .ssd_triton import LOG2E, softplus
 # ---------------------------------------------------------------------------------------------------------------------
 # Launch parameters
 
-CHUNK = 16  # tokens
-SLICE = 64  # the most channels that a program of the walk back goes through
+CHUNK = 8  # tokens whose states the walk back holds in registers: of the states, one in so many is saved
+CHANNELS, NUMBERS = 4, 4  # of a thread: the channels, and the numbers of the state of each
+BLOCK_D = 32  # channels of a program, which writes one sum over them for each token and number
 
 
 def config(N: int, backward: bool) -> dict:
-    """Channels at a time, so that registers hold the tiles, and warps.
+    """How a program's numbers are shared out: to LANES by numbers of the state and to ROWS by channels, and warps.
 
-    Chosen for few register spills on sm_90, as ptxas tells them; not timed.
+    Chosen for few instructions, no shared memory up to N = 16 and few register spills on sm_90, as ptxas tells them;
+    not timed.
     """
-    numbers, warps = (2048, 4 if N <= 16 else 8) if backward else (4096, 4)
-    return {"BLOCK_D": max(1, numbers // (CHUNK * power_of_2(N))), "num_warps": warps}
+    NUMBERS_ = min(NUMBERS, power_of_2(N))
+    lanes, rows = power_of_2(N) // NUMBERS_, BLOCK_D // CHANNELS
+    shares = {"LANES": lanes, "ROWS": rows, "CHANNELS": CHANNELS, "NUMBERS": NUMBERS_}
+    return shares | {"num_warps": max(1, lanes * rows // 32), "num_stages": 1}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Kernels
+#
+# Tiles are (LANES, ROWS, CHANNELS, NUMBERS): the first two dimensions lie across the threads of a warp (ROWS, across
+# warps too), the last two in the registers of each. What has no numbers of the state is (LANES, ROWS, CHANNELS), what
+# has no channels is (LANES, ROWS, NUMBERS). Triton gives tiles that layout because it is how memory is read best; see
+# _laid_out. So nothing has to move between threads but what is summed. What is costly and differs by channel and token
+# only, as softplus, is computed for LANES tokens at a time, each in lanes of its own.
 
 
 @triton.jit
-def _then(a, b, a_, b_):
-    """The recurrence h -> a h + b, and after it another one."""
-    return a * a_, b * a_ + b_
+def _channels(first, LANES: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+    row = first + tl.arange(0, ROWS)[None, :, None] * CHANNELS + tl.arange(0, CHANNELS)[None, None, :]
+    return tl.broadcast_to(row, (LANES, ROWS, CHANNELS))
 
 
 @triton.jit
-def _load(ptr, stride, row, column, row_ok, column_ok):
-    """A tile of a matrix whose rows are contiguous, in float32; zeros elsewhere."""
-    mask = row_ok[:, None] & column_ok[None, :]
-    return tl.load(ptr + row[:, None] * stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
+def _numbers(LANES: tl.constexpr, ROWS: tl.constexpr, NUMBERS: tl.constexpr):
+    lane = tl.arange(0, LANES)[:, None, None] * NUMBERS + tl.arange(0, NUMBERS)[None, None, :]
+    return tl.broadcast_to(lane, (LANES, ROWS, NUMBERS))
 
 
 @triton.jit
-def _store(ptr, stride, row, column, row_ok, column_ok, value):
-    mask = row_ok[:, None] & column_ok[None, :]
-    tl.store(ptr + row[:, None] * stride + column[None, :], value.to(ptr.dtype.element_ty), mask=mask)
+def _laid_out(ptr, offset):
+    """ptr + offset. Triton shares a tile of pointers out by contiguity: the dimension with most to a thread, the others
+    across threads in that order. Only that of the last dimension, which alone decides how wide accesses are, is true;
+    the others put LANES before ROWS. Where they are equal, the order depends on Triton's version."""
+    place = ptr + offset
+    if place.shape[-1] >= 4:
+        if len(place.shape) == 4:
+            place = tl.max_contiguous(place, [3, 2, 1, 4])
+        else:
+            place = tl.max_contiguous(place, [2, 1, 4])
+    return place
 
 
 @triton.jit
-def _load_steps(dt, stride, bias, row, column, row_ok, column_ok, SOFTPLUS: tl.constexpr):
-    """Steps before softplus, and steps: 0 past the end, which neither decay nor write."""
-    raw = _load(dt, stride, row, column, row_ok, column_ok) + bias[None, :]
-    step = softplus(raw) if SOFTPLUS else raw
-    return raw, tl.where(row_ok[:, None] & column_ok[None, :], step, 0.0)
+def _load(ptr, offset, mask):
+    return tl.load(_laid_out(ptr, offset), mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _resets(seq_idx, offset, stride, t, L, HAS_SEQ: tl.constexpr):
-    """The logarithm of what becomes of the state at token t: -inf at the first of a document, and else 0."""
+def _store(ptr, offset, value, mask):
+    tl.store(_laid_out(ptr, offset), value.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _inside(column, end, t, L):
+    """Which columns of row t there are: those before `end`, and none past the last row."""
+    return column < tl.where(t < L, end, 0)
+
+
+@triton.jit
+def _tokens(ptr, stride, start, L, column, end, Q: tl.constexpr):
+    """Q rows from `start` on, as they are, all loaded before any is used; zeros past the end."""
+    rows = ()
+    for q in tl.static_range(Q):
+        t = start + q
+        rows += (tl.load(_laid_out(ptr + t * stride, column), mask=_inside(column, end, t, L), other=0.0),)
+    return rows
+
+
+@triton.jit
+def _tokens_by_lane(ptr, stride, start, L, column, end, Q: tl.constexpr, LANES: tl.constexpr):
+    """Q rows from `start` on, each in a lane: tiles of LANES rows; zeros past the end."""
+    tiles = ()
+    for q in tl.static_range(0, Q, LANES):
+        t = start + q + tl.arange(0, LANES)[:, None, None]
+        tiles += (tl.load(_laid_out(ptr, t * stride + column), mask=_inside(column, end, t, L), other=0.0),)
+    return tiles
+
+
+@triton.jit
+def _steps(dts, bias, start, L, i, end, Q: tl.constexpr, LANES: tl.constexpr, SOFTPLUS: tl.constexpr):
+    """Steps of what _tokens_by_lane has loaded: 0 past the end, which neither decay nor write."""
+    steps = ()
+    for q in tl.static_range(0, Q, LANES):
+        t = start + q + tl.arange(0, LANES)[:, None, None]
+        raw = dts[q // LANES].to(tl.float32) + bias
+        steps += (tl.where(_inside(i, end, t, L), softplus(raw) if SOFTPLUS else raw, 0.0),)
+    return steps
+
+
+@triton.jit
+def _in_all_lanes(tile, lane: tl.constexpr):
+    """What one lane has."""
+    return tl.gather(tile, tl.full(tile.shape, lane, tl.int32), 0)
+
+
+@triton.jit
+def _add(a, b, a_, b_):
+    return a + a_, b + b_
+
+
+@triton.jit
+def _decay(step, rates, seq_idx, stride, t, L, HAS_SEQ: tl.constexpr):
+    """Decays from steps and rates in base 2; 0 at the first token of a document."""
+    log = step[:, :, :, None] * rates
     if HAS_SEQ:
         inside = (t > 0) & (t < L)
-        here = tl.load(seq_idx + offset + t * stride, mask=inside, other=0)
-        before = tl.load(seq_idx + offset + (t - 1) * stride, mask=inside, other=0)
-        return tl.where(here != before, -float("inf"), 0.0)
-    else:
-        return tl.zeros(t.shape, tl.float32)
-
-
-@triton.jit
-def _decays(step, rates, reset, HAS_SEQ: tl.constexpr):
-    """Decays (Q, channels, N) from steps (Q, channels) and rates in base 2 (channels, N)."""
-    log = step[:, :, None] * rates[None, :, :]
-    return tl.exp2(log + reset[:, None, None] if HAS_SEQ else log)
+        here = tl.load(seq_idx + t * stride, mask=inside, other=0)
+        before = tl.load(seq_idx + (t - 1) * stride, mask=inside, other=0)
+        log += tl.where(here != before, -float("inf"), 0.0)
+    return tl.exp2(log)
 
 
 @triton.jit
 def _scan_kernel(
     x, dt, A, B, C, D, dt_bias, seq_idx, initial, out, states, final,
     x_sb, x_sl, dt_sb, dt_sl, B_sb, B_sl, B_sg, C_sb, C_sl, C_sg, seq_sb, seq_sl, L, d, chunks, blocks,
-    WIDTH: tl.constexpr, SB: tl.constexpr, SC: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, HAS_D: tl.constexpr,
+    GROUP: tl.constexpr, SB: tl.constexpr, SC: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, HAS_D: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_SEQ: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_FINAL: tl.constexpr,
-    SAVES: tl.constexpr, SOFTPLUS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    SAVES: tl.constexpr, SOFTPLUS: tl.constexpr,
+    LANES: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, NUMBERS: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
     b, block = pid // blocks, pid % blocks
-    per_slice = (WIDTH + BLOCK_D - 1) // BLOCK_D  # channels of a slice are of one group of B, and of C
-    first = block // per_slice * WIDTH
-    i = first + block % per_slice * BLOCK_D + tl.arange(0, BLOCK_D)
-    q, n = tl.arange(0, Q), tl.arange(0, BLOCK_N)
-    i_ok, n_ok = i < first + WIDTH, n < N
+    per_group = (GROUP + ROWS * CHANNELS - 1) // (ROWS * CHANNELS)  # a program's channels are of one group of B, and C
+    group = block // per_group * GROUP
+    end = group + GROUP
+    i = _channels(group + block % per_group * (ROWS * CHANNELS), LANES, ROWS, CHANNELS)
+    n = _numbers(LANES, ROWS, NUMBERS)
+    place = i[:, :, :, None] * N + n[:, :, None, :]
+    ok = (i < end)[:, :, :, None] & (n < N)[:, :, None, :]
     x += b * x_sb
     dt += b * dt_sb
-    B += b * B_sb + first // SB * B_sg
-    C += b * C_sb + first // SC * C_sg
+    B += b * B_sb + group // SB * B_sg
+    C += b * C_sb + group // SC * C_sg
     out += b * L * d
-    rates = _load(A, N, i, n, i_ok, n_ok) * LOG2E
-    bias, skip = tl.zeros((BLOCK_D,), tl.float32), tl.zeros((BLOCK_D,), tl.float32)
-    if HAS_BIAS:
-        bias = tl.load(dt_bias + i, mask=i_ok, other=0.0).to(tl.float32)
-    if HAS_D:
-        skip = tl.load(D + i, mask=i_ok, other=0.0).to(tl.float32)
-    state = tl.zeros((BLOCK_D, BLOCK_N), tl.float32)
-    if HAS_INITIAL:
-        state = _load(initial + b * d * N, N, i, n, i_ok, n_ok)
+    if HAS_SEQ:
+        seq_idx += b * seq_sb
+    lane = tl.arange(0, LANES)[:, None, None]
+    rates = _load(A, place, ok) * LOG2E
+    bias = _load(dt_bias, i, i < end) if HAS_BIAS else tl.zeros(i.shape, tl.float32)
+    skip = _load(D, i, i < end) if HAS_D else tl.zeros(i.shape, tl.float32)
+    state = _load(initial + b * d * N, place, ok) if HAS_INITIAL else tl.zeros(place.shape, tl.float32)
+    start = tl.cast(0, tl.int64)
+    dts = _tokens_by_lane(dt, dt_sl, start, L, i, end, Q, LANES)
+    xs = _tokens(x, x_sl, start, L, i, end, Q)
+    Bs, Cs = _tokens(B, B_sl, start, L, n, N, Q), _tokens(C, C_sl, start, L, n, N, Q)
     for k in range(0, chunks):
-        c = tl.cast(k, tl.int64)
-        t = c * Q + q
-        t_ok = t < L
+        start = tl.cast(k, tl.int64) * Q
         if SAVES:
-            _store(states + (b * chunks + c) * d * N, N, i, n, i_ok, n_ok, state)
-        x_ = _load(x, x_sl, t, i, t_ok, i_ok)
-        _, step = _load_steps(dt, dt_sl, bias, t, i, t_ok, i_ok, SOFTPLUS)
-        B_ = _load(B, B_sl, t, n, t_ok, n_ok)
-        C_ = _load(C, C_sl, t, n, t_ok, n_ok)
-        reset = _resets(seq_idx, b * seq_sb, seq_sl, t, L, HAS_SEQ)
-        decay = _decays(step, rates, reset, HAS_SEQ)
-        added = (step * x_)[:, :, None] * B_[:, None, :]
-        added += tl.where((q == 0)[:, None, None], decay * state[None, :, :], 0.0)
-        _, h = tl.associative_scan((decay, added), 0, _then)
-        _store(out, d, t, i, t_ok, i_ok, tl.sum(h * C_[:, None, :], 2) + skip[None, :] * x_)
-        state = tl.sum(tl.where((q == Q - 1)[:, None, None], h, 0.0), 0)
+            _store(states + (b * chunks + k) * d * N, place, state, ok)
+        # The next chunk's inputs travel while this one is computed.
+        after = start + Q
+        next_dts = _tokens_by_lane(dt, dt_sl, after, L, i, end, Q, LANES)
+        next_xs = _tokens(x, x_sl, after, L, i, end, Q)
+        next_Bs, next_Cs = _tokens(B, B_sl, after, L, n, N, Q), _tokens(C, C_sl, after, L, n, N, Q)
+        steps = _steps(dts, bias, start, L, i, end, Q, LANES, SOFTPLUS)
+        y = tl.zeros(i.shape, tl.float32)
+        for q in tl.static_range(Q):
+            t = start + q
+            x_ = xs[q].to(tl.float32)
+            step = _in_all_lanes(steps[q // LANES], q % LANES)
+            added = (step * x_)[:, :, :, None] * Bs[q].to(tl.float32)[:, :, None, :]
+            state = _decay(step, rates, seq_idx, seq_sl, t, L, HAS_SEQ) * state + added
+            read = tl.sum(tl.sum(state * Cs[q].to(tl.float32)[:, :, None, :], 3), 0)[None, :, :]
+            y = tl.where(lane == q % LANES, read + skip * x_, y)
+            if q % LANES == LANES - 1 or q == Q - 1:
+                t = start + q // LANES * LANES + lane
+                _store(out, t * d + i, y, _inside(i, end, t, L) & (lane <= q % LANES))
+        dts, xs, Bs, Cs = next_dts, next_xs, next_Bs, next_Cs
     if HAS_FINAL:
-        _store(final + b * d * N, N, i, n, i_ok, n_ok, state)
+        _store(final + b * d * N, place, state, ok)
 
 
 @triton.jit
 def _gradient_kernel(
-    x, dt, A, B, C, D, dt_bias, seq_idx, states, dy, d_final, dx, d_dt, dA, dB, dC, dD, d_bias, adjoints,
-    x_sb, x_sl, dt_sb, dt_sl, B_sb, B_sl, B_sg, C_sb, C_sl, C_sg, seq_sb, seq_sl, dy_sb, dy_sl, L, d, chunks, slices,
-    width, GROUP: tl.constexpr, SB: tl.constexpr, SC: tl.constexpr, N: tl.constexpr, Q: tl.constexpr,
-    HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SEQ: tl.constexpr, HAS_FINAL: tl.constexpr,
-    SOFTPLUS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    x, dt, A, B, C, D, dt_bias, seq_idx, states, dy, d_final, dx, d_dt, dA, dB, dC, dD, d_bias, d_initial,
+    x_sb, x_sl, dt_sb, dt_sl, B_sb, B_sl, B_sg, C_sb, C_sl, C_sg, seq_sb, seq_sl, dy_sb, dy_sl, L, d, chunks, blocks,
+    GROUP: tl.constexpr, SB: tl.constexpr, SC: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, HAS_D: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SEQ: tl.constexpr, HAS_FINAL: tl.constexpr, SOFTPLUS: tl.constexpr,
+    LANES: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, NUMBERS: tl.constexpr,
 ):  # fmt: skip
-    """dx and d_dt (B, L, d); sums over tokens dA (B, d, N), dD and d_bias (B, d); sums over the channels of a slice dB
-    and dC (B, L, slices, N); and in adjoints (B, d, N) what passes from chunk to chunk, at last the gradient of the
-    initial state. A constant width would have loops unrolled, at many registers."""
+    """dx and d_dt (B, L, d); sums over tokens dA (B, d, N), dD and d_bias (B, d); sums over a program's channels dB and
+    dC (B, L, blocks, N); and the gradient of the initial state (B, d, N)."""
     pid = tl.program_id(0).to(tl.int64)
-    b, piece = pid // slices, pid % slices
-    per_group = (GROUP + width - 1) // width
-    group = piece // per_group * GROUP
-    first = group + piece % per_group * width
-    q, n = tl.arange(0, Q), tl.arange(0, BLOCK_N)
-    n_ok = n < N
+    b, block = pid // blocks, pid % blocks
+    per_group = (GROUP + ROWS * CHANNELS - 1) // (ROWS * CHANNELS)
+    group = block // per_group * GROUP
+    end = group + GROUP
+    i = _channels(group + block % per_group * (ROWS * CHANNELS), LANES, ROWS, CHANNELS)
+    n = _numbers(LANES, ROWS, NUMBERS)
+    place = i[:, :, :, None] * N + n[:, :, None, :]
+    ok = (i < end)[:, :, :, None] & (n < N)[:, :, None, :]
     x += b * x_sb
     dt += b * dt_sb
     dy += b * dy_sb
-    B += b * B_sb + first // SB * B_sg
-    C += b * C_sb + first // SC * C_sg
+    B += b * B_sb + group // SB * B_sg
+    C += b * C_sb + group // SC * C_sg
+    dx += b * L * d
+    d_dt += b * L * d
+    dB += (b * L * blocks + block) * N
+    dC += (b * L * blocks + block) * N
+    if HAS_SEQ:
+        seq_idx += b * seq_sb
+    lane = tl.arange(0, LANES)[:, None, None]
+    row = tl.arange(0, ROWS)[None, :, None]
+    rates = _load(A, place, ok) * LOG2E
+    bias = _load(dt_bias, i, i < end) if HAS_BIAS else tl.zeros(i.shape, tl.float32)
+    skip = _load(D, i, i < end) if HAS_D else tl.zeros(i.shape, tl.float32)
+    G = _load(d_final + b * d * N, place, ok) if HAS_FINAL else tl.zeros(place.shape, tl.float32)
+    dA_ = tl.zeros(place.shape, tl.float32)
+    dD_, d_bias_ = tl.zeros(i.shape, tl.float32), tl.zeros(i.shape, tl.float32)
     for k in range(0, chunks):
         c = tl.cast(chunks - 1 - k, tl.int64)
-        t = c * Q + q
-        t_ok = t < L
-        B_ = _load(B, B_sl, t, n, t_ok, n_ok)
-        C_ = _load(C, C_sl, t, n, t_ok, n_ok)
-        reset = _resets(seq_idx, b * seq_sb, seq_sl, t, L, HAS_SEQ)
-        reset_after = _resets(seq_idx, b * seq_sb, seq_sl, t + 1, L, HAS_SEQ)
-        dB_ = tl.zeros((Q, BLOCK_N), tl.float32)
-        dC_ = tl.zeros((Q, BLOCK_N), tl.float32)
-        for start in range(0, width, BLOCK_D):
-            i = first + start + tl.arange(0, BLOCK_D)
-            i_ok = (i < first + width) & (i < group + GROUP)
-            rates = _load(A, N, i, n, i_ok, n_ok) * LOG2E
-            bias, skip = tl.zeros((BLOCK_D,), tl.float32), tl.zeros((BLOCK_D,), tl.float32)
-            if HAS_BIAS:
-                bias = tl.load(dt_bias + i, mask=i_ok, other=0.0).to(tl.float32)
-            if HAS_D:
-                skip = tl.load(D + i, mask=i_ok, other=0.0).to(tl.float32)
-            x_ = _load(x, x_sl, t, i, t_ok, i_ok)
-            dy_ = _load(dy, dy_sl, t, i, t_ok, i_ok)
-            raw, step = _load_steps(dt, dt_sl, bias, t, i, t_ok, i_ok, SOFTPLUS)
-
-            # The states, forwards.
-            decay = _decays(step, rates, reset, HAS_SEQ)
-            added = (step * x_)[:, :, None] * B_[:, None, :]
-            state = _load(states + (b * chunks + c) * d * N, N, i, n, i_ok, n_ok)
-            entering = tl.where((q == 0)[:, None, None], decay * state[None, :, :], 0.0)
-            _, h = tl.associative_scan((decay, added + entering), 0, _then)
-            dC_ += tl.sum(dy_[:, :, None] * h, 1)
-            kept = h - added
-
-            # Their gradients, backwards.
-            _, after = _load_steps(dt, dt_sl, bias, t + 1, i, t + 1 < L, i_ok, SOFTPLUS)
-            passing = _decays(after, rates, reset_after, HAS_SEQ)
-            at = b * d * N
-            adjoint = _load(adjoints + at, N, i, n, i_ok & (k > 0), n_ok)
-            if HAS_FINAL:
-                adjoint += _load(d_final + at, N, i, n, i_ok & (k == 0), n_ok)
-            leaving = tl.where((q == Q - 1)[:, None, None], passing * adjoint[None, :, :], 0.0)
-            read = dy_[:, :, None] * C_[:, None, :]
-            _, G = tl.associative_scan((passing, read + leaving), 0, _then, reverse=True)
-            dB_ += tl.sum(G * (step * x_)[:, :, None], 1)
-            through = tl.where(c == 0, decay, 1.0)  # the gradient of the state before the first token
-            adjoint = tl.sum(tl.where((q == 0)[:, None, None], through * G, 0.0), 0)
-            _store(adjoints + at, N, i, n, i_ok, n_ok, adjoint)
-
-            written = tl.sum(G * B_[:, None, :], 2)
-            kept *= G
-            d_step = x_ * written + tl.sum(kept * rates[None, :, :], 2) / LOG2E
-            if SOFTPLUS:
-                d_step *= tl.sigmoid(raw)
-            d_step = tl.where(t_ok[:, None], d_step, 0.0)
-            _store(d_dt + b * L * d, d, t, i, t_ok, i_ok, d_step)
-            _store(dx + b * L * d, d, t, i, t_ok, i_ok, step * written + skip[None, :] * dy_)
-            d_rate = tl.sum(kept * step[:, :, None], 0)
-            _store(dA + at, N, i, n, i_ok, n_ok, d_rate + _load(dA + at, N, i, n, i_ok & (k > 0), n_ok))
-            for_sum = b * d + i
-            if HAS_D:
-                before = tl.load(dD + for_sum, mask=i_ok & (k > 0), other=0.0)
-                tl.store(dD + for_sum, before + tl.sum(dy_ * x_, 0), mask=i_ok)
-            if HAS_BIAS:
-                before = tl.load(d_bias + for_sum, mask=i_ok & (k > 0), other=0.0)
-                tl.store(d_bias + for_sum, before + tl.sum(d_step, 0), mask=i_ok)
-        _store(dB + (b * L * slices + piece) * N, slices * N, t, n, t_ok, n_ok, dB_)
-        _store(dC + (b * L * slices + piece) * N, slices * N, t, n, t_ok, n_ok, dC_)
-        tl.debug_barrier()  # what this chunk has left in memory is read by the next, perhaps in other threads
+        start = c * Q
+        state = _load(states + (b * chunks + c) * d * N, place, ok)
+        dts = _tokens_by_lane(dt, dt_sl, start, L, i, end, Q, LANES)
+        xs = _tokens(x, x_sl, start, L, i, end, Q)
+        Bs, Cs = _tokens(B, B_sl, start, L, n, N, Q), _tokens(C, C_sl, start, L, n, N, Q)
+        dys = _tokens(dy, dy_sl, start, L, i, end, Q)
+        steps = _steps(dts, bias, start, L, i, end, Q, LANES, SOFTPLUS)
+        hs = (state,)
+        for q in tl.static_range(Q):
+            step = _in_all_lanes(steps[q // LANES], q % LANES)
+            added = (step * xs[q].to(tl.float32))[:, :, :, None] * Bs[q].to(tl.float32)[:, :, None, :]
+            state = _decay(step, rates, seq_idx, seq_sl, start + q, L, HAS_SEQ) * state + added
+            hs += (state,)
+        d_x, d_step = tl.zeros(i.shape, tl.float32), tl.zeros(i.shape, tl.float32)
+        for q in tl.static_range(Q - 1, -1, -1):
+            t = start + q
+            x_, dy_ = xs[q].to(tl.float32), dys[q].to(tl.float32)
+            step = _in_all_lanes(steps[q // LANES], q % LANES)
+            G += dy_[:, :, :, None] * Cs[q].to(tl.float32)[:, :, None, :]
+            dB_ = tl.sum(G * (step * x_)[:, :, :, None], 2)
+            dC_ = tl.sum(hs[q + 1] * dy_[:, :, :, None], 2)
+            dB_, dC_ = tl.reduce((dB_, dC_), 1, _add)
+            once = _inside(n, N, t, L) & (row == 0)
+            _store(dB + t * blocks * N, n, tl.broadcast_to(dB_[:, None, :], n.shape), once)
+            _store(dC + t * blocks * N, n, tl.broadcast_to(dC_[:, None, :], n.shape), once)
+            written = tl.sum(G * Bs[q].to(tl.float32)[:, :, None, :], 3)
+            G *= _decay(step, rates, seq_idx, seq_sl, t, L, HAS_SEQ)  # from here on, of the state before the token
+            kept = G * hs[q]
+            dA_ += kept * step[:, :, :, None]
+            written, decayed = tl.reduce((written, tl.sum(kept * rates, 3)), 0, _add)
+            written, decayed = written[None, :, :], decayed[None, :, :]
+            d_x = tl.where(lane == q % LANES, step * written + skip * dy_, d_x)
+            d_step = tl.where(lane == q % LANES, x_ * written + decayed / LOG2E, d_step)
+            dD_ += dy_ * x_
+            if q % LANES == 0:
+                t = start + q + lane
+                inside = _inside(i, end, t, L) & (lane < Q - q)
+                if SOFTPLUS:
+                    d_step *= tl.sigmoid(dts[q // LANES].to(tl.float32) + bias)
+                d_step = tl.where(inside, d_step, 0.0)
+                d_bias_ += d_step
+                _store(d_dt, t * d + i, d_step, inside)
+                _store(dx, t * d + i, d_x, inside)
+    _store(d_initial + b * d * N, place, G, ok)
+    _store(dA + b * d * N, place, dA_, ok)
+    once = (i < end) & (lane == 0)
+    if HAS_D:
+        _store(dD + b * d, i, dD_, once)
+    if HAS_BIAS:
+        _store(d_bias + b * d, i, tl.broadcast_to(tl.sum(d_bias_, 0)[None, :, :], i.shape), once)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -274,20 +344,14 @@ class _Scan:
         self.sizes = self.length, self.d, self.chunks
         self.common = self.shares | {
             "N": self.N, "Q": CHUNK, "HAS_D": D is not None, "HAS_BIAS": dt_bias is not None,
-            "HAS_SEQ": seq_idx is not None, "SOFTPLUS": dt_softplus, "BLOCK_N": power_of_2(self.N),
+            "HAS_SEQ": seq_idx is not None, "SOFTPLUS": dt_softplus,
         }  # fmt: skip
 
     def config(self, backward):
+        """Launch parameters, and how many programs they give each sequence."""
         options = config(self.N, backward)
-        return options | {"BLOCK_D": min(options["BLOCK_D"], power_of_2(self.group))}
-
-    def slice(self, block, device):
-        """How many channels a program of the walk back goes through: fewer where programs are fewer than
-        multiprocessors."""
-        width = min(SLICE, self.group)
-        while width > block and self.batch * self.d // width < sm_count(device):
-            width = max(block, width // 2)
-        return width
+        options["ROWS"] = min(options["ROWS"], power_of_2(-(-self.group // options["CHANNELS"])))
+        return options, self.d // self.group * -(-self.group // (options["ROWS"] * options["CHANNELS"]))
 
 
 def _forward(run, *args):
@@ -298,12 +362,11 @@ def _forward(run, *args):
     out = run.new(batch, scan.length, d, dtype=inputs.x.dtype)
     states = run.new(*(batch, scan.chunks, d, N) if training else (0,), dtype=inputs.x.dtype)
     final = run.new(*(batch, d, N) if return_final_state else (0,))
-    options = scan.config(backward=False)
-    blocks = d // scan.group * -(-scan.group // options["BLOCK_D"])
+    options, blocks = scan.config(backward=False)
     run(
         _scan_kernel, (batch * blocks,),
         *inputs, initial_state, out, states, final, *scan.strides, *scan.sizes, blocks,
-        WIDTH=scan.group, HAS_INITIAL=initial_state is not None, HAS_FINAL=return_final_state, SAVES=training,
+        GROUP=scan.group, HAS_INITIAL=initial_state is not None, HAS_FINAL=return_final_state, SAVES=training,
         **scan.common, **options,
     )  # fmt: skip
     if training and run.dry:
@@ -316,23 +379,21 @@ def _gradients(run, dy, d_final, *args):
     inputs = _Inputs(*inputs)
     scan = _Scan(inputs, dt_softplus)
     batch, d, N = scan.batch, scan.d, scan.N
-    options = scan.config(backward=True)
-    width = scan.slice(options["BLOCK_D"], dy.device)
-    slices = d // scan.group * -(-scan.group // width)
+    options, blocks = scan.config(backward=True)
     dx, d_dt = run.like(inputs.x), run.like(inputs.dt)
-    dA, adjoints = run.new(batch, d, N), run.new(batch, d, N)
+    dA, d_initial = run.new(batch, d, N), run.new(batch, d, N)
     dD, d_bias = (run.new(*(0,) if t is None else (batch, d)) for t in (inputs.D, inputs.dt_bias))
-    # Those that are sums of several slices are float32 until then.
+    # Those that are sums of several programs' are float32 until then.
     dB, dC = (
-        run.new(batch, scan.length, slices, N, dtype=t.dtype if t.shape[2] == slices else torch.float32)
+        run.new(batch, scan.length, blocks, N, dtype=t.dtype if t.shape[2] == blocks else torch.float32)
         for t in (inputs.B, inputs.C)
     )
     run(
-        _gradient_kernel, (batch * slices,),
-        *inputs, states, dy, d_final, dx, d_dt, dA, dB, dC, dD, d_bias, adjoints, *scan.strides, *dy.stride()[:2],
-        *scan.sizes, slices, width, GROUP=scan.group, HAS_FINAL=d_final is not None, **scan.common, **options,
+        _gradient_kernel, (batch * blocks,),
+        *inputs, states, dy, d_final, dx, d_dt, dA, dB, dC, dD, d_bias, d_initial, *scan.strides, *dy.stride()[:2],
+        *scan.sizes, blocks, GROUP=scan.group, HAS_FINAL=d_final is not None, **scan.common, **options,
     )  # fmt: skip
-    return dx, d_dt, dA, dB, dC, dD, d_bias, adjoints
+    return dx, d_dt, dA, dB, dC, dD, d_bias, d_initial
 
 
 # ---------------------------------------------------------------------------------------------------------------------

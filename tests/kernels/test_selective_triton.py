@@ -17,6 +17,15 @@ CASES = [(GROUPINGS[1], 2, DTYPES[1]), (GROUPINGS[2], 2, DTYPES[2])]
 TOKENS = ("x", "dt", "B", "C")
 
 
+@pytest.fixture(autouse=True)
+def short_chunks(monkeypatch):
+    """What is interpreted takes long for each token that is walked, also past the end."""
+    from transpoint.kernels import selective_triton
+
+    if not GPU:
+        monkeypatch.setattr(selective_triton, "CHUNK", 4)
+
+
 def slow(case):
     return pytest.param(*case, marks=pytest.mark.slow)
 
@@ -71,14 +80,14 @@ def assert_close(args, tolerance, **options):
 
 @pytest.mark.parametrize("grouping, N, dtype", [(GROUPINGS[0], 3, DTYPES[0]), *map(slow, CASES)], ids=str)
 def test_values_and_gradients_for_every_grouping(device, grouping, N, dtype):
-    assert_close(make(device, 18, grouping, N=N, dtype=dtype), TOLERANCE[dtype], seq_idx=documents(device, 1, 18))
+    assert_close(make(device, 6, grouping, N=N, dtype=dtype), TOLERANCE[dtype], seq_idx=documents(device, 1, 6))
 
 
 @pytest.mark.slow
 @settings(deadline=None, max_examples=3 if not GPU else 60)
 @given(data=st.data())
 def test_any_shape_dtype_decay_and_documents(device, data):
-    length = data.draw(st.integers(1, 150 if GPU else 20), "length")
+    length = data.draw(st.integers(1, 150 if GPU else 10), "length")
     dtype = data.draw(st.sampled_from(DTYPES), "dtype")
     grouping, N = data.draw(st.sampled_from(GROUPINGS), "grouping"), data.draw(st.sampled_from([1, 3, 4]))
     args = make(device, length, grouping, N=N, dtype=dtype, seed=data.draw(st.integers(0, 9)))
@@ -92,34 +101,32 @@ def test_any_shape_dtype_decay_and_documents(device, data):
 
 
 def test_strong_decay_is_finite_and_accurate(device):
-    args = make(device, 19, (2, 1, 1), N=2)
+    args = make(device, 11, (2, 1, 1), N=2)
     with torch.no_grad():
         args["A"].copy_(torch.tensor([[-0.01, -300.0], [-1e4, 0.0]], device=device))
     assert_close(args, 1e-4)
 
 
 @pytest.mark.slow
-def test_slices_of_a_group_are_narrow_where_programs_are_few(device, monkeypatch):
-    """And their sums over channels are then added up."""
+def test_sums_of_several_programs_of_a_group_are_added_up(device, monkeypatch):
     from transpoint.kernels import selective_triton
 
-    args = make(device, 9, (12, 1, 2), N=2)
-    monkeypatch.setattr(selective_triton, "config", lambda N, backward: {"BLOCK_D": 2, "num_warps": 4})
-    for multiprocessors in (1, 100):
-        monkeypatch.setattr(selective_triton, "sm_count", lambda device, count=multiprocessors: count)
-        assert_close(args, TOLERANCE[torch.float32])
+    monkeypatch.setattr(
+        selective_triton, "config", lambda N, backward: {"LANES": 2, "ROWS": 2, "CHANNELS": 1, "NUMBERS": 1}
+    )
+    assert_close(make(device, 5, (10, 1, 2), N=2), TOLERANCE[torch.float32])
 
 
 def test_padding_steps_leave_the_state_as_it_is(device):
-    args = make(device, 20, (2, 1, 1), N=2)
+    args = make(device, 11, (2, 1, 1), N=2)
     with torch.no_grad():
-        args["dt"][:, 13:] = -1e4
-    short = {name: t[:, :13] if name in TOKENS else t for name, t in args.items()}
+        args["dt"][:, 7:] = -1e4
+    short = {name: t[:, :7] if name in TOKENS else t for name, t in args.items()}
     _, padded = selective_scan(**args, return_final_state=True, backend="triton")
     _, state = selective_scan(**short, return_final_state=True, backend="triton")
     assert torch.equal(padded, state)
     dx, dB = torch.autograd.grad(padded.sum(), [args["x"], args["B"]])
-    assert not dx[:, 13:].any() and not dB[:, 13:].any() and dx[:, :13].all()
+    assert not dx[:, 7:].any() and not dB[:, 7:].any() and dx[:, :7].all()
 
 
 def test_views_of_one_wide_projection_and_steps_as_they_are(device):
@@ -140,7 +147,7 @@ def test_views_of_one_wide_projection_and_steps_as_they_are(device):
 
 
 def test_gradient_of_the_final_state_alone_and_of_y_alone(device):
-    args = make(device, 18, (2, 1, 1), N=2)
+    args = make(device, 10, (2, 1, 1), N=2)
     double = {name: t.detach().double().requires_grad_() for name, t in args.items()}
     names = ["x", "dt", "A", "B", "dt_bias", "initial_state"]  # the final state does not depend on C and D
     for index in (0, 1):
