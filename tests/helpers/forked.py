@@ -1,16 +1,13 @@
-"""Several processes: of the command line, without importing everything in each, or of one function.
+"""Several processes: of the command line, or of one function, forked from one that has imported everything.
 
-`in_one(function)`, `in_two(function, ...)` and `run_all(jobs)` are for tests. The last runs this file in a process of
-its own: python forked.py < jobs.json. Each job is {"engine": a file of configs/accelerate, "arguments": [...], "log":
-file, "processes": 2}; the environment is what `accelerate launch` sets.
+`in_one(function)`, `in_two(function, ...)` and `run_all(jobs)` are for tests.
 """
 
-import json
 import multiprocessing
 import os
 import socket
-import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
@@ -19,16 +16,39 @@ from transpoint.distill.run.threads import spin_briefly
 
 
 def run_all(jobs: list[dict]) -> list[str]:
-    """What the processes of each job printed; fails the test where one did not end well."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    spin_briefly(environment)
-    text = json.dumps([{**job, "log": str(job["log"]), "arguments": list(map(str, job["arguments"]))} for job in jobs])
-    done = subprocess.run(
-        [sys.executable, __file__], input=text, text=True, cwd=ROOT, env=environment, capture_output=True
-    )
+    """What the processes of each job printed; fails the test where one did not end well.
+
+    A job is {"engine": a file of configs/accelerate, "arguments": [...], "log": file, "processes": 2}; the environment
+    is what `accelerate launch` sets.
+    """
+    well = [_run(**job) for job in jobs]
     outputs = [Path(job["log"]).read_text() for job in jobs]
-    assert done.returncode == 0, "\n".join([done.stderr[-2000:], *(output[-2000:] for output in outputs)])
+    assert all(well), "\n".join(output[-2000:] for output in outputs)
     return outputs
+
+
+def _run(engine: str, arguments: list, log, processes: int = 2) -> bool:
+    port = _free_port()
+    with _server() as context:
+        given = [(rank, processes, engine, port, list(map(str, arguments)), str(log)) for rank in range(processes)]
+        children = [context.Process(target=_command, args=each) for each in given]
+        for child in children:
+            child.start()
+        for child in children:
+            child.join()
+    return all(child.exitcode == 0 for child in children)
+
+
+def _command(rank: int, processes: int, engine: str, port: int, arguments: list[str], log: str) -> None:
+    from transpoint.distill.cli import main
+
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1), os.dup2(file, 2)
+    os.chdir(ROOT)
+    _become(rank, processes, engine, port)
+    code = main(arguments)
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def in_one(function) -> int:
@@ -49,23 +69,37 @@ def in_two(function, *arguments, engine: str = "ddp") -> None:
     """
     from torch.multiprocessing import start_processes
 
+    with _server():
+        start_processes(
+            _as_one_of_two, (engine, _free_port(), function, arguments), nprocs=2, start_method="forkserver"
+        )
+
+
+@contextmanager
+def _server():
+    """The process that forks, the same for all tests."""
     multiprocessing.set_forkserver_preload(["preload"])
-    # The server that forks passes over what it does not find, and knows no sys.path but this.
+    # It passes over what it does not find, and knows no sys.path but this. There may be one GPU only.
     paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    with mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES="", PYTHONPATH=paths):  # there may be one GPU only
+    with mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES="", PYTHONPATH=paths, OMP_NUM_THREADS="1"):
         spin_briefly(os.environ)
-        given = (engine, _free_port(), function, arguments)
-        start_processes(_as_one_of_two, given, nprocs=2, start_method="forkserver")
+        yield multiprocessing.get_context("forkserver")
+
+
+def _become(rank: int, processes: int, engine: str, port: int) -> None:
+    import torch
+
+    os.environ.update(environment_of(engine, processes))
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+    os.environ.update({name: str(value) for name, value in ranks.items()})
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
 
 
 def _as_one_of_two(rank: int, engine: str, port: int, function, arguments: tuple) -> None:
     import torch
 
-    os.environ.update(environment_of(engine, 2))
-    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-    os.environ.update({name: str(value) for name, value in ranks.items()})
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
+    _become(rank, 2, engine, port)
     function(rank, *arguments)
     torch.distributed.destroy_process_group()
 
@@ -87,30 +121,3 @@ def environment_of(engine: str, processes: int) -> dict[str, str]:
         return prepare_multi_gpu_env(arguments)
     arguments.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
     return prepare_deepspeed_cmd_env(arguments)[1]
-
-
-def _fork(job: dict) -> bool:
-    from transpoint.distill.cli import main
-
-    processes = job.get("processes", 2)
-    environment = environment_of(job["engine"], processes)
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
-    environment |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-    children = []
-    for rank in range(processes):
-        child = os.fork()
-        if child == 0:
-            log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            os.dup2(log, 1), os.dup2(log, 2)
-            os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
-            code = main(job["arguments"])
-            sys.stdout.flush()
-            os._exit(code)
-        children.append(child)
-    return all(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0 for child in children)
-
-
-if __name__ == "__main__":
-    import preload  # noqa: F401 - here, and not in every child
-
-    os._exit(0 if all([_fork(job) for job in json.load(sys.stdin)]) else 1)  # without a second for tidying up

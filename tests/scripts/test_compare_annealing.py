@@ -1,12 +1,20 @@
 """The comparison of annealing, with hardly any training: it runs, and its columns are different trainings."""
 
+import functools
+
 import pytest
+
+from transpoint.teachers.random import random_teacher
 
 
 @pytest.mark.slow
 def test_a_row_for_each_setting_and_seed(load_script, monkeypatch, capsys):
     script = load_script("compare_annealing")
-    monkeypatch.setattr(script, "SETTINGS", script.SETTINGS[1:])
+    # A teacher of 4 layers, each with a TransPoint of its own, in place of 16.
+    small = functools.partial(random_teacher, num_hidden_layers=4)
+    monkeypatch.setattr(script, "random_teacher", lambda name, num_hidden_layers, **sizes: small(name, **sizes))
+    monkeypatch.setattr(script, "CYCLED", "[0, 16, 32, 64]")
+    monkeypatch.setattr(script, "SETTINGS", (script.SETTINGS[1], (script.CYCLED, "3e-3")))
     few = ["--steps", "2", "--teacher-steps", "2", "--sequences", "2", "--tokens", "20000"]
     assert script.main(["--seeds", "0", *few]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
