@@ -29,25 +29,27 @@ from torch import Tensor
 from .backend import inner_contiguous, power_of_2
 from .custom_op import CustomOp, once
 from .launch import launched
-from .ssd_triton import LOG2E, softplus
+from .ssd_triton import LOG2E
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Launch parameters
 
 CHUNK = 8  # tokens whose states the walk back holds in registers: of the states, one in so many is saved
-CHANNELS, NUMBERS = 4, 4  # of a thread: the channels, and the numbers of the state of each
-BLOCK_D = 32  # channels of a program, which writes one sum over them for each token and number
+NUMBERS = 4  # of a state, in a thread: what it reads at once in float32
+# Channels of a thread, and of a program, which writes one sum over them for each token and number of dB and dC.
+FORWARD = 4, 32
+BACKWARD = 4, 32
 
 
-def config(N: int, backward: bool) -> dict:
-    """How a program's numbers are shared out: to LANES by numbers of the state and to ROWS by channels, and warps.
+def config(N: int, group: int, backward: bool) -> dict:
+    """How the numbers of `group` channels are shared out: to LANES by those of a state and to ROWS by channels.
 
-    Chosen for few instructions, no shared memory up to N = 16 and few register spills on sm_90, as ptxas tells them;
-    not timed.
+    Chosen for few instructions and register spills on sm_90, as ptxas tells them; not timed.
     """
-    NUMBERS_ = min(NUMBERS, power_of_2(N))
-    lanes, rows = power_of_2(N) // NUMBERS_, BLOCK_D // CHANNELS
-    shares = {"LANES": lanes, "ROWS": rows, "CHANNELS": CHANNELS, "NUMBERS": NUMBERS_}
+    channels, block = BACKWARD if backward else FORWARD
+    numbers = min(NUMBERS, power_of_2(N))
+    lanes, rows = power_of_2(N) // numbers, min(block // channels, power_of_2(-(-group // channels)))
+    shares = {"LANES": lanes, "ROWS": rows, "CHANNELS": channels, "NUMBERS": numbers}
     return shares | {"num_warps": max(1, lanes * rows // 32), "num_stages": 1}
 
 
@@ -124,13 +126,28 @@ def _tokens_by_lane(ptr, stride, start, L, column, end, Q: tl.constexpr, LANES: 
 
 
 @triton.jit
+def _softplus(x):
+    """log(1 + u) = 2 artanh(u / (2 + u)), of which eight terms are float32's precision: fewer instructions than log."""
+    u = tl.exp(-tl.abs(x))
+    v = u / (2.0 + u)
+    square = v * v
+    series = 1 / 15 * square + 1 / 13
+    series = series * square + 1 / 11
+    series = series * square + 1 / 9
+    series = series * square + 1 / 7
+    series = series * square + 1 / 5
+    series = series * square + 1 / 3
+    return tl.maximum(x, 0.0) + 2.0 * (v + v * (square * series))
+
+
+@triton.jit
 def _steps(dts, bias, start, L, i, end, Q: tl.constexpr, LANES: tl.constexpr, SOFTPLUS: tl.constexpr):
     """Steps of what _tokens_by_lane has loaded: 0 past the end, which neither decay nor write."""
     steps = ()
     for q in tl.static_range(0, Q, LANES):
         t = start + q + tl.arange(0, LANES)[:, None, None]
         raw = dts[q // LANES].to(tl.float32) + bias
-        steps += (tl.where(_inside(i, end, t, L), softplus(raw) if SOFTPLUS else raw, 0.0),)
+        steps += (tl.where(_inside(i, end, t, L), _softplus(raw) if SOFTPLUS else raw, 0.0),)
     return steps
 
 
@@ -271,6 +288,8 @@ def _gradient_kernel(
             added = (step * xs[q].to(tl.float32))[:, :, :, None] * Bs[q].to(tl.float32)[:, :, None, :]
             state = _decay(step, rates, seq_idx, seq_sl, start + q, L, HAS_SEQ) * state + added
             hs += (state,)
+        # Read again, so that decays are computed again: the compiler would keep them all, where no register is free.
+        rates = _load(A, place, ok) * LOG2E
         d_x, d_step = tl.zeros(i.shape, tl.float32), tl.zeros(i.shape, tl.float32)
         for q in tl.static_range(Q - 1, -1, -1):
             t = start + q
@@ -349,8 +368,7 @@ class _Scan:
 
     def config(self, backward):
         """Launch parameters, and how many programs they give each sequence."""
-        options = config(self.N, backward)
-        options["ROWS"] = min(options["ROWS"], power_of_2(-(-self.group // options["CHANNELS"])))
+        options = config(self.N, self.group, backward)
         return options, self.d // self.group * -(-self.group // (options["ROWS"] * options["CHANNELS"]))
 
 

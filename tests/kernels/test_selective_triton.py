@@ -111,9 +111,7 @@ def test_strong_decay_is_finite_and_accurate(device):
 def test_sums_of_several_programs_of_a_group_are_added_up(device, monkeypatch):
     from transpoint.kernels import selective_triton
 
-    monkeypatch.setattr(
-        selective_triton, "config", lambda N, backward: {"LANES": 2, "ROWS": 2, "CHANNELS": 1, "NUMBERS": 1}
-    )
+    monkeypatch.setattr(selective_triton, "BACKWARD", (1, 2))
     assert_close(make(device, 5, (10, 1, 2), N=2), TOLERANCE[torch.float32])
 
 
