@@ -90,12 +90,15 @@ _TRAIN = {
 
 
 def init(options) -> None:
-    from .shipped import CONFIGS, write_recipe
+    from .shipped import CONFIGS, shipped, write_recipe
 
     target = Path(options.config)
     for path in write_recipe(target, options.like):
         print(f"wrote {path}")
     recipe, several = (shlex.quote(str(path)) for path in (target, CONFIGS / "accelerate" / "ddp.yaml"))
+    if options.like in shipped(tasks=True):
+        print(f"\ntranspoint tasks {recipe}")
+        return
     print(f"\ntranspoint plan {recipe}\ntranspoint run {recipe}")
     print(f"accelerate launch --config_file {several} -m transpoint.distill {recipe}")
 
@@ -555,7 +558,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("init", "write a recipe to begin from, a copy of one that comes with the package, and its text")
     sub.add_argument("config", metavar="FILE", help="the recipe to write, as my-recipe.yaml")
-    known = shipped()
+    known = shipped() | shipped(tasks=True)
     sub.add_argument(
         "--like",
         choices=known,

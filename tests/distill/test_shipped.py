@@ -5,6 +5,7 @@ import pytest
 from transpoint.distill.cli import main
 from transpoint.distill.config import load_recipe
 from transpoint.distill.shipped import shipped
+from transpoint.distill.tasks.config import load_grid
 
 
 def written(folder):
@@ -23,6 +24,15 @@ def test_each_can_be_run_from_where_it_is_written(name, tmp_path, capsys, monkey
     before = written(tmp_path)
     assert main(["init", "sub/mine.yaml", "--like", name]) == 0 and written(tmp_path) == before
     assert capsys.readouterr().out.startswith("\ntranspoint plan")
+
+
+@pytest.mark.parametrize("name", shipped(tasks=True))
+def test_so_can_those_of_tasks(name, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["init", "mine.yaml", "--like", name]) == 0
+    assert capsys.readouterr().out == "wrote mine.yaml\n\ntranspoint tasks mine.yaml\n"
+    assert [str(path) for path in written(tmp_path)] == ["mine.yaml"]
+    assert load_grid("mine.yaml").config.run.dir.endswith("runs/mine")
 
 
 def test_it_is_the_demo_where_nothing_is_said(tmp_path):
