@@ -44,6 +44,7 @@ from .settings import (
     TeacherConfig,
 )
 from .stages.pipeline import PIPELINE
+from .stages.train import TRAIN
 
 __all__ = [
     "AlignConfig",
@@ -186,6 +187,11 @@ def load_recipe(
         raise ConfigError(
             f"teacher.sizes is {recipe.teacher.sizes}; expected none: teacher.source '{recipe.teacher.source}' has "
             "sizes of its own"
+        )
+    if not recipe.from_scratch and TRAIN.of(recipe) != TRAIN.of(Recipe()):
+        raise ConfigError(
+            f"train has settings, and trains models from scratch alone (teacher.source={SCRATCH}llama): students of "
+            f"'{recipe.teacher.source}' are trained by align and distill"
         )
     for one in PIPELINE if recipe.from_scratch else ():
         if one.needs_teacher and one.wanted(recipe) and not one.wanted(Recipe()):

@@ -4,9 +4,9 @@ import dataclasses
 import hashlib
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 
 def one_line(error: BaseException) -> str:
@@ -25,15 +25,15 @@ def read_json(path: Path) -> Any:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file whole or not at all; dataclasses, wherever they are in it, as objects."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    name = path.with_name(f".{path.name}.{uuid4().hex}")  # not by tempfile, whose files others may not read
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with name.open("x", encoding="utf-8") as file:
             json.dump(value, file, indent=1, ensure_ascii=False, default=dataclasses.asdict)
             file.flush()
             os.fsync(file.fileno())
         os.replace(name, path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        name.unlink(missing_ok=True)
         raise
 
 

@@ -111,6 +111,7 @@ def test_a_transmamba_student_trains_at_its_own_transpoints(run_tiny, tmp_path):
 @pytest.mark.parametrize(
     "override, message",
     [
+        ("teacher.source=random-llama", "train has settings, and trains models from scratch alone"),
         ("tune.steps=5", "an untrained model, and the stage tune, which this recipe asks for, takes something from"),
         ("orient.steps=5", "and the stage orient, which"),
         ("student.keep_attention=select:1", "and the stage select, which"),
