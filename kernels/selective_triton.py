@@ -36,7 +36,8 @@ from .ssd_triton import LOG2E
 
 CHUNK = 8  # tokens whose states the walk back holds in registers: of the states, one in so many is saved
 NUMBERS = 4  # of a state, in a thread: what it reads at once in float32
-# Channels of a thread, and of a program, which writes one sum over them for each token and number of dB and dC.
+# Channels of a thread, and of a program, which writes one sum over them for each token and number of dB and dC. Half as
+# many are more warps to hide latency, at a tenth more instructions. A thread's must be 4 at most: see _laid_out.
 FORWARD = 4, 32
 BACKWARD = 4, 32
 
