@@ -36,7 +36,8 @@ from .ssd_triton import LOG2E
 
 CHUNK = 8  # tokens whose states the walk back holds in registers: of the states, one in so many is saved
 NUMBERS = 4  # of a state, in a thread: what it reads at once in float32
-# Channels of a thread, and of a program, which writes one sum over them for each token and number of dB and dC.
+# Channels of a thread, and of a program, which writes one sum over them for each token and number of dB and dC. Half as
+# many are more warps to hide latency, at a tenth more instructions. A thread's must be 4 at most: see _laid_out.
 FORWARD = 4, 32
 BACKWARD = 4, 32
 
@@ -108,10 +109,11 @@ def _inside(column, end, t, L):
 @triton.jit
 def _tokens(ptr, stride, start, L, column, end, Q: tl.constexpr):
     """Q rows from `start` on, as they are, all loaded before any is used; zeros past the end."""
+    place = _laid_out(ptr, column)
     rows = ()
     for q in tl.static_range(Q):
         t = start + q
-        rows += (tl.load(_laid_out(ptr + t * stride, column), mask=_inside(column, end, t, L), other=0.0),)
+        rows += (tl.load(place + t * stride, mask=column < tl.where(t < L, end, 0), other=0.0),)
     return rows
 
 
@@ -149,12 +151,6 @@ def _steps(dts, bias, start, L, i, end, Q: tl.constexpr, LANES: tl.constexpr, SO
         raw = dts[q // LANES].to(tl.float32) + bias
         steps += (tl.where(_inside(i, end, t, L), _softplus(raw) if SOFTPLUS else raw, 0.0),)
     return steps
-
-
-@triton.jit
-def _in_all_lanes(tile, lane: tl.constexpr):
-    """What one lane has."""
-    return tl.gather(tile, tl.full(tile.shape, lane, tl.int32), 0)
 
 
 @triton.jit
@@ -222,7 +218,7 @@ def _scan_kernel(
         for q in tl.static_range(Q):
             t = start + q
             x_ = xs[q].to(tl.float32)
-            step = _in_all_lanes(steps[q // LANES], q % LANES)
+            step = tl.gather(steps[q // LANES], tl.full(i.shape, q % LANES, tl.int32), 0)  # in all lanes
             added = (step * x_)[:, :, :, None] * Bs[q].to(tl.float32)[:, :, None, :]
             state = _decay(step, rates, seq_idx, seq_sl, t, L, HAS_SEQ) * state + added
             read = tl.sum(tl.sum(state * Cs[q].to(tl.float32)[:, :, None, :], 3), 0)[None, :, :]
@@ -271,6 +267,7 @@ def _gradient_kernel(
     bias = _load(dt_bias, i, i < end) if HAS_BIAS else tl.zeros(i.shape, tl.float32)
     skip = _load(D, i, i < end) if HAS_D else tl.zeros(i.shape, tl.float32)
     G = _load(d_final + b * d * N, place, ok) if HAS_FINAL else tl.zeros(place.shape, tl.float32)
+    dBs, dCs = _laid_out(dB, n), _laid_out(dC, n)
     dA_ = tl.zeros(place.shape, tl.float32)
     dD_, d_bias_ = tl.zeros(i.shape, tl.float32), tl.zeros(i.shape, tl.float32)
     for k in range(0, chunks):
@@ -284,7 +281,7 @@ def _gradient_kernel(
         steps = _steps(dts, bias, start, L, i, end, Q, LANES, SOFTPLUS)
         hs = (state,)
         for q in tl.static_range(Q):
-            step = _in_all_lanes(steps[q // LANES], q % LANES)
+            step = tl.gather(steps[q // LANES], tl.full(i.shape, q % LANES, tl.int32), 0)  # in all lanes
             added = (step * xs[q].to(tl.float32))[:, :, :, None] * Bs[q].to(tl.float32)[:, :, None, :]
             state = _decay(step, rates, seq_idx, seq_sl, start + q, L, HAS_SEQ) * state + added
             hs += (state,)
@@ -294,14 +291,15 @@ def _gradient_kernel(
         for q in tl.static_range(Q - 1, -1, -1):
             t = start + q
             x_, dy_ = xs[q].to(tl.float32), dys[q].to(tl.float32)
-            step = _in_all_lanes(steps[q // LANES], q % LANES)
+            step = tl.gather(steps[q // LANES], tl.full(i.shape, q % LANES, tl.int32), 0)  # in all lanes
             G += dy_[:, :, :, None] * Cs[q].to(tl.float32)[:, :, None, :]
             dB_ = tl.sum(G * (step * x_)[:, :, :, None], 2)
             dC_ = tl.sum(hs[q + 1] * dy_[:, :, :, None], 2)
             dB_, dC_ = tl.reduce((dB_, dC_), 1, _add)
-            once = _inside(n, N, t, L) & (row == 0)
-            _store(dB + t * blocks * N, n, tl.broadcast_to(dB_[:, None, :], n.shape), once)
-            _store(dC + t * blocks * N, n, tl.broadcast_to(dC_[:, None, :], n.shape), once)
+            dB_, dC_ = tl.broadcast_to(dB_[:, None, :], n.shape), tl.broadcast_to(dC_[:, None, :], n.shape)
+            once = (n < tl.where(t < L, N, 0)) & (row == 0)
+            tl.store(dBs + t * blocks * N, dB_.to(dB.dtype.element_ty), mask=once)
+            tl.store(dCs + t * blocks * N, dC_.to(dC.dtype.element_ty), mask=once)
             written = tl.sum(G * Bs[q].to(tl.float32)[:, :, None, :], 3)
             G *= _decay(step, rates, seq_idx, seq_sl, t, L, HAS_SEQ)  # from here on, of the state before the token
             kept = G * hs[q]
