@@ -235,7 +235,8 @@ def test_every_mixer_parameter_shows_in_the_logits(make_one):
 )
 def test_bfloat16_is_verified_in_a_process_without_transpoint(make_one, exact, tmp_path, monkeypatch):
     """Weights are rounded, decay, step and skip are not; what was rounded is then equal."""
-    monkeypatch.setattr(verification, "subprocess", subprocess)  # a process of its own
+    if make_one is make_mamba1:
+        monkeypatch.setattr(verification, "subprocess", subprocess)  # a process of its own, not a forked one
     student = make_one()
     figures = export(student, byte_tokenizer(), tmp_path / "out", "native", torch.bfloat16)
     assert figures["logits"] < 1e-4 * figures["scale"] and 0 < figures["decode"] < 1e-4 * figures["scale"]
