@@ -97,6 +97,7 @@ def test_a_decoder_that_hands_on_no_keywords_is_an_error(student, monkeypatch):
         student(tokens(), use_cache=False)
 
 
+@pytest.mark.slow
 def test_students_go_through_pickle_to_another_process(make_student, tmp_path):
     students = [make_student(mixer=mixer).eval() for mixer in MIXERS]
     with torch.no_grad():

@@ -48,6 +48,7 @@ def addresses(cache):
     ]
 
 
+@pytest.mark.slow
 @students
 @pytest.mark.parametrize(
     ("prompts", "more"),

@@ -78,6 +78,7 @@ def padded(rows):
     return ids, mask
 
 
+@pytest.mark.slow
 @settings(max_examples=8)
 @given(data=st.data(), points=points_of_layers, lengths=st.lists(st.integers(1, 30), min_size=1, max_size=4))
 def test_rows_of_a_left_padded_batch_pass_their_points_each_in_its_turn(student, data, points, lengths):
@@ -119,6 +120,7 @@ def test_generation_with_a_cache_equals_generation_without(student, kwargs):
     assert found.shape == (2 * kwargs.get("num_return_sequences", 1), 19)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kwargs", [{"num_beams": 3}, {}], ids=["beam search", "greedy"])
 @pytest.mark.parametrize("points", [[0, 3, 9, 14], [10, 15, "inf", 6]], ids=str)
 def test_generation_of_a_left_padded_batch_equals_that_of_each_row(student, points, kwargs):
