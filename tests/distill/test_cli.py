@@ -318,6 +318,7 @@ def test_eval_measures_as_the_run_did(tiny_run, say, tmp_path):
     assert [len(line) for line in beside if "128" in line[0]] == [2, 2]
 
 
+@pytest.mark.slow
 def test_eval_takes_settings_after_its_text(tiny_run, say, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("some words to measure on " * 40)

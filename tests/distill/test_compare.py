@@ -69,7 +69,7 @@ def test_what_cannot_be_compared(recipes, tmp_path):
 @pytest.mark.slow
 def test_a_comparison_shares_what_is_the_same_and_goes_on(recipes, tmp_path, capsys, unverified):
     out = tmp_path / "out"
-    command = ["compare", *recipes[:2], *QUICK, "--base", str(TINY), "--tokens", "10240", "--seeds", "2"]
+    command = ["compare", *recipes[:2], *QUICK, "--base", str(TINY), "--tokens", "2560", "--seeds", "2"]
     command += ["--out", str(out)]
     assert main(command) == 0
     said = capsys.readouterr().out
@@ -84,7 +84,7 @@ def test_a_comparison_shares_what_is_the_same_and_goes_on(recipes, tmp_path, cap
         assert run["quality"] == done(folder, "evaluate")["quality"]
         assert [point["stage"] for point in run["points"]] == ["transfer", "calibrate", "align", "distill"]
         assert (
-            run["points"][-1]["tokens"] == 10_240 and run["points"][-1]["quality"] == done(folder, "distill")["quality"]
+            run["points"][-1]["tokens"] == 2_560 and run["points"][-1]["quality"] == done(folder, "distill")["quality"]
         )
     table = (out / "comparison.md").read_text()
     kl = [run["quality"]["kl"] for run in found["runs"] if run["recipe"] == "free"]

@@ -178,7 +178,7 @@ def misspelt_keys(draw):
     return key
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(misspelt_keys())
 def test_any_misspelt_key_is_refused_and_a_valid_one_is_named(key):
     told = message(TINY, f"{key}=1")
@@ -361,7 +361,7 @@ def test_text_is_as_it_is_written(text, tmp_path):
     assert load_recipe(tmp_path / "saved.yaml").evaluate.prompts == [text, "plain"]
 
 
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(st.lists(st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), max_size=12), max_size=12))
 def test_any_text_comes_back(texts):
     override = yaml.safe_dump(texts, default_flow_style=True, allow_unicode=True, width=10**6).strip()

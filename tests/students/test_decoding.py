@@ -57,7 +57,7 @@ def test_decoding_in_pieces_equals_a_full_forward(make_student, family, keep, pi
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kernel", [1, 2, 3, 4])
+@pytest.mark.parametrize("kernel", [1, 2, 4])
 @pytest.mark.parametrize("rope", [False, True])
 @pytest.mark.parametrize(
     "options",
@@ -104,11 +104,10 @@ GENERATION = {
 
 
 @pytest.mark.slow
-@families
 @hybrids
 @pytest.mark.parametrize("kwargs", GENERATION.values(), ids=GENERATION.keys())
-def test_generation_with_a_cache_equals_generation_without(make_student, family, keep, kwargs):
-    student, ids = make_student(family, keep), tokens(length=7)
+def test_generation_with_a_cache_equals_generation_without(make_student, keep, kwargs):
+    student, ids = make_student("qwen3", keep), tokens(length=7)
     mask = torch.ones_like(ids)
     cached, lengths = generate(student, ids, True, attention_mask=mask, **kwargs)
     plain, plain_lengths = generate(student, ids, False, attention_mask=mask, **kwargs)

@@ -48,12 +48,17 @@ def addresses(cache):
     ]
 
 
-PROMPTS = {"padded": left_padded(), "without padding": (tokens(length=9), None)}
-
-
+@pytest.mark.slow
 @students
-@pytest.mark.parametrize("prompts", PROMPTS.values(), ids=PROMPTS.keys())
-@pytest.mark.parametrize("more", [{}, {"num_beams": 3}, {"prefill_chunk_size": 5}], ids=["greedy", "beams", "chunks"])
+@pytest.mark.parametrize(
+    ("prompts", "more"),
+    [
+        (left_padded(), {}),
+        ((tokens(length=9), None), {"num_beams": 3}),
+        (left_padded(), {"prefill_chunk_size": 5}),
+    ],
+    ids=["padded", "beams without padding", "padded, in chunks"],
+)
 def test_generation_is_that_of_a_cache_that_grows(make_student, options, prompts, more, caplog):
     student = make_student(**options)
     assert torch.equal(

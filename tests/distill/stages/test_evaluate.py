@@ -108,6 +108,7 @@ def test_texts_longer_than_the_teacher_takes_are_left_out(tiny_copy, run_tiny):
     assert [one["length"] for one in done(tiny_copy, "evaluate")["measures"]["student"]["recall"]] == [192]
 
 
+@pytest.mark.slow
 def test_questions_are_asked_and_costs_measured_of_both(tiny_copy, run_tiny):
     source = ROOT / "configs" / "sample" / "questions.jsonl"
     run_tiny(tiny_copy, f"evaluate.questions={source}", "evaluate.cost_lengths=[32,64]", "evaluate.recall=[]")
@@ -130,6 +131,7 @@ def test_questions_that_are_none_are_refused_before_anything_runs(tmp_path, run_
     assert not (tmp_path / "run" / "transfer" / "done.json").exists()
 
 
+@pytest.mark.slow
 def test_other_questions_are_asked_again(tiny_copy, run_tiny, tmp_path):
     asked = tmp_path / "asked.jsonl"
     rows = [f'{{"question": "What is {n} plus 1?", "answers": ["{n + 1}"]}}' for n in range(5)]

@@ -97,6 +97,7 @@ def test_first_weights_depend_on_seed_and_sizes_of_runs_from_scratch_alone():
     assert needs(TINY) != needs(TINY, "teacher.sizes.hidden_size=32")
 
 
+@pytest.mark.slow
 def test_a_transmamba_student_trains_at_its_own_transpoints(run_tiny, tmp_path):
     options = [*SHORT, "student.mixer=transmamba", "student.keep_attention=[]", "student.trans_points=[0,16]"]
     said = run_tiny(tmp_path, *options, config=SCRATCH, until_stage="train")
@@ -131,6 +132,7 @@ def words_on(folder, said):
     return said, card, re.sub(r"<style>.*?</style>", "", page, flags=re.DOTALL).partition("The whole recipe")[0]
 
 
+@pytest.mark.slow
 def test_nothing_that_it_shows_speaks_of_a_teacher(scratch_output, capsys):
     folder, said = scratch_output
     console = Console(file=io.StringIO(), width=200)
