@@ -5,7 +5,7 @@ import inspect
 
 
 def remember_builtins() -> None:
-    """Halves the time of kernels under the interpreter, where it is one that does so."""
+    """Saves the interpreter that search, where it is one that makes it."""
     from triton.language import core
     from triton.runtime import interpreter
 

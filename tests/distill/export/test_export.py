@@ -300,23 +300,24 @@ for name, path in (("first", folder), ("second", again)):
         found[name + ".logits"] = model(given["ids"]).logits
     options = dict(max_new_tokens=24, min_new_tokens=24, do_sample=False, pad_token_id=2)
     found[name + ".generated"] = model.generate(given["ids"], **options)
-    found[name + ".padded"] = model.generate(given["padded"], attention_mask=given["mask"], **options)
+    if name == "second":
+        break
+    found["padded"] = model.generate(given["padded"], attention_mask=given["mask"], **options)
     beams = dict(attention_mask=given["mask"], num_beams=3, **options)
-    found[name + ".beams"] = model.generate(given["padded"], **beams)
+    found["beams"] = model.generate(given["padded"], **beams)
     torch.manual_seed(5)
-    found[name + ".sampled"] = model.generate(given["ids"], **{**options, "do_sample": True})
+    found["sampled"] = model.generate(given["ids"], **{**options, "do_sample": True})
     static = model.generate(given["padded"], attention_mask=given["mask"], cache_implementation="static", **options)
-    assert torch.equal(static, found[name + ".padded"])
+    assert torch.equal(static, found["padded"])
     cache = model.new_cache()
     with torch.no_grad():
         model(given["ids"][:, :12], cache=cache)
         cache.save(scratch + "/cache.safetensors")
         loaded = type(cache).load(scratch + "/cache.safetensors", model.config)
         for way, held in {"fork": cache.fork(), "loaded": loaded}.items():
-            found[f"{name}.{way}"] = model(given["ids"][:, 12:], cache=held).logits
-    if name == "first":
-        model.save_pretrained(again)
-        AutoTokenizer.from_pretrained(folder).save_pretrained(again)
+            found[way] = model(given["ids"][:, 12:], cache=held).logits
+    model.save_pretrained(again)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(again)
 save_file({name: tensor.contiguous() for name, tensor in found.items()}, scratch + "/found.safetensors")
 """
 
@@ -352,15 +353,16 @@ def test_custom_goes_with_its_own_code_and_is_saved_with_it(family, options, tmp
     found = load_file(tmp_path / "found.safetensors")
     with torch.no_grad():
         expected = student(ids).logits
-    for name in ("first", "second"):
+    generated = greedy(student, ids)
+    for name in ("first", "second"):  # as exported, and as what was loaded saves itself
         assert_equal(found[f"{name}.logits"], expected)
-        assert torch.equal(found[f"{name}.generated"], greedy(student, ids))
-        assert torch.equal(found[f"{name}.padded"], greedy(student, padded, attention_mask=mask))
-        assert torch.equal(found[f"{name}.beams"], greedy(student, padded, attention_mask=mask, num_beams=3))
-        torch.manual_seed(5)
-        assert torch.equal(found[f"{name}.sampled"], sampled(student, ids))
-        for way in ("fork", "loaded"):
-            assert_equal(found[f"{name}.{way}"], expected[:, 12:])
+        assert torch.equal(found[f"{name}.generated"], generated)
+    assert torch.equal(found["padded"], greedy(student, padded, attention_mask=mask))
+    assert torch.equal(found["beams"], greedy(student, padded, attention_mask=mask, num_beams=3))
+    torch.manual_seed(5)
+    assert torch.equal(found["sampled"], sampled(student, ids))
+    for way in ("fork", "loaded"):
+        assert_equal(found[way], expected[:, 12:])
     own, copied = ({path.name: path.read_text() for path in place.glob("*.py")} for place in (folder, again))
     assert own == copied and {"modeling_hybrid.py", "configuration_transmamba.py"} <= own.keys()
     assert ("modeling_transmamba.py" in own) == ("transmamba" in student.config.mixers)

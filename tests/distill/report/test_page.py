@@ -200,7 +200,7 @@ def test_an_unfinished_stage(started):
     assert figures(shown)[0] == "loss of align over 30 steps, from 1 to 0.03333"
 
 
-@pytest.mark.parametrize("lines", [1, 2, 5000])
+@pytest.mark.parametrize("lines", [1, 2, pytest.param(5000, marks=pytest.mark.slow)])
 def test_logs_short_and_long(started, lines):
     figures_of_step = {"loss": 0.5, "gradient_norm": 1, "lr": 0, "tokens_per_second": 9e5, "mfu": 0.4, "memory": 2**34}
     started(
@@ -263,6 +263,7 @@ def test_events(started):
     assert shown.text.count(" again ") == 198 and "And 201 more." in shown.text
 
 
+@pytest.mark.slow
 def test_damaged_records(tiny_copy):
     log = tiny_copy / "align" / "metrics.jsonl"
     whole = log.read_bytes()
