@@ -7,6 +7,7 @@ Transformers, and off the states of its mixers.
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from transformers import PreTrainedModel
 from ...students import HybridForCausalLM, StudentConfig, untrained
 from ...students.modeling.configuration_mixers import is_attention
 from ..errors import RunError
-from ..models import load_model
+from ..models import load_model, on_device
 from ..objectives import LanguageModeling
 from ..run.folder import StageFolder
 from ..settings import TrainConfig
@@ -97,9 +98,10 @@ def othello(settings: Othello, out: Path, console: Console) -> dict:
     Raises:
         StudentError, TeacherError: there is no such model.
     """
-    model = _model(settings)
+    accelerator = Accelerator(mixed_precision="no")
+    model = cast(HybridForCausalLM, on_device(_model(settings), accelerator.device))
     start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    model = _trained(settings, model, out, console)
+    model = _trained(settings, model, out, accelerator, console)
     fit, test = (random_games(n, settings.seed + SEEDS[use]) for use, n in _probed(settings).items())
     found: dict = {"settings": asdict(settings), "parameters": sum(p.numel() for p in model.parameters())}
     found |= legality(model, test)
@@ -118,7 +120,7 @@ def legality(model: PreTrainedModel, games: np.ndarray) -> dict[str, float]:
     for first in range(0, len(games), ROWS):
         rows = slice(first, first + ROWS)
         with torch.no_grad():
-            best = model(_ids(games[rows]), use_cache=False).logits[:, :-1].argmax(-1)
+            best = model(_ids(games[rows]).to(model.device), use_cache=False).logits[:, :-1].argmax(-1).cpu()
         may = torch.from_numpy(legal[rows, :-1])
         right += (F.pad(may, (0, model.config.vocab_size - SQUARES)).gather(-1, best[..., None])).float().sum().item()
         chance += (may.sum(-1) / torch.from_numpy(boards[rows, :-1] == 0).sum(-1)).sum().item()
@@ -168,11 +170,14 @@ def probe_moves(fit: np.ndarray, test: np.ndarray) -> dict[str, float]:
 def probe_board(model: PreTrainedModel, fit: np.ndarray, test: np.ndarray) -> list[dict]:
     """For each layer what is right of the board, read off its hidden states and off its state."""
 
+    def ids(games: np.ndarray) -> Tensor:
+        return _ids(games).to(model.device)
+
     def states(games: np.ndarray) -> dict[int, Tensor]:
-        steps = [{i: sketched(t).clone() for i, t in held.items()} for held in states_of(model, _ids(games))]
+        steps = [{i: sketched(t).clone() for i, t in held.items()} for held in states_of(model, ids(games))]
         return {i: torch.stack([held[i] for held in steps], 1) for i in steps[0]}
 
-    hidden = _probed_by(lambda games: dict(enumerate(hidden_of(model, _ids(games)))), fit, test)
+    hidden = _probed_by(lambda games: dict(enumerate(hidden_of(model, ids(games)))), fit, test)
     state = _probed_by(states, fit, test)
     return [{"hidden": hidden[layer], "state": state.get(layer)} for layer in sorted(hidden)]
 
@@ -187,7 +192,7 @@ def _probed_by(read, fit: np.ndarray, test: np.ndarray) -> dict[int, dict[str, f
             some = games[first : first + ROWS]
             board = torch.from_numpy(replayed(some)[0]).long().flatten(0, 1)
             for name, features in read(some).items():
-                features = features.flatten(0, 1)
+                features, board = features.flatten(0, 1), board.to(features.device)
                 if games is fit:
                     probes.setdefault(name, Ridge()).add(features, F.one_hot(board, 3).flatten(1))
                 else:
@@ -217,18 +222,20 @@ def _model(settings: Othello) -> HybridForCausalLM:
     )
 
 
-def _trained(settings: Othello, model: HybridForCausalLM, out: Path, console: Console) -> HybridForCausalLM:
+def _trained(
+    settings: Othello, model: HybridForCausalLM, out: Path, accelerator: Accelerator, console: Console
+) -> HybridForCausalLM:
     folder = StageFolder(out, "train")
     needs = {k: v for k, v in asdict(settings).items() if k != "probe_games"}
     if folder.why_not_reusable(needs) is None:
-        return load_model(folder / "model", "float32")  # type: ignore[return-value]  # what was saved there
+        found = on_device(load_model(folder / "model", "float32"), model.device)
+        return cast(HybridForCausalLM, found)  # what was saved there
     folder.begin(needs)
     data = Games(random_games(settings.games, settings.seed + SEEDS["train"]))
     config = TrainConfig(steps=settings.steps, batch_size=settings.batch_size, lr=settings.lr, weight_decay=0.1)
     parameters = dict(model.named_parameters())
     groups = [{"name": "all", "parameters": parameters, "lr": settings.lr}]
-    accelerator = Accelerator(cpu=True, mixed_precision="no")
-    found = train(LanguageModeling(model), groups, config, data, folder, accelerator, console, settings.seed)  # type: ignore[arg-type]
+    trained = train(LanguageModeling(model), groups, config, data, folder, accelerator, console, settings.seed)  # type: ignore[arg-type]
     model.eval().save_pretrained(folder / "model")
-    folder.finish({"loss": found.metrics.get("loss"), "seconds": found.metrics["seconds"]})
+    folder.finish({"loss": trained.metrics.get("loss"), "seconds": trained.metrics["seconds"]})
     return model

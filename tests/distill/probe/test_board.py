@@ -17,6 +17,8 @@ TINY = "steps=3 batch_size=4 games=12 layers=2 width=16 heads=2 probe_games=60".
 class Knows(torch.nn.Module):
     """Predicts the legal moves of its games, or all others."""
 
+    device = torch.device("cpu")
+
     def __init__(self, games, right):
         super().__init__()
         self.config = type("Config", (), {"vocab_size": 70})
