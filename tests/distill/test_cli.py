@@ -2,7 +2,7 @@
 
 import json
 import os
-import subprocess
+import runpy
 import sys
 
 import pytest
@@ -354,13 +354,14 @@ def test_generate_answers_as_evaluate_did(tiny_run, say):
         assert code == 0 and out == entry["student"] + "\n"
 
 
-@pytest.mark.slow
-def test_the_module_is_run(tiny_copy):
+def test_the_module_is_run(tiny_copy, capsys, monkeypatch):
     """`python -m transpoint.distill CONFIG key=value` is `transpoint run CONFIG key=value`."""
-    command = [sys.executable, "-m", "transpoint.distill", TINY, f"run.dir={tiny_copy}", "--until", "distill"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "transfer: done before, reused\n" in done.stdout and "layer plan: MAMA" in done.stdout
+    monkeypatch.setattr(sys, "argv", ["python", str(TINY), f"run.dir={tiny_copy}", "--until", "distill"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("transpoint.distill", run_name="__main__")
+    said = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert "transfer: done before, reused\n" in said and "layer plan: MAMA" in said
 
 
 def test_eval_refuses_another_tokenizer_and_minds_nothing_else(tmp_path, capsys):

@@ -8,6 +8,7 @@ import importlib
 import pkgutil
 
 import deepspeed  # noqa: F401 - accelerate asks for it
+import deepspeed.runtime.zero.muon.original_muon  # noqa: F401 - ZeRO does, whatever the optimizer, and with it inductor
 import transformers.models.granitemoehybrid.modeling_granitemoehybrid  # noqa: F401
 import transformers.models.llama.modeling_llama  # noqa: F401
 

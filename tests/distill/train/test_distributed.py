@@ -80,7 +80,7 @@ def kill_all(process):
 def runs(run_tiny, tmp_path_factory):
     """A run folder for each name: one process ("alone"), two under every engine, two that go on where one stopped in
     distill ("resumed ENGINE"), two that share a teacher (under DDP; under FSDP2, unless resumed, they do anyway), with
-    what they printed. Only to be read."""
+    what they printed. Of the others, DDP's alone transfer and calibrate themselves. Only to be read."""
     root = tmp_path_factory.mktemp("distributed")
     taken = []
 
@@ -89,14 +89,16 @@ def runs(run_tiny, tmp_path_factory):
         if len(taken) == 4 + 3:  # in distill
             raise KeyboardInterrupt
 
+    jobs = {engine: engine for engine in ENGINES} | {"shared teacher": "ddp"}
+    run_tiny(root / "alone", *SMALL, until_stage="calibrate")
+    for name in [*jobs][1:]:
+        shutil.copytree(root / "alone", root / name)
     with pytest.raises(KeyboardInterrupt):
         run_tiny(root / "alone", *SMALL, until_stage="distill", on_step=interrupt)
-    jobs = {engine: engine for engine in ENGINES} | {f"resumed {engine}": engine for engine in ("zero3", "fsdp2")}
-    for name in jobs:
-        if name.startswith("resumed"):
-            shutil.copytree(root / "alone", root / name)
+    for engine in ("zero3", "fsdp2"):
+        jobs[f"resumed {engine}"] = engine
+        shutil.copytree(root / "alone", root / f"resumed {engine}")
     run_tiny(root / "alone", *SMALL, until_stage="distill")
-    jobs["shared teacher"] = "ddp"
     shared = ("shared teacher", "fsdp2")
     command = ["run", "configs/tiny.yaml", *SMALL, "--until", "distill"]
     outputs = run_all(
