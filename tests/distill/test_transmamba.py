@@ -173,9 +173,9 @@ def test_held_out_documents_that_never_pass_a_transpoint_are_named(whole, copy, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stop", [3, 7, 13])
+@pytest.mark.parametrize("stop", [7, 13])
 def test_interrupted_while_annealing_and_resumed_equals_uninterrupted(stop, whole, copy, run_tiny):
-    """Before the first checkpoint, between two in the fall, after it."""
+    """Between two checkpoints in the fall, and after it."""
     for stage in ("distill", "export", "evaluate"):
         shutil.rmtree(copy / stage)
     overrides = ("distill.sample_schedules=[uniform:16, mamba]", "distill.log_every=1", "distill.checkpoint_every=4")
@@ -187,7 +187,7 @@ def test_interrupted_while_annealing_and_resumed_equals_uninterrupted(stop, whol
     with pytest.raises(KeyboardInterrupt):
         run_tiny(copy, *overrides, config=CONFIG, on_step=on_step)
     output = run_tiny(copy, *overrides, config=CONFIG, until_stage="distill")
-    assert ("distill: going on from step" in output) == (stop > 4)
+    assert "distill: going on from step" in output
     assert student(copy, "distill") == student(whole[0], "distill")
     assert metrics(copy, "distill") == metrics(whole[0], "distill")
 

@@ -80,7 +80,7 @@ def check(args, tolerance=None, gradients=True, **options):
 
 
 @pytest.mark.slow
-@settings(max_examples=100 if GPU else 16)
+@settings(max_examples=100 if GPU else 10)
 @given(data=st.data())
 def test_values_and_gradients(device, data):
     def draw(*values):

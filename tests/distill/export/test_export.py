@@ -46,11 +46,11 @@ def ids_of(batch=2, length=24):
 
 
 def greedy(model, ids, **options):
-    return model.generate(ids, max_new_tokens=24, min_new_tokens=24, do_sample=False, pad_token_id=2, **options)
+    return model.generate(ids, max_new_tokens=12, min_new_tokens=12, do_sample=False, pad_token_id=2, **options)
 
 
 def sampled(model, ids):
-    return model.generate(ids, max_new_tokens=24, min_new_tokens=24, do_sample=True, pad_token_id=2)
+    return model.generate(ids, max_new_tokens=12, min_new_tokens=12, do_sample=True, pad_token_id=2)
 
 
 def assert_equal(found, expected):
@@ -261,7 +261,7 @@ def test_bfloat16_is_verified_in_a_process_without_transpoint(make_one, exact, t
         error = (model(ids_of()).logits - student(ids_of()).logits).norm() / student(ids_of()).logits.norm()
     assert 1e-4 < error < 0.1
     half = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert half.dtype == torch.bfloat16 and greedy(half, ids_of()).shape == (2, 48)
+    assert half.dtype == torch.bfloat16 and greedy(half, ids_of()).shape == (2, 36)
     assert student.dtype == torch.float32
 
 
@@ -298,7 +298,7 @@ for name, path in (("first", folder), ("second", again)):
     assert not type(model).__module__.startswith("transpoint."), type(model)
     with torch.no_grad():
         found[name + ".logits"] = model(given["ids"]).logits
-    options = dict(max_new_tokens=24, min_new_tokens=24, do_sample=False, pad_token_id=2)
+    options = dict(max_new_tokens=12, min_new_tokens=12, do_sample=False, pad_token_id=2)
     found[name + ".generated"] = model.generate(given["ids"], **options)
     if name == "second":
         break
