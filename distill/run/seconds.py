@@ -78,7 +78,7 @@ class Clock:
     def record(self) -> dict:
         """For the record of a stage."""
         self._turn()
-        seconds = {name: round(value, 2) for name, value in self.seconds.items()}
+        seconds = {name: round(value, 4) for name, value in self.seconds.items()}
         return {"stage_seconds": round(sum(self.seconds.values()), 2), "seconds": seconds, "starts": self.starts}
 
     def keep(self) -> None:
