@@ -90,7 +90,7 @@ _TRAIN = {
 
 
 def init(options) -> None:
-    from .shipped import CONFIGS, shipped, write_recipe
+    from .shipped import CONFIGS, write_recipe
 
     target = Path(options.config)
     for path in write_recipe(target, options.like):

@@ -28,11 +28,12 @@ def write_recipe(target: Path, like: str) -> list[Path]:
     Raises:
         RunError: there is no recipe of that name; or something else is in the place of a file. Nothing is written then.
     """
-    if like not in (known := shipped() | shipped(tasks=True)):
+    of_tasks = shipped(tasks=True)
+    if like not in (known := shipped() | of_tasks):
         raise RunError(f"no recipe '{like}' comes with the package; expected one of {', '.join(known)}")
     text = known[like].read_text(encoding="utf-8")
     builds_on = _defaults(text)
-    if like in shipped() and not builds_on and not re.search(r"(?m)^data:", text):
+    if like not in of_tasks and not builds_on and not re.search(r"(?m)^data:", text):
         text += _TEACHER_AND_TEXT
     run = json.dumps(f"runs/{target.stem}", ensure_ascii=False)  # a text of YAML, whatever is in it
     run = run if re.search(r"[^\w./-]", target.stem) else run.strip('"')
@@ -40,7 +41,7 @@ def write_recipe(target: Path, like: str) -> list[Path]:
     assert named == 1, f"{like} names no run folder"
     files = {target: text.encode()}
     files |= {target.parent / name: (CONFIGS / name).read_bytes() for name in builds_on if name != target.name}
-    if like in shipped():
+    if like not in of_tasks:
         files |= {target.parent / "sample" / path.name: path.read_bytes() for path in sorted(CONFIGS.glob("sample/*"))}
     folders = {folder for path in files for folder in path.parents if folder.exists() and not folder.is_dir()}
     if wrong := [*folders, *(path for path in files if path.is_dir() or path in {p.parent for p in files})]:

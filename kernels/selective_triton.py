@@ -171,6 +171,25 @@ def _decay(step, rates, seq_idx, stride, t, L, HAS_SEQ: tl.constexpr):
 
 
 @triton.jit
+def _program(
+    blocks, GROUP: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    NUMBERS: tl.constexpr,
+):  # fmt: skip
+    """A program's row of the batch and its block of channels, all of one group of B, and of C; that group's first
+    channel, and the one after its last; and tiles of channels, of numbers, of places in (d, N), of which ones count."""
+    pid = tl.program_id(0).to(tl.int64)
+    b, block = pid // blocks, pid % blocks
+    per_group = (GROUP + ROWS * CHANNELS - 1) // (ROWS * CHANNELS)
+    group = block // per_group * GROUP
+    end = group + GROUP
+    i = _channels(group + block % per_group * (ROWS * CHANNELS), LANES, ROWS, CHANNELS)
+    n = _numbers(LANES, ROWS, NUMBERS)
+    place = i[:, :, :, None] * N + n[:, :, None, :]
+    ok = (i < end)[:, :, :, None] & (n < N)[:, :, None, :]
+    return b, block, group, end, i, n, place, ok
+
+
+@triton.jit
 def _scan_kernel(
     x, dt, A, B, C, D, dt_bias, seq_idx, initial, out, states, final,
     x_sb, x_sl, dt_sb, dt_sl, B_sb, B_sl, B_sg, C_sb, C_sl, C_sg, seq_sb, seq_sl, L, d, chunks, blocks,
@@ -179,15 +198,7 @@ def _scan_kernel(
     SAVES: tl.constexpr, SOFTPLUS: tl.constexpr,
     LANES: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, NUMBERS: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0).to(tl.int64)
-    b, block = pid // blocks, pid % blocks
-    per_group = (GROUP + ROWS * CHANNELS - 1) // (ROWS * CHANNELS)  # a program's channels are of one group of B, and C
-    group = block // per_group * GROUP
-    end = group + GROUP
-    i = _channels(group + block % per_group * (ROWS * CHANNELS), LANES, ROWS, CHANNELS)
-    n = _numbers(LANES, ROWS, NUMBERS)
-    place = i[:, :, :, None] * N + n[:, :, None, :]
-    ok = (i < end)[:, :, :, None] & (n < N)[:, :, None, :]
+    b, block, group, end, i, n, place, ok = _program(blocks, GROUP, N, LANES, ROWS, CHANNELS, NUMBERS)
     x += b * x_sb
     dt += b * dt_sb
     B += b * B_sb + group // SB * B_sg
@@ -241,15 +252,7 @@ def _gradient_kernel(
 ):  # fmt: skip
     """dx and d_dt (B, L, d); sums over tokens dA (B, d, N), dD and d_bias (B, d); sums over a program's channels dB and
     dC (B, L, blocks, N); and the gradient of the initial state (B, d, N)."""
-    pid = tl.program_id(0).to(tl.int64)
-    b, block = pid // blocks, pid % blocks
-    per_group = (GROUP + ROWS * CHANNELS - 1) // (ROWS * CHANNELS)
-    group = block // per_group * GROUP
-    end = group + GROUP
-    i = _channels(group + block % per_group * (ROWS * CHANNELS), LANES, ROWS, CHANNELS)
-    n = _numbers(LANES, ROWS, NUMBERS)
-    place = i[:, :, :, None] * N + n[:, :, None, :]
-    ok = (i < end)[:, :, :, None] & (n < N)[:, :, None, :]
+    b, block, group, end, i, n, place, ok = _program(blocks, GROUP, N, LANES, ROWS, CHANNELS, NUMBERS)
     x += b * x_sb
     dt += b * dt_sb
     dy += b * dy_sb

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 import transformers
+import yaml
 from transformers import Cache, CompileConfig, PreTrainedModel
 
 from transpoint.distill.measure.cost import cache_bytes, new_cache
@@ -44,8 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
         student = load_model(options.student, dtype, trans_points=options.trans_points).to(device)
     else:
         points = {"keep_attention": [], "trans_points": options.trans_points}
-        kept = [] if options.keep_attention == "none" else options.keep_attention
-        own = points if options.mixer == "transmamba" else {"keep_attention": kept}
+        own = points if options.mixer == "transmamba" else {"keep_attention": options.keep_attention}
         student = build_student(teacher, StudentConfig(mixer=options.mixer, **own))
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     print(f"{options.teacher}, {dtype}, {name}, torch {torch.__version__}, transformers {transformers.__version__}")
@@ -161,7 +161,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--student", help="a checkpoint in place of one built from the teacher")
     parser.add_argument("--mixer", default="mamba2", help="of the student that is built")
     parser.add_argument(
-        "--keep-attention", default="every:2", help="layers of it that keep it, or none (not transmamba)"
+        "--keep-attention", type=yaml.safe_load, default="every:2", help="layers of it that do (not transmamba)"
     )
     parser.add_argument("--trans-points", default="paper-v9", help="name of a schedule")
     parser.add_argument("--length", type=int, nargs="+", default=[1024, 8192, 32768], help="tokens of context")

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 import transformers
+import yaml
 from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -66,13 +67,13 @@ def main(arguments: list[str] | None = None) -> int:
     recipe.student.mixer = options.mixer
     accelerator = make_accelerator(recipe)
     records = []
-    for length, batch, stage in itertools.product(options.length, options.batch, options.stage):
-        if options.tokens:
-            batch = max(1, options.tokens // length)
-        record = measure(options, stage, batch, length, accelerator)
-        records.append(record)
-        if accelerator.is_main_process:
-            print(json.dumps(record), file=sys.stderr, flush=True)
+    for length in options.length:
+        batches = [max(1, options.tokens // length)] if options.tokens else options.batch
+        for batch, stage in itertools.product(batches, options.stage):
+            record = measure(options, stage, batch, length, accelerator)
+            records.append(record)
+            if accelerator.is_main_process:
+                print(json.dumps(record), file=sys.stderr, flush=True)
     if accelerator.is_main_process:
         print("\n".join(table(records, options, accelerator)))
         if options.json:
@@ -94,8 +95,8 @@ def measure(options: argparse.Namespace, stage: str, batch: int, length: int, ac
     teacher = AutoModelForCausalLM.from_config(config).to(device, torch.bfloat16 if on_gpu else None)
     teacher = teacher.eval().requires_grad_(False)
     points = {"trans_points": options.trans_points} if options.mixer == "transmamba" else {}
-    kept = [] if options.keep_attention == "none" else options.keep_attention
-    student = build_student(teacher, StudentConfig(mixer=options.mixer, keep_attention=kept, **points))
+    chosen = StudentConfig(mixer=options.mixer, keep_attention=options.keep_attention, **points)
+    student = build_student(teacher, chosen)
     student = student.float().to(device).train()
     settings = Recipe().distill
     settings.teacher_lr = 1e-4
@@ -221,7 +222,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m", help="whose shape the teacher has")
     parser.add_argument("--mixer", choices=MIXERS, default="mamba2", help="softmax in all layers is the teacher itself")
-    parser.add_argument("--keep-attention", help="as student.keep_attention, or none; else the mixer's default")
+    parser.add_argument("--keep-attention", type=yaml.safe_load, help="as student.keep_attention takes it")
     parser.add_argument("--trans-points", default="log:1024", help="schedule of a transmamba student")
     parser.add_argument("--stage", nargs="+", choices=("align", "distill"), default=["align", "distill"])
     parser.add_argument("--batch", type=int, nargs="+", default=[4, 16], help="sequences in a step of a process")

@@ -1,7 +1,9 @@
 """What a token costs as texts grow longer, of a teacher and its students: time in training and in decoding, and memory.
 
-    python scripts/bench_training.py --stage distill --length 2048 8192 32768 --tokens 32768 --json none.json
-    python scripts/bench_decoding.py --static --length 2048 8192 32768 131072 --batch 1 --json none-decoding.json
+    python scripts/bench_training.py --stage distill --length 2048 8192 32768 --tokens 32768 \\
+        --keep-attention [] --json none.json
+    python scripts/bench_decoding.py --static --length 2048 8192 32768 131072 --batch 1 \\
+        --keep-attention [] --json none-decoding.json
     python scripts/plot_growth.py growth.svg "no attention=none.json,none-decoding.json" "half=half.json"
 
 Draws one line for each name from what the two benchmarks wrote; the teacher's own of decoding comes from the first file

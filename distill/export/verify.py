@@ -108,7 +108,7 @@ _VERIFY = (
     + """
 import gc, json, os, sys
 gc.disable()  # it ends soon: while importing, collections take a second
-# Kernels that transformers takes where they are installed, on a CPU, too, where they do not run.
+# Nor are kernels that transformers takes where they are installed: on a CPU, too, where they do not run.
 for name in ("transpoint", "mamba_ssm", "causal_conv1d", "fla"):
     sys.modules[name] = None
 import torch
@@ -119,7 +119,8 @@ expected = load_file(scratch + "/expected.safetensors")
 model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=True).eval()
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 facts = tokenizer_facts(tokenizer, json.load(open(scratch + "/probes.json")))
-json.dump(facts, open(scratch + "/tokenizer.json", "w"))
+with open(scratch + "/tokenizer.json", "w") as file:
+    json.dump(facts, file)
 ids = expected["ids"]
 @torch.no_grad()
 def compare(logits):
