@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from .select import found_before
 from .stage import Stage
 from .transfer import new_mixers
 
@@ -11,16 +12,21 @@ if TYPE_CHECKING:
 
 
 def run(session: "Session", folder: "StageFolder") -> dict:
-    """Sets decay, step and scale from a few teacher batches."""
+    """Sets decay, step and scale from a few teacher batches, or as *select* has found them from the same."""
     from ..train.calibration import calibrate
     from ..trans_points import at_trans_points
 
     student = session.student_before("calibrate")
-    batches = session.calibration_batches()
+    layers, fits = new_mixers(student, session.recipe), found_before(session)
     with at_trans_points(student, "mamba"):  # the state-space form is what is missing its decay and scale
-        layers = new_mixers(student, session.recipe)
-        found = calibrate(session.teacher, student, batches, session.recipe.calibrate.decay, layers=layers)
+        for layer, mixer in enumerate(student.mixer_layers()):
+            if mixer is not None and layer in layers & fits.keys():
+                fits[layer].set(mixer)
+        if left := layers - fits.keys():
+            batches, decay = session.calibration_batches(), session.recipe.calibrate.decay
+            fits |= calibrate(session.teacher, student, batches, decay, layers=left)
     session.save(student, folder)
+    found = {f"layer_{layer}": fits[layer].record() for layer in sorted(layers & fits.keys())}
     return {"layers": found, "quality": session.measure(student, "calibrate")}
 
 

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from ..run.folder import StageFolder
     from ..run.records import LayerScore, Selection
     from ..selection.stand_ins import StandIn
+    from ..train.calibration import Fit
     from .session import Session
+
+FITS = "fits.safetensors"  # what calibrating the mixer of each layer has found, where layers are judged by mixers
 
 
 @dataclass
@@ -85,7 +88,7 @@ def run(session: "Session", folder: "StageFolder") -> dict:
     stand_ins = {"window": windows(session.teacher, settings.window, settings.sinks)}
     errors: dict[int, float] = {}
     if needs_mixers(settings):
-        stand_ins["mixer"], errors = _calibrated_mixers(session)
+        stand_ins["mixer"], errors = _calibrated_mixers(session, folder)
     on_text, on_items = stand_ins[settings.kl_with], stand_ins[settings.recall_with]
 
     def search() -> "Selection":
@@ -181,18 +184,30 @@ def _texts(session: "Session", settings: SelectConfig) -> "Tensor":
     return tokens[: len(tokens) // length * length].view(-1, length)
 
 
-def _calibrated_mixers(session: "Session") -> "tuple[dict[int, StandIn], dict[int, float]]":
+def found_before(session: "Session") -> "dict[int, Fit]":
+    """What the stage has found, by layer, for mixers that *transfer* makes of the teacher's attention."""
+    from ..train.calibration import read_fits
+    from .transfer import start_folder
+
+    if not SELECT.wanted(session.recipe) or start_folder(session.recipe) is not None:
+        return {}
+    return read_fits(session.folder(SELECT.name) / FITS, session.accelerator.device)
+
+
+def _calibrated_mixers(session: "Session", folder: "StageFolder") -> "tuple[dict[int, StandIn], dict[int, float]]":
     """The mixers of a student whose layers are all mixers, calibrated, and how far each is from attention."""
     from ...students import build_student
     from ..selection.stand_ins import mixers
-    from ..train.calibration import calibrate
+    from ..train.calibration import calibrate, save_fits
 
     recipe = session.recipe
     # With TransPoints, the state-space form: it is what has no attention.
     every = dataclasses.replace(recipe.student.without_attention(), trans_points="mamba")
     student = build_student(session.teacher, every).float().requires_grad_(False)
     found = calibrate(session.teacher, student, session.calibration_batches(), recipe.calibrate.decay)
-    return mixers(student), {int(name.removeprefix("layer_")): layer["error"] for name, layer in found.items()}
+    if session.accelerator.is_main_process:
+        save_fits(found, folder / FITS)
+    return mixers(student), {layer: fit.error.item() for layer, fit in found.items()}
 
 
 def needs_mixers(settings: SelectConfig) -> bool:

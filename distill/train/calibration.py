@@ -10,9 +10,13 @@ opened first, by least squares on its inputs.
 
 import itertools
 import math
+from collections import defaultdict
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -25,6 +29,37 @@ from ..run.seconds import part
 RIDGE = 1e-4  # of the mean square of an input
 HALF_LIVES = tuple(2.0**i for i in range(-1, 12))  # tokens
 _Candidate = tuple[float, float | None]  # half-life and, where a mixer has some, strength
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What was found for a mixer of H heads, of P channels each."""
+
+    half_life: Tensor  # (H,), tokens
+    scale: Tensor  # (H, P) where it scales channels, else (H, 1)
+    error: Tensor  # (), mean over heads of ||scaled output - attention's||^2 / ||attention's||^2
+    lookback: Tensor  # (H,), tokens: the teacher's
+    strength: Tensor | None = None  # (H,), where it has strengths
+    share: Tensor | None = None  # (H,), where something stands beside its state
+    gate: Tensor | None = None  # (hidden,), the row that opens a gate without a bias
+
+    def set(self, mixer: Mixer) -> None:
+        """Gives a mixer what was found for it, or for one that is the same before it is calibrated."""
+        if self.gate is not None:
+            mixer.open_gate(self.gate)
+        mixer.set_decay(self.half_life, self.scale)
+        if self.strength is not None:
+            mixer.set_strength(self.strength)
+        if self.share is not None:
+            mixer.set_share(self.share)
+
+    def record(self) -> dict:
+        """The figures that a stage puts down."""
+        return {
+            "error": self.error.item(),
+            "half_life": self.half_life.tolist(),
+            "lookback": self.lookback.tolist(),
+        }
 
 
 @dataclass
@@ -50,7 +85,7 @@ def calibrate(
     decay: str = "fit",
     half_lives: tuple[float, ...] = HALF_LIVES,
     layers: set[int] | None = None,
-) -> dict[str, dict]:
+) -> dict[int, Fit]:
     """Sets the decay and scale of every mixer that has them; returns what was found, by layer.
 
     A gate that has no bias is opened first. Mixers with TransPoints are to be at 0: it is their state-space form that
@@ -61,10 +96,6 @@ def calibrate(
         decay: `fit` or `lookback`.
         half_lives: the grid, in tokens.
         layers: whose mixers; None: all.
-
-    Returns:
-        {layer: {"error": mean over heads of ||scaled output - attention's||^2 / ||attention's||^2,
-        "half_life": tokens by head, "lookback": the teacher's, tokens by head}}.
     """
     mixers = {
         layer: mixer
@@ -72,7 +103,9 @@ def calibrate(
         if mixer is not None and mixer.has_decay and (layers is None or layer in layers)
     }
     views = [view for view in attention_view(teacher, check=False) if view.layer in mixers]
-    _open_gates(teacher, [view for view in views if mixers[view.layer].gate_shut], mixers, batches)
+    gates = _gates(teacher, [view for view in views if mixers[view.layer].gate_shut], batches)
+    for layer, row in gates.items():
+        mixers[layer].open_gate(row)
     candidates = {layer: _candidates(mixer, half_lives) for layer, mixer in mixers.items()}
     sums: dict[int, _Sums] = {}
     for batch in batches:
@@ -82,7 +115,29 @@ def calibrate(
         for view in views:
             where = (pairs[view.layer], seq_idx, documents)
             _accumulate(sums, view, mixers[view.layer], *where, candidates[view.layer])
-    return {f"layer_{layer}": _settle(mixer, sums[layer], decay, candidates[layer]) for layer, mixer in mixers.items()}
+    fits = {}
+    for layer, mixer in mixers.items():
+        fits[layer] = _best(mixer, sums[layer], decay, candidates[layer], gates.get(layer))
+        fits[layer].set(mixer)
+    return fits
+
+
+def save_fits(fits: dict[int, Fit], path: Path) -> None:
+    """Keeps them in a file, which `read_fits` reads."""
+    named = {f"{layer}.{name}": value for layer, fit in fits.items() for name, value in vars(fit).items()}
+    save_file({name: value.contiguous() for name, value in named.items() if value is not None}, path)
+
+
+def read_fits(path: Path, device: torch.device) -> dict[int, Fit]:
+    """By layer; none where there is no such file, or no whole one: what was found can be found again."""
+    found: dict[int, dict[str, Tensor]] = defaultdict(dict)
+    try:
+        for name, value in load_file(path, device=str(device)).items():
+            layer, _, name = name.partition(".")
+            found[int(layer)][name] = value
+        return {layer: Fit(**values) for layer, values in found.items()}
+    except (OSError, SafetensorError, ValueError, TypeError):
+        return {}
 
 
 def _candidates(mixer: Mixer, half_lives: tuple[float, ...]) -> list[_Candidate]:
@@ -92,19 +147,19 @@ def _candidates(mixer: Mixer, half_lives: tuple[float, ...]) -> list[_Candidate]
     return list(itertools.product(half_lives[::2], mixer.strengths))
 
 
-def _open_gates(teacher: PreTrainedModel, views: list[AttentionView], mixers: dict[int, Mixer], batches: list) -> None:
-    """Gives each gate the row of weights u that leaves least of (u.h - 1)^2 over the layer's inputs h."""
+def _gates(teacher: PreTrainedModel, views: list[AttentionView], batches: list) -> dict[int, Tensor]:
+    """For each layer the row of weights u (hidden) that leaves least of (u.h - 1)^2 over the layer's inputs h."""
     if not views:
-        return
+        return {}
     sums: dict[int, tuple[Tensor, Tensor]] = {}
     for batch in batches:
         for layer, (hidden, *_) in attention_pairs(teacher, views, batch).items():
             h = hidden.flatten(0, 1).double()
             products, total = sums.get(layer, (0, 0))
             sums[layer] = (products + h.T @ h, total + h.sum(0))
-    for layer, (products, total) in sums.items():
+    for products, _ in sums.values():
         products.diagonal().add_(RIDGE * products.diagonal().mean())
-        mixers[layer].open_gate(torch.linalg.solve(products, total).float())
+    return {layer: torch.linalg.solve(products, total).float() for layer, (products, total) in sums.items()}
 
 
 def _accumulate(
@@ -163,8 +218,8 @@ def _attention_heads(view: AttentionView, hidden, position_embeddings, seq_idx) 
     return view.attend(weights, v).flatten(2).float(), (weights * distance).sum((0, 2, 3))
 
 
-def _settle(mixer: Mixer, sums: _Sums, decay: str, candidates: list[_Candidate]) -> dict:
-    """Chooses each head's half-life, strength and scale from the sums, and sets the parameters."""
+def _best(mixer: Mixer, sums: _Sums, decay: str, candidates: list[_Candidate], gate: Tensor | None) -> Fit:
+    """Chooses each head's half-life, strength, scale and share from the sums."""
     by_head = (len(candidates), mixer.num_heads, mixer.head_dim)
     uo, uu, uw = (of.view(by_head) for of in (sums.uo, sums.uu, sums.uw))
     oo, wo, ww = (of.view(by_head[1:]).sum(-1) for of in (sums.oo, sums.wo, sums.ww))  # one for a head
@@ -190,16 +245,14 @@ def _settle(mixer: Mixer, sums: _Sums, decay: str, candidates: list[_Candidate])
         among = gain.masked_fill(away > away.min(0).values, -math.inf)
     best = among.argmax(0)
     heads = torch.arange(mixer.num_heads, device=uo.device)
-    scale = scales[best, heads]
-    half_life = grid[best]
-    error = 1 - gain[best, heads] / oo
-    mixer.set_decay(half_life, scale)
-    if mixer.strengths:
-        mixer.set_strength(torch.tensor([strength for _, strength in candidates], device=uo.device)[best])
-    if (ww > 0).any():
-        mixer.set_share(share[best, heads])
-    return {
-        "error": error.mean().item(),
-        "half_life": half_life.tolist(),
-        "lookback": lookback.tolist(),
-    }
+    return Fit(
+        half_life=grid[best],
+        scale=scales[best, heads],
+        error=(1 - gain[best, heads] / oo).mean(),
+        lookback=lookback,
+        strength=torch.tensor([strength for _, strength in candidates], device=uo.device)[best]
+        if mixer.strengths
+        else None,
+        share=share[best, heads] if (ww > 0).any() else None,
+        gate=gate,
+    )

@@ -93,10 +93,10 @@ def test_calibration_finds_half_life_strength_and_scale(decay, gate_bias):
     found = calibrate(teacher, student, batches, decay)
     fewer = calibrate(teacher, build("llama", gate_bias=gate_bias)[1], batches, half_lives=(32.0,))
     for layer, mixer in enumerate(student.mixer_layers()):
-        figures = found[f"layer_{layer}"]
-        assert 0 < figures["error"] < 1
+        figures = found[layer]
+        assert 0 < figures.error < 1
         if decay == "fit":
-            assert figures["error"] < fewer[f"layer_{layer}"]["error"]
+            assert figures.error < fewer[layer].error
         hidden = teacher.model.embed_tokens(ids)
         with torch.no_grad():
             b = mixer.in_proj(hidden)[..., -mixer.num_heads :]

@@ -130,8 +130,8 @@ def test_calibration_finds_half_life_and_scale(options):
     found = calibrate(teacher, student, batches)
     fewer = calibrate(teacher, build("llama", **options)[1], batches, half_lives=(32.0,))
     for layer, mixer in enumerate(student.mixer_layers()):
-        error = found[f"layer_{layer}"]["error"]
-        assert 0 < error < 1 and error < fewer[f"layer_{layer}"]["error"]
+        error = found[layer].error
+        assert 0 < error < 1 and error < fewer[layer].error
         assert len(mixer.A_log.detach().unique()) > 1
 
 

@@ -88,8 +88,9 @@ def test_calibration_finds_half_life_and_scale(norm, options):
     teacher, student = build("llama", norm=norm, **options)
     found = calibrate(teacher, student, batches)
     fewer = calibrate(teacher, build("llama", norm=norm, **options)[1], batches, half_lives=(0.5,))
-    assert all(0 < found[layer]["error"] < fewer[layer]["error"] < 1 for layer in found)
-    assert calibrate(teacher, student, batches) == found
+    assert all(0 < found[layer].error < fewer[layer].error < 1 for layer in found)
+    again = calibrate(teacher, student, batches)
+    assert all(again[layer].record() == found[layer].record() for layer in found)
 
 
 def test_a_head_has_the_half_life_and_the_scale_that_are_set():

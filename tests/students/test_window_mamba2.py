@@ -225,7 +225,7 @@ def test_calibration_fits_the_state_to_what_the_window_leaves():
         found = calibrate(teacher, student, batches)
         with_state = error()
     assert with_state < window_alone
-    assert all(0 < layer["error"] < 1 for layer in found.values())
+    assert all(0 < fit.error < 1 for fit in found.values())
 
 
 def test_in_training_sequences_go_without_their_window_at_random():

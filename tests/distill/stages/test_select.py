@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from run_files import TINY, done
 from transpoint.distill.cli import main
@@ -37,6 +38,18 @@ def test_the_layers_found_are_those_that_keep_attention(selected):
     assert selection["alone"].keys() == LAYERS and selection["kept"].keys() == LAYERS | {"4"}
     losses = {int(layer): score["kl"] + score["recall"] for layer, score in selection["alone"].items()}
     assert set(kept) == set(sorted(losses, key=losses.get)[-2:])
+
+
+def test_what_it_calibrated_is_not_calibrated_again(selected, run_tiny, tmp_path, monkeypatch):
+    """The student is the one whose layers were named and calibrated by themselves."""
+    folder = selected[0]
+    kept = f"student.keep_attention={done(folder, 'select')['selection']['kept']['2']}"
+    run_tiny(tmp_path / "named", kept, until_stage="calibrate")
+    monkeypatch.delattr("transpoint.distill.train.calibration.attention_pairs")
+    run_tiny(tmp_path / "found", *SELECT, f"run.reuse=[{folder}]", until_stage="calibrate")
+    assert done(tmp_path / "found", "calibrate")["layers"] == done(tmp_path / "named", "calibrate")["layers"]
+    found, named = (load_file(tmp_path / of / "calibrate/student/model.safetensors") for of in ("found", "named"))
+    assert found.keys() == named.keys() and all(torch.equal(found[name], named[name]) for name in named)
 
 
 def test_the_scores_serve_any_number_of_layers(selected, run_tiny, tmp_path):

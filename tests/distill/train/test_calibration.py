@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from transpoint.distill.train import calibration as module
-from transpoint.distill.train.calibration import HALF_LIVES, calibrate
+from transpoint.distill.train.calibration import HALF_LIVES, calibrate, read_fits, save_fits
 from transpoint.students import StudentConfig, build_student
 from transpoint.students.modeling.documents import Documents
 from transpoint.students.modeling.state_space import GATE_OPEN
@@ -89,8 +89,8 @@ def test_known_half_lives_and_scales_are_recovered(options, monkeypatch):
     monkeypatch.setattr(module, "_attention_heads", attention_heads)
     found = calibrate(teacher, student, batches_of(40, 56) + batches_of(96, seed=1), half_lives=GRID)
     for layer, half_life in wanted.items():
-        assert found[f"layer_{layer}"]["half_life"] == half_life.tolist()
-        assert found[f"layer_{layer}"]["error"] < 1e-4
+        assert found[layer].half_life.tolist() == half_life.tolist()
+        assert found[layer].error < 1e-4
         mixer, truth = student.mixer_layers()[layer], known.mixer_layers()[layer]
         torch.testing.assert_close(half_lives(mixer), half_life, rtol=1e-3, atol=0)
         torch.testing.assert_close(mixer.dt_bias, truth.dt_bias, rtol=1e-2, atol=1e-3)
@@ -106,9 +106,9 @@ def test_it_is_no_worse_than_any_single_half_life(options):
     for half_life in GRID:
         single = calibrate(teacher, student, batches, half_lives=(half_life,))
         for layer in best:
-            assert best[layer]["error"] <= single[layer]["error"] + 1e-6
-            assert single[layer]["half_life"] == [half_life] * 4
-    assert all(0 < best[layer]["error"] < 1 for layer in best)
+            assert best[layer].error <= single[layer].error + 1e-6
+            assert single[layer].half_life.tolist() == [half_life] * 4
+    assert all(0 < best[layer].error < 1 for layer in best)
 
 
 @pytest.mark.parametrize("options", VARIANTS[:2])
@@ -130,12 +130,12 @@ def test_the_error_is_that_of_the_calibrated_mixer(options):
         target = taken["target"].unflatten(-1, (4, 16))
         read = reads(mixer, taken["hidden_states"], taken["position_embeddings"]).unflatten(-1, (4, 16))
         errors = (read - target).pow(2).sum((0, 1, 3)) / target.pow(2).sum((0, 1, 3))
-        expected = found[f"layer_{layer}"]["error"]
+        expected = found[layer].error.item()
         if "norm" in options:  # one scale for a head, and a step must be positive: then it can only be worse
             assert errors.mean().item() >= expected - 1e-4
         else:
             assert errors.mean().item() == pytest.approx(expected, rel=1e-3)
-        assert set(found[f"layer_{layer}"]["half_life"]) <= set(HALF_LIVES)
+        assert set(found[layer].half_life.tolist()) <= set(HALF_LIVES)
 
 
 @pytest.mark.parametrize("options", VARIANTS)
@@ -147,13 +147,14 @@ def test_packed_documents_do_not_leak(options):
     found = calibrate(teacher, packed, batches)
     expected = calibrate(teacher, apart, split(batches, *lengths))
     for layer in found:
-        assert found[layer]["half_life"] == expected[layer]["half_life"]
-        assert found[layer]["error"] == pytest.approx(expected[layer]["error"], rel=1e-4)
-        assert found[layer]["lookback"] == pytest.approx(expected[layer]["lookback"], rel=1e-4)
+        assert found[layer].half_life.tolist() == expected[layer].half_life.tolist()
+        assert found[layer].error.item() == pytest.approx(expected[layer].error.item(), rel=1e-4)
+        assert found[layer].lookback.tolist() == pytest.approx(expected[layer].lookback.tolist(), rel=1e-4)
     for (name, a), b in zip(packed.named_parameters(), apart.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=name)
     joined = [{**batches[0], "position_ids": torch.arange(sum(lengths))[None]}]
-    assert calibrate(teacher, packed, joined) != found  # it would show
+    shown = calibrate(teacher, packed, joined)
+    assert all(shown[layer].record() != found[layer].record() for layer in found)
 
 
 def test_documents_are_found_once_a_batch(monkeypatch):
@@ -179,7 +180,7 @@ def test_the_lookback_is_the_mean_distance_that_attention_looks():
         for layer in expected:
             expected[layer] = expected[layer] + (attentions[layer][0] * distance).sum((1, 2)) / 42
     for layer, lookback in expected.items():
-        assert found[f"layer_{layer}"]["lookback"] == pytest.approx(lookback.tolist(), rel=1e-4)
+        assert found[layer].lookback.tolist() == pytest.approx(lookback.tolist(), rel=1e-4)
 
 
 @pytest.mark.parametrize("lookback", [0.2, 3.0, 40.0])
@@ -196,9 +197,9 @@ def test_decay_from_the_lookback(lookback, monkeypatch):
     d = lookback / (1 + lookback)
     wanted = math.log(2) / -math.log(d)
     nearest = min(HALF_LIVES, key=lambda h: abs(math.log(h / wanted)))
-    for layer in found.values():
-        assert layer["half_life"] == [nearest] * 4
-        assert layer["lookback"] == pytest.approx([lookback] * 4)
+    for fit in found.values():
+        assert fit.half_life.tolist() == [nearest] * 4
+        assert fit.lookback.tolist() == pytest.approx([lookback] * 4)
 
 
 def test_a_gate_without_a_bias_is_opened_by_its_inputs():
@@ -235,3 +236,20 @@ def test_only_decay_step_and_norm_change():
             assert not changed, name
     assert all(torch.equal(p, taught[name]) for name, p in teacher.named_parameters())
     assert not any(mixer.out_proj._forward_pre_hooks for mixer in filter(None, student.mixer_layers()))
+
+
+@pytest.mark.parametrize("mixer", ["mamba2", "mamba1", "gdn", "window_mamba2"])
+def test_what_was_found_is_kept_and_set_in_another_student(mixer, tmp_path):
+    teacher, calibrated = make(mixer=mixer)
+    _, other = make(mixer=mixer)
+    path = tmp_path / "fits.safetensors"
+    found = calibrate(teacher, calibrated, batches_of(48), half_lives=GRID)
+    save_fits(found, path)
+    for layer, fit in read_fits(path, torch.device("cpu")).items():
+        fit.set(other.mixer_layers()[layer])
+        assert fit.record() == found[layer].record()
+    assert other.state_dict().keys() == calibrated.state_dict().keys()
+    for name, value in other.state_dict().items():
+        assert torch.equal(value, calibrated.state_dict()[name]), name
+    path.write_bytes(path.read_bytes()[:-5])
+    assert read_fits(path, torch.device("cpu")) == {} == read_fits(tmp_path / "none", torch.device("cpu"))
