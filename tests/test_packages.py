@@ -18,6 +18,7 @@ def test_every_folder_of_code_is_a_package_of_the_wheel():
     assert packages == names | {"transpoint.kernels", "transpoint.configs"}
 
 
+@pytest.mark.stack
 @pytest.mark.slow
 def test_the_wheel_of_the_source_archive_runs_a_recipe_that_it_brings(tmp_path):
     """Where the repository is not: in an empty folder, with nothing of it to be imported."""
