@@ -126,6 +126,7 @@ def plan(options) -> None:
     from .config import load_recipe
     from .models import load_config, teacher_of
     from .stages.preflight import gpu_name, what_will_run
+    from .stages.processes import precision
     from .stages.select import as_far_as_known
     from .stages.transfer import start_folder
     from .train.groups import only_these_train
@@ -133,7 +134,8 @@ def plan(options) -> None:
 
     console = console_of()
     recipe = load_recipe(options.config, options.overrides)
-    gpu = gpu_name(torch.device("cpu" if recipe.run.device == "cpu" else _device()))
+    device = torch.device("cpu" if recipe.run.device == "cpu" else _device())
+    products, gpu = precision(recipe, device), gpu_name(device)
     teacher, _ = teacher_of(recipe)
     longest = getattr(teacher.config, "max_position_embeddings", None)
     check_schedules(recipe, teacher.config.num_hidden_layers, longest)
@@ -161,7 +163,7 @@ def plan(options) -> None:
         own = copy.deepcopy(student)  # a stage may give it adapters
         groups = stage.groups(own, recipe)
         only_these_train(own, groups)
-        console.print(what_will_run(stage.name, groups, own, taken, recipe, device=gpu), highlight=False)
+        console.print(what_will_run(stage.name, groups, own, taken, recipe, products, device=gpu), highlight=False)
     beside = f"{after:,}" if recipe.from_scratch else f"{before:,} in the teacher, {after:,} in the student"
     console.print(f"parameters: {beside}", highlight=False)
     tokens = [2 * g.num_kv_heads * g.head_dim * 2 for g in map(student.geometry, range(len(mixers)))]

@@ -105,11 +105,11 @@ class Recipe:
         """Tokens of a sequence that a stage trains on."""
         return getattr(self, stage).length or self.data.length
 
-    def training_dtype(self, on_gpu: bool) -> str:
-        """What `teacher.training_dtype` comes to."""
+    def training_dtype(self, precision: str) -> str:
+        """What `teacher.training_dtype` comes to where products are taken in a precision, bf16 or fp32."""
         if self.teacher.training_dtype != "auto":
             return self.teacher.training_dtype
-        return "bfloat16" if on_gpu and self.run.precision != "fp32" else self.teacher.dtype
+        return "bfloat16" if precision == "bf16" else self.teacher.dtype
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)

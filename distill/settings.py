@@ -69,7 +69,7 @@ class TeacherConfig:
     dtype: str = setting("float32", "of the teacher's weights", choices=("float32", "bfloat16", "float16"))
     training_dtype: str = setting(
         "auto",
-        "of the teacher's weights while a stage trains; auto: bfloat16 on a GPU that multiplies in it (run.precision), "
+        "of the teacher's weights while a stage trains; auto: bfloat16 where products are taken in it (run.precision), "
         "else as dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
     )

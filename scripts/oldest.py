@@ -1,6 +1,6 @@
 """Prints the oldest version of everything that pyproject.toml allows, as constraints for pip.
 
-torch is left out: it stays at the version that constraints.txt pins; and triton where that torch names the one it wants.
+torch is left out: it stays at the version that constraints.txt pins; and triton, where that torch names its own.
 """
 
 import re

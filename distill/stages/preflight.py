@@ -100,6 +100,7 @@ def what_will_run(
     student: HybridForCausalLM,
     teacher: PreTrainedModel | None,
     recipe: Recipe,
+    precision: str,
     processes: int = 1,
     sharded: tuple[str, ...] = (),
     device: str | None = None,
@@ -109,6 +110,7 @@ def what_will_run(
     Args:
         groups: as the trainer takes them.
         teacher: None where its predictions are read from a cache.
+        precision: of products, bf16 or fp32.
         sharded: of "parameters", "gradients" and "optimizer", what the processes have a shard of each.
         device: the GPU's name, for a guess at the time.
     """
@@ -131,7 +133,7 @@ def what_will_run(
         layers, whole = (
             sum(p.numel() for p in module.parameters()) for module in (teacher.get_decoder().layers, teacher)
         )
-        number = getattr(torch, recipe.training_dtype(on_gpu=device is not None)).itemsize
+        number = getattr(torch, recipe.training_dtype(precision)).itemsize
         memory += number * (layers / parts + whole - layers)
     lines = [
         f"{config.steps:,} steps of {config.batch_size} x {length:,} tokens: {config.steps * tokens:,} "

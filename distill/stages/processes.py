@@ -77,11 +77,11 @@ def _asked_for(variable: str) -> bool:
     return os.environ.get(variable, "false").lower() == "true"
 
 
-def precision(recipe: Recipe, accelerator: Accelerator) -> str:
+def precision(recipe: Recipe, device: torch.device) -> str:
     """bf16 or fp32: what `run.precision` says, or what the device multiplies fastest."""
     if recipe.run.precision != "auto":
         return recipe.run.precision
-    return "bf16" if accelerator.device.type == "cuda" or _multiplies_bf16() else "fp32"
+    return "bf16" if device.type == "cuda" or _multiplies_bf16() else "fp32"
 
 
 def _multiplies_bf16() -> bool:

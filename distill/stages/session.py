@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
+import psutil
 import torch
 from rich.console import Console
 from rich.text import Text
@@ -45,7 +46,7 @@ class Session:
         self.recipe = recipe
         self.root = Path(recipe.run.dir)
         self.accelerator = make_accelerator(recipe)
-        self.precision = precision(recipe, self.accelerator)
+        self.precision = precision(recipe, self.accelerator.device)
         self.console = console or console_of(quiet=not self.accelerator.is_main_process)
         self.on_step: Callable[[int], None] | None = None
         self.exports = False  # whether this run goes on to the export
@@ -152,15 +153,16 @@ class Session:
     def teacher_for_training(self) -> Iterator[None]:
         """Meanwhile `teacher` is in the dtype and, where processes share it, the share that training has of it.
 
-        If that is not what it was loaded as, it is given up at the end: whoever asks for the teacher afterwards gets it
-        loaded again. So nothing that is made of it in here may outlive this.
+        Afterwards it is as it was, from the CPU's memory. Where that has no room for it, and where it was shared, it is
+        given up, and whoever asks for it gets it loaded again: nothing that is made of it in here may outlive this.
         """
         settings, device = self.recipe.teacher, self.accelerator.device
-        dtype = self.recipe.training_dtype(on_gpu=device.type == "cuda")
+        dtype = self.recipe.training_dtype(self.precision)
         shares = settings.share and self.accelerator.num_processes > 1
         if dtype == settings.dtype and not shares:
             yield
             return
+        aside = None if shares else self._weights_aside()
         try:
             for parameter in self.teacher.parameters():  # alone: rotary frequencies stay in float32
                 parameter.data = parameter.data.to(getattr(torch, dtype))
@@ -168,10 +170,21 @@ class Session:
                 share_layers(self.teacher)
             yield
         finally:
-            self._loaded = self._held_out = None
-            gc.collect()  # hooks of shared layers refer back to them
+            if aside is None:
+                self._loaded = self._held_out = None
+                gc.collect()  # hooks of shared layers refer back to them
+            else:
+                for parameter, whole in zip(self.teacher.parameters(), aside, strict=True):
+                    parameter.data = whole.to(device)
             if device.type == "cuda":
                 torch.cuda.empty_cache()
+
+    def _weights_aside(self) -> list[torch.Tensor] | None:
+        """The teacher's weights in the CPU's memory; None where those of all processes would take over a quarter of
+        what is free."""
+        weights = [parameter.data for parameter in self.teacher.parameters()]
+        size = sum(weight.nbytes for weight in weights) * self.accelerator.num_processes
+        return [weight.cpu() for weight in weights] if size <= psutil.virtual_memory().available / 4 else None
 
     @contextmanager
     def teacher_off_device(self) -> Iterator[None]:

@@ -132,7 +132,8 @@ def _look_ahead(
     check_vocabulary(session.tokenizer, student, "student")
     check_disk(session.root, groups, student, settings)
     processes = accelerator.num_processes
-    what = what_will_run(folder.stage, groups, student, teacher, session.recipe, processes, sharded(accelerator), gpu)
+    parts = processes, sharded(accelerator), gpu
+    what = what_will_run(folder.stage, groups, student, teacher, session.recipe, session.precision, *parts)
     session.console.print(what)
     if gpu is None:
         return lambda metrics: {}

@@ -34,7 +34,11 @@ def said(models, recipe, processes=1, sharded=(), device=None):
     teacher, student = models
     groups = distill_groups(student, recipe.distill)
     console = Console(record=True, width=200, quiet=False, file=open("/dev/null", "w"))
-    console.print(what_will_run("distill", groups, student, teacher, recipe, processes, sharded, device))
+    console.print(
+        what_will_run(
+            "distill", groups, student, teacher, recipe, "bf16" if device else "fp32", processes, sharded, device
+        )
+    )
     return console.export_text()
 
 

@@ -186,5 +186,7 @@ def test_what_cannot_be_counted_stops_nothing():
     groups = [{"name": "all", "parameters": dict(student.named_parameters()), "lr": 0.1}]
     console = Console(width=200)
     with console.capture() as capture:
-        console.print(what_will_run("distill", groups, student, teacher, Recipe(), device="NVIDIA H100 80GB HBM3"))
+        console.print(
+            what_will_run("distill", groups, student, teacher, Recipe(), "bf16", device="NVIDIA H100 80GB HBM3")
+        )
     assert "memory of a process" in capture.get() and "time: about" not in capture.get()
