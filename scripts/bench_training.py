@@ -237,7 +237,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="a tiny model, short sequences")
     options = parser.parse_args(arguments)
     if options.quick:
-        options.shape, options.batch, options.length, options.steps, options.warmup = "tiny", [1, 2], [64], 3, 1
+        options.shape, options.batch, options.length, options.steps, options.warmup = "tiny", [1, 2], [64], 1, 1
     return options
 
 

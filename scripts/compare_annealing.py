@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     print("| TransPoints | learning rate | seed | no annealing | over half of the steps |\n|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
-        train_teacher(Path(folder) / "teacher", options.teacher_steps)
+        train_teacher(Path(folder) / "teacher", options.teacher_steps, options.tokens)
         for points, rate in SETTINGS:
             for seed in options.seeds:
                 kls = [distill(Path(folder), points, rate, seed, options, f) for f in ("null", "0.5")]
@@ -44,10 +44,10 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def train_teacher(folder: Path, steps: int) -> None:
+def train_teacher(folder: Path, steps: int, tokens: int) -> None:
     """Trains a small Llama on the sample's bytes and saves it."""
     model, tokenizer = random_teacher("random-llama", num_hidden_layers=16, initializer_range=0.02)
-    corpus = tokenize_corpus([str(ROOT / "configs/sample/train.jsonl.zst")], tokenizer, max_tokens=1_000_000)
+    corpus = tokenize_corpus([str(ROOT / "configs/sample/train.jsonl.zst")], tokenizer, max_tokens=tokens)
     dataset = PackedDataset(corpus, 128)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95))
     model.train()

@@ -5,12 +5,12 @@ import pytest
 import torch
 from hypothesis import settings
 
-from interpreter import remember_builtins
+from interpreter import make_quick
 
 # Triton reads this at its first import: without a GPU its kernels run in its interpreter.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-    remember_builtins()
+    make_quick()
 
 settings.register_profile("transpoint", deadline=None)  # a busy machine is no failure
 settings.load_profile("transpoint")

@@ -1,5 +1,7 @@
 """The gated DeltaNet mixer: what it computes, decoding, and how it starts."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -36,6 +38,7 @@ def build(family, keep_attention=(), **options):
     return teacher, build_student(teacher, StudentConfig("gdn", list(keep_attention), **options))
 
 
+@functools.cache
 def of(case):
     """In float64, where a difference is a mistake and not rounding; what as transferred does nothing is stirred."""
     family, options = STUDENTS[case]

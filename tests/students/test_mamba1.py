@@ -1,5 +1,7 @@
 """The Mamba-1 mixer: what it computes, decoding, and how it starts."""
 
+import functools
+
 import pytest
 import torch
 from decoding import (
@@ -33,6 +35,7 @@ def build(family, keep_attention=(), mixer="mamba1", **options):
     return teacher, build_student(teacher, StudentConfig(mixer, list(keep_attention), **options))
 
 
+@functools.cache
 def of(case):
     """In float64, where a difference is a mistake and not rounding; what as transferred does nothing is stirred."""
     family, options = STUDENTS[case]

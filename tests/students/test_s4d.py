@@ -1,5 +1,7 @@
 """The S4D mixer: how it starts, decoding, and calibration."""
 
+import functools
+
 import pytest
 import torch
 from decoding import (
@@ -36,6 +38,7 @@ def build(family, keep_attention=(), **options):
     return teacher, build_student(teacher, StudentConfig("s4d", list(keep_attention), **options))
 
 
+@functools.cache
 def of(case):
     """In float64, where a difference is a mistake and not rounding; what as transferred does nothing is stirred."""
     family, options = STUDENTS[case]

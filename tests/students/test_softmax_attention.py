@@ -1,6 +1,7 @@
 """Softmax attention as a mixer: the teacher's, by a window written down, without positions; and decoding."""
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -37,6 +38,7 @@ def build(family, mixer="softmax", keep=(), seed=0, **options):
     return build_student(teacher, StudentConfig(mixer, keep, **options)).double()
 
 
+@functools.cache
 def of(case):
     family, options = STUDENTS[case]
     return build(family, **options)

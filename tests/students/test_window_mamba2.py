@@ -1,5 +1,7 @@
 """Window and state side by side: an independent sum of both, the teacher's attention, and decoding."""
 
+import functools
+
 import pytest
 import torch
 from decoding import (
@@ -41,6 +43,7 @@ def build(family, window=5, sinks=2, keep_attention=(), seed=0, **options):
     return stirred(student).double()
 
 
+@functools.cache
 def of(case):
     family, options = STUDENTS[case]
     return build(family, **options)
