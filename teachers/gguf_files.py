@@ -14,8 +14,8 @@ from pathlib import Path
 import gguf
 import numpy as np
 import torch
-from gguf import GGUFReader, GGUFValueType
-from transformers import PreTrainedModel, modeling_gguf_pytorch_utils
+from gguf import GGUFReader
+from transformers import PreTrainedModel
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
 from .errors import TeacherError
@@ -80,19 +80,12 @@ class _Reader(GGUFReader):
 @contextmanager
 def read_once() -> Iterator[None]:
     """Saves time alone: transformers reads a file's header, and makes the table of all names, again and again."""
-    reader, table, value = gguf.GGUFReader, gguf.get_tensor_name_map, modeling_gguf_pytorch_utils._gguf_parse_value
+    reader, table = gguf.GGUFReader, gguf.get_tensor_name_map
     gguf.GGUFReader, gguf.get_tensor_name_map = lambda path: open_gguf(Path(path)), lru_cache(table)  # type: ignore
-    modeling_gguf_pytorch_utils._gguf_parse_value = _value
     try:
         yield
     finally:
         gguf.GGUFReader, gguf.get_tensor_name_map = reader, table  # type: ignore
-        modeling_gguf_pytorch_utils._gguf_parse_value = value
-
-
-def _value(part: np.ndarray, types: list[GGUFValueType]) -> str | int | float | bool:
-    """A value of a field, or one of an array, without making a list of a string's bytes first."""
-    return part.tobytes().decode() if types[-1] == GGUFValueType.STRING else part.item()
 
 
 def refuse_part(path: Path) -> None:
