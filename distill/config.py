@@ -289,11 +289,11 @@ def _merge(low: dict, high: dict) -> dict:
 
 
 # libyaml's, where there is one: several times as fast.
-_Safe: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _Dumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
 
-class _Loader(_Safe):
+class _Loader(SafeLoader):
     """YAML in which a key stands once, and a number is what a person takes for one: 1e-3 is, 012 is twelve, and times
     and dates are none."""
 
