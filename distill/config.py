@@ -14,6 +14,7 @@ import glob
 import json
 import math
 import os
+import pickle
 import re
 import typing
 from collections.abc import Callable
@@ -122,7 +123,7 @@ class Recipe:
             Recipe.schema(),
             lambda value, use: os.path.abspath(value) if use == "written" else _beside(value, here, use),
         )
-        path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        path.write_text(yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 @lru_cache
@@ -287,7 +288,12 @@ def _merge(low: dict, high: dict) -> dict:
     return {**low, **high, **both}
 
 
-class _Loader(yaml.SafeLoader):
+# libyaml's, where there is one: several times as fast.
+SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_Dumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+
+
+class _Loader(SafeLoader):
     """YAML in which a key stands once, and a number is what a person takes for one: 1e-3 is, 012 is twelve, and times
     and dates are none."""
 
@@ -420,26 +426,40 @@ def _shown(value: Any) -> Any:
     return value.replace("\0", "") if isinstance(value, str) else value
 
 
-@lru_cache(maxsize=4)
-def _structured(schema: type[Recipe]) -> DictConfig:
-    """The defaults as OmegaConf has them: half of the time that reading a recipe takes."""
-    return OmegaConf.structured(schema)
+@lru_cache(maxsize=256)
+def _converted(kind: type, pickled: bytes) -> Any:
+    """A dataclass from some of its values, as pickle has them. Only to be copied."""
+    typed = OmegaConf.merge(_structured(kind), OmegaConf.create(pickle.loads(pickled)))
+    assert isinstance(typed, DictConfig)
+    return _shown(OmegaConf.to_object(typed))
+
+
+@lru_cache
+def _structured(kind: type) -> DictConfig:
+    """The defaults as OmegaConf has them."""
+    return OmegaConf.structured(kind)
 
 
 def _typed(values: dict) -> Recipe:
-    try:
-        defaults = _structured(Recipe.schema())  # type: ignore[arg-type]  # mypy takes the class for an instance
-        typed = OmegaConf.merge(defaults, OmegaConf.create(_hidden(values)))
-        assert isinstance(typed, DictConfig)
-        return _shown(OmegaConf.to_object(typed))
-    except OmegaConfBaseException as error:
-        key, value = error.full_key or "?", values
-        for part in str(key).replace("[", ".").replace("]", "").split("."):
-            if isinstance(value, list) and part.isdigit():
-                value = value[int(part)]
-            elif isinstance(value, dict):
-                value = value.get(part, "?")
-        raise ConfigError(f"{key} is {value!r}; expected {_expected(str(key))}") from error
+    """OmegaConf is slow, and most of what a recipe says is the default, or is read again: it converts what is not."""
+    kind: Any = Recipe.schema()  # mypy takes a class for an instance
+    recipe = copy.deepcopy(_converted(kind, pickle.dumps({})))
+    for name, given in _hidden(values).items():
+        section = getattr(recipe, name)
+        kind = type(section)
+        changed = {key: value for key, value in given.items() if repr(value) != repr(getattr(section, key))}
+        try:
+            if changed:
+                setattr(recipe, name, copy.deepcopy(_converted(kind, pickle.dumps(changed))))
+        except OmegaConfBaseException as error:
+            key, value = f"{name}.{error.full_key or '?'}", values
+            for part in key.replace("[", ".").replace("]", "").split("."):
+                if isinstance(value, list) and part.isdigit():
+                    value = value[int(part)]
+                elif isinstance(value, dict):
+                    value = value.get(part, "?")
+            raise ConfigError(f"{key} is {value!r}; expected {_expected(key)}") from error
+    return recipe
 
 
 def _expected(key: str) -> str:

@@ -12,6 +12,7 @@ import statistics
 import tempfile
 import time
 from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +22,7 @@ from markupsafe import Markup
 
 from ...students.modeling.configuration_mixers import have_trans_points
 from ...teachers.names import is_scratch
+from ..config import SafeLoader
 from ..errors import RunError
 from ..export.card import kinds_in, quality_row
 from ..measure.figures import rows_beside
@@ -57,6 +59,25 @@ def write_report(root: Path, out: Path | None = None, recipe: str | None = None)
 
 def render(template: str, contents: dict, out: Path) -> Path:
     """Writes a page from a template of this folder; it is whole or not there. Raises RunError where it cannot be."""
+    page = _environment().get_template(template).render(contents)
+    try:
+        handle, aside = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8", errors="replace") as file:
+                file.write(page)
+            os.chmod(aside, 0o644)
+            os.replace(aside, out)
+        except BaseException:
+            Path(aside).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise RunError(f"the report cannot be written to '{out}': {error.strerror or error}") from error
+    return out
+
+
+@lru_cache
+def _environment() -> Environment:
+    """Which keeps the templates that it has compiled."""
     environment = Environment(
         autoescape=True,
         undefined=StrictUndefined,
@@ -73,20 +94,7 @@ def render(template: str, contents: dict, out: Path) -> Path:
         "short": _short,
         "duration": _duration,
     }
-    page = environment.get_template(template).render(contents)
-    try:
-        handle, aside = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8", errors="replace") as file:
-                file.write(page)
-            os.chmod(aside, 0o644)
-            os.replace(aside, out)
-        except BaseException:
-            Path(aside).unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise RunError(f"the report cannot be written to '{out}': {error.strerror or error}") from error
-    return out
+    return environment
 
 
 class _Stage:
@@ -135,7 +143,7 @@ def _contents(root: Path, text: str | None) -> dict:
     """What the template shows; `text`: of the recipe, if not the run's own."""
     text = (root / "recipe.yaml").read_text(encoding="utf-8", errors="replace") if text is None else text
     try:
-        recipe = yaml.safe_load(text)
+        recipe = yaml.load(text, SafeLoader)
     except yaml.YAMLError:
         recipe = {}
     source = _get(recipe, "teacher", "source")

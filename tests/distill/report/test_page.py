@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import pytest
 import yaml
 
-from run_files import STAGES
+from run_files import STAGES, without_logs
 from transpoint.distill.cli import main
 from transpoint.distill.config import Recipe
 from transpoint.distill.errors import RunError
@@ -57,6 +57,12 @@ class Page(HTMLParser):
 
 def page(folder) -> Page:
     return Page(write_report(folder).read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_run, tmp_path_factory) -> Page:
+    """The page of a finished run."""
+    return Page(write_report(tiny_run, tmp_path_factory.mktemp("page") / "whole.html").read_text(encoding="utf-8"))
 
 
 def figures(shown: Page):
@@ -141,25 +147,23 @@ def test_where_the_time_went(tiny_copy):
     assert seconds_table(tiny_copy, lineage(tiny_copy)) is None
 
 
-def test_it_loads_nothing(tiny_copy):
-    shown = page(tiny_copy)
-    for tag, attributes in shown.elements:
+def test_it_loads_nothing(whole):
+    for tag, attributes in whole.elements:
         assert tag not in ("script", "link", "iframe", "object", "base", "form")
         for name in ("src", "href", "xlink:href", "srcset", "data", "action", "poster"):
             assert attributes.get(name, "#").startswith(("#", "data:image/png;base64,")), (tag, attributes)
         assert not any(name.startswith("on") for name in attributes)
-    assert "@import" not in shown.raw and shown.raw.count("url(") == shown.raw.count("url(#")
-    (policy,) = shown.all("meta", **{"http-equiv": "Content-Security-Policy"})
+    assert "@import" not in whole.raw and whole.raw.count("url(") == whole.raw.count("url(#")
+    (policy,) = whole.all("meta", **{"http-equiv": "Content-Security-Policy"})
     assert policy["content"].startswith("default-src 'none'")
 
 
-def test_figures_are_xml_with_ids_of_their_own(tiny_copy):
-    shown = page(tiny_copy)
-    ids = [attributes["id"] for _, attributes in shown.elements if "id" in attributes]
+def test_figures_are_xml_with_ids_of_their_own(whole):
+    ids = [attributes["id"] for _, attributes in whole.elements if "id" in attributes]
     assert len(ids) == len(set(ids))
-    used = [a["xlink:href"][1:] for _, a in shown.elements if a.get("xlink:href", "").startswith("#")]
+    used = [a["xlink:href"][1:] for _, a in whole.elements if a.get("xlink:href", "").startswith("#")]
     assert used and set(used) <= set(ids)
-    for part in shown.raw.split("<svg")[1:]:
+    for part in whole.raw.split("<svg")[1:]:
         picture = "<svg xmlns:xlink='x'" + part[: part.index("</svg>")] + "</svg>"
         ElementTree.fromstring(picture)
         assert "var(--" in picture  # the colours are the page's, light or dark
@@ -237,6 +241,7 @@ def test_both_forms_and_trans_points(started):
 
 
 def test_schedules(tiny_copy):
+    without_logs(tiny_copy)
     results = json.loads((tiny_copy / "evaluate" / "results.json").read_text())
     quality = results["quality"] | {"late": 32, "late_kl": 0.0625}
     cost = {"length": 64, "attention": 0.25, "cache_bytes": 2**21, "prefill_seconds": 0.5, "decode_seconds": None}
@@ -274,8 +279,7 @@ def test_damaged_records(tiny_copy):
     shown = page(tiny_copy)
     assert "6 damaged lines of align/metrics.jsonl are left out." in shown.text
     assert figures(shown)[0].startswith("loss of align over 20 steps")
-    log.write_bytes(b"")
-    (tiny_copy / "distill" / "metrics.jsonl").write_bytes(b"")  # a page without charts is made sooner
+    without_logs(tiny_copy)
     for name in ("distill/done.json", "teacher_quality.json", "evaluate/results.json", "transfer/done.json"):
         for content in ("[]", '{"quality": 3, "mixers": "all", "training": [], "schedules": {"x": 1}}', "{"):
             before = (tiny_copy / name).read_text()
@@ -291,6 +295,7 @@ def test_damaged_records(tiny_copy):
 
 
 def test_stages_of_earlier_settings_give_no_quality(tiny_copy):
+    without_logs(tiny_copy)
     started = json.loads((tiny_copy / "align" / "stage.json").read_text())
     (tiny_copy / "align" / "stage.json").write_text(json.dumps(started | {"after": {"calibrate": "another"}}))
     shown = page(tiny_copy)
@@ -299,6 +304,7 @@ def test_stages_of_earlier_settings_give_no_quality(tiny_copy):
 
 
 def test_written_whole_or_not_at_all(tiny_copy, tmp_path, capsys, monkeypatch):
+    without_logs(tiny_copy)
     out = tmp_path / "pages" / "mine.html"
     assert main(["report", str(tiny_copy), "--out", str(out)]) == 1
     assert "the report cannot be written to" in capsys.readouterr().err
@@ -324,6 +330,7 @@ def test_what_is_missing(tiny_copy, tmp_path, monkeypatch):
 
 
 def test_recall_by_depth_and_length(tiny_copy):
+    without_logs(tiny_copy)
     path = tiny_copy / "evaluate" / "results.json"
     results = json.loads(path.read_text())
     depths, right = [0.1, 0.2, 0.6, 0.9], {"teacher": [True] * 4, "student": [True, False, False, False]}

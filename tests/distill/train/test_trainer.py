@@ -1,14 +1,11 @@
 """The trainer: interrupted anywhere and resumed it gives the same, bit for bit, and nothing that was saved is lost."""
 
-import ast
 import errno
 import json
 import logging
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 from contextlib import nullcontext
 from pathlib import Path
@@ -22,7 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from run_files import ROOT, TINY
+from kill_often import kill_often
+from run_files import TINY
 from transpoint.distill.data.corpus import Corpus
 from transpoint.distill.data.packed import PackedDataset, batch_indices, collate
 from transpoint.distill.run.folder import StageFolder
@@ -502,16 +500,13 @@ def test_the_learning_rate_rises_then_falls_along_a_cosine(steps, warmup, final)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0])
-def test_kills_at_random_moments_change_no_bit(seed, tmp_path, run_tiny):
+def test_kills_at_random_moments_change_no_bit(seed, tmp_path, run_tiny, capfd):
     more = ["align.steps=4", "distill.steps=16", "align.checkpoint_every=2", "distill.checkpoint_every=2"]
     more += ["align.log_every=1", "distill.log_every=1", "data.length=32", "evaluate.sequences=2"]
     run_tiny(tmp_path / "whole", *more, until_stage="distill")
-    command = [sys.executable, ROOT / "tests" / "helpers" / "kill_often.py", "8", str(seed)]
-    command += ["run", TINY, f"run.dir={tmp_path / 'killed'}", *more, "--until", "distill"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-    killed = ast.literal_eval(done.stdout.rpartition("killed ")[2])
+    command = ["run", str(TINY), f"run.dir={tmp_path / 'killed'}", *more, "--until", "distill"]
+    killed, code = kill_often(8, seed, command, tmp_path / "killed")
+    assert code == 0, capfd.readouterr().err[-4000:]
     assert sum(killed.values()) == 8
     assert {"after calibrate", "after align"} <= killed.keys(), killed
     for stage in ("align", "distill"):
