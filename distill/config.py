@@ -14,7 +14,6 @@ import glob
 import json
 import math
 import os
-import pickle
 import re
 import typing
 from collections.abc import Callable
@@ -426,10 +425,18 @@ def _shown(value: Any) -> Any:
     return value.replace("\0", "") if isinstance(value, str) else value
 
 
+@dataclass(frozen=True)
+class _Given:
+    """Some values of a section, which are the same as others that are written alike."""
+
+    written: str
+    values: dict = field(compare=False)
+
+
 @lru_cache(maxsize=256)
-def _converted(kind: type, pickled: bytes) -> Any:
-    """A dataclass from some of its values, as pickle has them. Only to be copied."""
-    typed = OmegaConf.merge(_structured(kind), OmegaConf.create(pickle.loads(pickled)))
+def _converted(kind: type, given: _Given) -> Any:
+    """A section from what is given of it. Only to be copied."""
+    typed = OmegaConf.merge(_structured(kind), OmegaConf.create(given.values))
     assert isinstance(typed, DictConfig)
     return _shown(OmegaConf.to_object(typed))
 
@@ -443,14 +450,14 @@ def _structured(kind: type) -> DictConfig:
 def _typed(values: dict) -> Recipe:
     """OmegaConf is slow, and most of what a recipe says is the default, or is read again: it converts what is not."""
     kind: Any = Recipe.schema()  # mypy takes a class for an instance
-    recipe = copy.deepcopy(_converted(kind, pickle.dumps({})))
+    recipe = copy.deepcopy(_converted(kind, _Given("", {})))
     for name, given in _hidden(values).items():
         section = getattr(recipe, name)
         kind = type(section)
         changed = {key: value for key, value in given.items() if repr(value) != repr(getattr(section, key))}
         try:
             if changed:
-                setattr(recipe, name, copy.deepcopy(_converted(kind, pickle.dumps(changed))))
+                setattr(recipe, name, copy.deepcopy(_converted(kind, _Given(repr(changed), changed))))
         except OmegaConfBaseException as error:
             key, value = f"{name}.{error.full_key or '?'}", values
             for part in key.replace("[", ".").replace("]", "").split("."):
