@@ -161,7 +161,7 @@ def test_commands_that_ask_a_teacher_are_refused(command, capsys):
 
 
 @pytest.mark.slow
-def test_attention_alone_is_compared_with_a_hybrid(tmp_path, capsys, unverified):
+def test_attention_alone_is_compared_with_a_hybrid(tmp_path, capsys):
     (tmp_path / "attention.yaml").write_text("student: {keep_attention: 1.0}\nexport: {format: custom}")
     (tmp_path / "narrow.yaml").write_text("teacher: {sizes: {intermediate_size: 32}}")
     recipes = [str(tmp_path / name) for name in ("attention.yaml", "narrow.yaml")]
