@@ -57,8 +57,7 @@ class HeldOut:
                 predicted += len(target)
                 if self.targets is not None and self.head is not None:
                     reference = self.head.logits(self.targets[i][part]).log_softmax(-1)
-                    width = min(logprobs.shape[-1], reference.shape[-1])  # vocabularies may be padded differently
-                    p, q = (t[:, :width].log_softmax(-1) for t in (reference, logprobs.to(reference.device)))
+                    p, q = _of_the_same(reference, logprobs.to(reference.device))
                     by_token = F.kl_div(q, p, reduction="none", log_target=True).sum(-1)
                     kl += by_token.sum().item()
                     same += (p.argmax(-1) == q.argmax(-1)).sum().item()
@@ -77,6 +76,14 @@ class HeldOut:
             late=late,
             late_kl=late_kl / late_tokens if late_tokens else None,
         )
+
+
+def _of_the_same(reference: Tensor, logprobs: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities (L, tokens) over those tokens that both have: vocabularies may be padded differently."""
+    if reference.shape[-1] == logprobs.shape[-1]:
+        return reference, logprobs
+    width = min(logprobs.shape[-1], reference.shape[-1])
+    return reference[:, :width].log_softmax(-1), logprobs[:, :width].log_softmax(-1)
 
 
 @torch.no_grad()

@@ -11,13 +11,15 @@ opened first, by least squares on its inputs.
 import itertools
 import math
 from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...students import HybridForCausalLM, Mixer
@@ -183,28 +185,56 @@ def _accumulate(
     total = sums[view.layer]
     beside = mixer.beside(hidden, position_embeddings, seq_idx, documents)
     ones = torch.ones(heads, 1, device=target.device)
-    read: list[Tensor] = []
-    handle = mixer.out.register_forward_pre_hook(lambda module, args: read.append(args[0].float()))
-    try:
+    with _reading(mixer) as read:
         for i, (half_life, strength) in enumerate(candidates):
             mixer.set_decay(half_life * ones[:, 0], ones)
             if strength is not None:
                 mixer.set_strength(strength * ones[:, 0])
             mixer(hidden, position_embeddings, seq_idx=seq_idx, documents=documents)
-            output = read.pop()
+            output = read.pop().float()
             if beside is not None:
                 output -= beside.float()
                 total.uw[i] += (output * beside).sum((0, 1))
             total.uo[i] += (output * target).sum((0, 1))
             total.uu[i] += (output * output).sum((0, 1))
-    finally:
-        handle.remove()
     total.oo += (target * target).sum((0, 1))
     if beside is not None:
         total.wo += (beside * target).sum((0, 1))
         total.ww += (beside * beside).sum((0, 1))
     total.lookback += lookback
     total.tokens += seq_idx.numel()
+
+
+@contextmanager
+def _reading(mixer: Mixer) -> Iterator[list[Tensor]]:
+    """Puts what the output projection is given into a list, and projects nothing; other projections of the same inputs
+    by the same weights are taken once. With all of a grid these are most of the operations."""
+    read: list[Tensor] = []
+
+    def remembered(module: nn.Linear) -> Callable[[Tensor], Tensor]:
+        forward, last = module.forward, None
+
+        def project(given: Tensor) -> Tensor:
+            nonlocal last
+            if last is None or last[0] is not given or last[1] != module.weight._version:
+                last = given, module.weight._version, forward(given)
+            return last[2]
+
+        return project
+
+    def take(given: Tensor) -> Tensor:
+        read.append(given)
+        return given
+
+    meanwhile = {module: remembered(module) for module in mixer.modules() if isinstance(module, nn.Linear)}
+    meanwhile[mixer.out] = take
+    for module, forward in meanwhile.items():
+        module.__dict__["forward"] = forward
+    try:
+        yield read
+    finally:
+        for module in meanwhile:
+            del module.forward  # the class's own is left
 
 
 def _attention_heads(view: AttentionView, hidden, position_embeddings, seq_idx) -> tuple[Tensor, Tensor]:
