@@ -6,6 +6,7 @@ from dataclasses import asdict
 import torch
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.initialization import no_init_weights
 
 from ..teachers import attention_view, decoder_layers, load_teacher, output_head
 from ..teachers.names import SCRATCH
@@ -142,8 +143,9 @@ def plan_student(
     hybrid.architectures = ["HybridForCausalLM"]
     hybrid._attn_implementation = teacher.config._attn_implementation
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), no_init_weights():
             student = hybrid_model_class(hybrid)._from_config(hybrid, dtype=teacher.dtype)
+        student.tie_weights()
     except (KeyError, TypeError) as error:
         raise StudentError(f"no student can be made of a {type(teacher).__name__}: {error}") from error
     for name, parameter in student.named_parameters():  # `from_pretrained` minds these, `_from_config` does not
