@@ -30,15 +30,12 @@ def models():
     return teacher, build_student(teacher, StudentConfig(keep_attention="every:2"))
 
 
-def said(models, recipe, processes=1, sharded=(), device=None):
+def said(models, recipe, processes=1, sharded=(), device=None, precision="fp32"):
     teacher, student = models
     groups = distill_groups(student, recipe.distill)
     console = Console(record=True, width=200, quiet=False, file=open("/dev/null", "w"))
-    console.print(
-        what_will_run(
-            "distill", groups, student, teacher, recipe, "bf16" if device else "fp32", processes, sharded, device
-        )
-    )
+    what = what_will_run("distill", groups, student, teacher, recipe, precision, processes, sharded, device)
+    console.print(what)
     return console.export_text()
 
 
@@ -57,12 +54,26 @@ def test_parameters_tokens_and_rates(models):
     assert "(2 processes, 2 x 2 sequences a step in each)" in text
 
 
+def memory_of(models, *args, **more):
+    """Of a process, in MB, as it is said."""
+    recipe = Recipe()
+    recipe.distill.teacher_lr = 1e-4
+    (line,) = [line for line in said(models, recipe, *args, **more).splitlines() if line.startswith("memory")]
+    return float(line.split(": ")[1].split(" MB")[0])
+
+
+def test_a_rounded_teacher_takes_half_the_memory_and_on_a_cpu_its_whole_one_beside_it(models):
+    whole, on_a_gpu, on_a_cpu = (
+        memory_of(models, precision=precision, device=device)
+        for precision, device in (("fp32", None), ("bf16", "an unknown GPU"), ("bf16", None))
+    )
+    half = 2 * sum(p.numel() for p in models[0].parameters()) / 1e6
+    assert on_a_gpu == pytest.approx(whole - half, abs=0.11) and on_a_cpu == pytest.approx(whole + half, abs=0.11)
+
+
 def test_what_is_sharded_takes_less_memory_in_each_process(models):
     def memory(sharded):
-        recipe = Recipe()
-        recipe.distill.teacher_lr = 1e-4
-        (line,) = [line for line in said(models, recipe, 4, sharded).splitlines() if line.startswith("memory")]
-        return float(line.split(": ")[1].split(" MB")[0])
+        return memory_of(models, 4, sharded)
 
     whole = memory(())
     assert whole > memory(("optimizer",)) > memory(("optimizer", "gradients"))
