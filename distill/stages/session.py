@@ -150,14 +150,15 @@ class Session:
         return self._cached_targets
 
     @contextmanager
-    def teacher_for_training(self) -> Iterator[None]:
-        """Meanwhile `teacher` is in the dtype and, where processes share it, the share that training has of it.
+    def teacher_for_training(self, precision: str | None = None) -> Iterator[None]:
+        """Meanwhile `teacher` is in the dtype and, where processes share it, the share that training has of it; by
+        default in the precision of the session.
 
         Afterwards it is as it was, from the CPU's memory. Where that has no room for it, and where it was shared, it is
         given up, and whoever asks for it gets it loaded again: nothing that is made of it in here may outlive this.
         """
         settings, device = self.recipe.teacher, self.accelerator.device
-        dtype = self.recipe.training_dtype(self.precision)
+        dtype = self.recipe.training_dtype(precision or self.precision)
         shares = settings.share and self.accelerator.num_processes > 1
         if dtype == settings.dtype and not shares:
             yield
