@@ -115,8 +115,8 @@ def run(session: "Session", folder: "StageFolder") -> dict:
             gates = trained_gates(judge, steps, *rates, settings.kl_weight, settings.recall_weight)
             return by_gates(judge, loss, gates)
 
-    # Of rounded weights comes a rounded residual stream, which moves scores by as much as layers differ. On a GPU that is
-    # the price of a search in seconds; on a CPU it would save little.
+    # Of rounded weights comes a rounded residual stream, which moves scores by as much as layers differ. On a GPU that
+    # is the price of a search in seconds; on a CPU it would save little.
     precision = session.precision if session.accelerator.device.type == "cuda" else "fp32"
     with session.teacher_for_training(precision), part("searching"):
         found = search()
