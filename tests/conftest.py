@@ -19,12 +19,17 @@ gc.disable()  # until everything is imported
 
 
 @pytest.fixture(autouse=True, scope="session")
-def collect_no_modules():
-    """Else each collection, such as that after a stage of training, looks through all modules: half a second."""
-    gc.freeze()
+def collect():
     gc.enable()
     yield
     gc.unfreeze()  # or some would be told of as leaks
+
+
+@pytest.fixture(autouse=True, scope="module")
+def collect_no_modules(collect):
+    """Else each collection, such as that after a stage of training, looks through all modules: half a second. Many are
+    imported, and fixtures made, by the tests before."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -10,6 +10,7 @@ import glob
 import logging
 import os
 import random
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -25,6 +26,7 @@ from ..run.records import TaskScore, number
 from ..run.seconds import part
 
 BOOTSTRAP = 1000  # samples of a standard error that has no formula, such as perplexity's; the harness draws 100,000
+_NAMED = re.compile(rb"""^["']?(?:task|group|tag)["']?: *["']?([\w.-]+)""", re.MULTILINE)  # in a task's file
 
 
 @part("tasks")
@@ -101,24 +103,27 @@ def _missing(error: ImportError) -> RunError:
 
 def _task_manager(tasks: list[str], folder: str | None) -> Any:
     """The harness's index of tasks, where each of these is."""
-    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks import TaskManager, __file__ as harness
     from lm_eval.tasks._factory import TaskFactory
 
     if folder is not None and not os.path.isdir(folder):
         raise RunError(f"there is no folder of tasks '{folder}'")
+    own = [folder] if folder is not None else []
     with _quiet():
-        manager = TaskManager(include_path=folder, include_defaults=False)
-        # Reading the harness's own takes seconds. Groups may name them.
-        if not set(tasks) <= set(manager.all_subtasks):
-            manager = TaskManager(include_path=folder)
-    for task in tasks:
-        if task not in manager.all_tasks:
-            near = difflib.get_close_matches(task, manager.all_tasks, n=3)
-            raise RunError(
-                f"task '{task}' is not known to lm_eval"
-                + (f", nor in '{folder}'" if folder is not None else "")
-                + (f"; did you mean {' or '.join(map(repr, near))}?" if near else "")
-            )
+        manager = TaskManager(include_path=own, include_defaults=False)
+        if not set(tasks) <= set(manager.all_subtasks):  # groups may name the harness's own
+            # Parsing all of those takes many seconds: not for a name that stands in none of them, nor for single tasks.
+            files = sorted(Path(harness).parent.rglob("*.yaml"), key=Path.as_posix)
+            texts = {path: path.read_bytes() for path in files}
+            named = {path: {name.decode() for name in _NAMED.findall(text)} for path, text in texts.items()}
+            nowhere = [task for task in tasks if not any(task.encode() in text for text in texts.values())]
+            _refuse_unknown(nowhere, [*manager.all_tasks, *set().union(*named.values())], folder)
+            places = dict.fromkeys(str(path.parent) for path in files if not named[path].isdisjoint(tasks))
+            # In the whole index the first of a name counts, among folders the last.
+            manager = TaskManager(include_path=[*reversed(places), *own], include_defaults=False)
+            if not set(tasks) <= set(manager.all_subtasks):
+                manager = TaskManager(include_path=own)
+    _refuse_unknown(tasks, manager.all_tasks, folder)
     if folder is not None:
         place = Path(folder).absolute()
 
@@ -134,6 +139,17 @@ def _task_manager(tasks: list[str], folder: str | None) -> Any:
 
         manager._factory = Factory()
     return manager
+
+
+def _refuse_unknown(tasks: list[str], known: list[str], folder: str | None) -> None:
+    for task in tasks:
+        if task not in known:
+            near = difflib.get_close_matches(task, known, n=3)
+            raise RunError(
+                f"task '{task}' is not known to lm_eval"
+                + (f", nor in '{folder}'" if folder is not None else "")
+                + (f"; did you mean {' or '.join(map(repr, near))}?" if near else "")
+            )
 
 
 def _found(files: Any, folder: Path) -> Any:

@@ -268,9 +268,13 @@ def _thin(steps: Sequence[float], values: Sequence[float]) -> tuple[list[float],
 def _svg(figure, name: str, label: str) -> str:
     """The figure as an element of a page: its colours the page's, its ids its own, its text the page's font."""
     import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
 
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        FigureCanvasSVG(figure)
+        figure.get_layout_engine().execute(figure)  # else saving draws the whole figure once more to have it laid out
+        figure.set_layout_engine(None)
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]

@@ -5,6 +5,7 @@ the seconds that importing torch and transformers takes each time. This file is 
 """
 
 import atexit
+import contextlib
 import functools
 import gc
 import json
@@ -74,11 +75,15 @@ def _serve() -> None:
 
 if __name__ == "__main__":
     gc.disable()  # its children end soon
+    with contextlib.redirect_stdout(sys.stderr):  # it says something
+        import deepspeed  # noqa: F401 - accelerate asks for it where a model is saved
     import torch
     import transformers.models.granitemoehybrid.modeling_granitemoehybrid
     import transformers.models.llama.modeling_llama  # noqa: F401
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
+    get_checkpoint_conversion_mapping("llama")  # a thousand patterns are compiled for the first model that is loaded
     assert "transpoint" not in sys.modules
     torch.set_num_threads(1)
     _serve()

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from huggingface_hub import HfApi, ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fake_hub import GATED, FakeHub, as_the_hub
+from forked import in_one
 from run_files import STAGES, TINY
 from transpoint.distill.cli import main
 from transpoint.distill.config import Recipe, load_recipe
@@ -65,19 +65,21 @@ def contents(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
 
 
-def push(server_url, tmp_path, *arguments):
-    """`transpoint push` in a process of its own, as a person with HF_TOKEN set would run it."""
-    environment = {
-        **os.environ,
-        "HF_ENDPOINT": server_url,
-        "HF_TOKEN": TOKEN,
-        "HF_HOME": str(tmp_path / "home"),
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_OFFLINE": "0",
-        "NO_PROXY": "127.0.0.1",
-    }
-    command = [sys.executable, "-m", "transpoint.distill", "push", *map(str, arguments)]
-    return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+def push(server, tmp_path, *arguments):
+    """`transpoint push` in a process of its own, as a person with HF_TOKEN set would run it: code, stdout, stderr."""
+
+    def command():
+        for number, name in ((1, "stdout"), (2, "stderr")):
+            os.dup2(os.open(tmp_path / name, os.O_WRONLY | os.O_CREAT), number)
+        sys.stdout, sys.stderr = (open(number, "w", encoding="utf-8") for number in (1, 2))  # not pytest's
+        os.environ["HF_TOKEN"] = TOKEN
+        with as_the_hub(server, tmp_path / "home"):
+            code = main(["push", *map(str, arguments)])
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+
+    code = in_one(command)
+    return code, (tmp_path / "stdout").read_text(), (tmp_path / "stderr").read_text()
 
 
 def leaks(printed, tmp_path):
@@ -86,13 +88,12 @@ def leaks(printed, tmp_path):
     return found + [text for text in printed if TOKEN in text]
 
 
-@pytest.mark.slow
 def test_push_uploads_the_export_and_keeps_the_token(run, start_hub, tmp_path):
     """With all the logging that can be asked for."""
     server, before = start_hub(), contents(run)
-    done = push(server.url, tmp_path, run, "owner/name", "--private", "--debug")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == f"{server.url}/owner/name\n"
+    code, out, err = push(server, tmp_path, run, "owner/name", "--private", "--debug")
+    assert code == 0, err
+    assert out == f"{server.url}/owner/name\n"
     files = server.files()
     recipe, page = yaml.safe_load(files.pop("recipe.yaml")), files.pop("report.html").decode()
     assert files == contents(run / "export" / "native")
@@ -105,7 +106,7 @@ def test_push_uploads_the_export_and_keeps_the_token(run, start_hub, tmp_path):
     assert created.get("private", created.get("visibility") == "private") is True  # older clients, newer ones
     for path in ("/api/repos/create", "/api/models/owner/name/commit/main"):
         assert server.authorizations[path] == f"Bearer {TOKEN}"  # it was given where it belongs
-    assert leaks((done.stdout, done.stderr), tmp_path) == [] and contents(run) == before
+    assert leaks((out, err), tmp_path) == [] and contents(run) == before
 
 
 # In this process

@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from transpoint.distill.errors import RunError
-from transpoint.distill.measure.tasks import measure_tasks
+from transpoint.distill.measure.tasks import check_tasks, measure_tasks
 from transpoint.students import StudentConfig, build_student
 from transpoint.teachers.random import random_teacher
 
@@ -195,7 +195,12 @@ def test_data_files_are_found_from_here_from_the_task_files_and_from_above(loade
     assert measure_tasks(teacher, tokenizer, ["choice"], "tasks")[0].samples == len(TEXTS)  # a relative folder
 
 
-@pytest.mark.slow
+def test_tasks_of_the_harness_itself(folder):
+    check_tasks(["piqa", "word"], folder[0])
+    with pytest.raises(RunError, match="^task 'piqq' is not known to lm_eval; did you mean .*'piqa'"):
+        check_tasks(["piqa", "piqq"])
+
+
 def test_an_unknown_task(loaded, folder):
     with pytest.raises(RunError) as raised:
         measure_tasks(*loaded, ["word", "choise"], folder[0])
