@@ -198,6 +198,7 @@ def test_two_processes_train_as_one(tmp_path, run_tiny):
     overrides = ["align.steps=0", "distill.steps=4", "distill.log_every=1", "distill.lr=1e-3"]
     overrides += ["distill.anneal.fraction=null", "distill.sample_schedules=[teacher]", "calibrate.sequences=1"]
     overrides += ["evaluate.sequences=1", "run.device=cpu", "run.precision=fp32"]
+    overrides += ["data.max_train_tokens=4000", "data.max_heldout_tokens=500"]
     run_tiny(tmp_path / "one", *overrides, config=CONFIG, until_stage="distill")
     arguments = ["run", CONFIG, f"run.dir={tmp_path / 'two'}", *overrides, "--until", "distill"]
     (output,) = run_all([{"engine": "ddp", "arguments": arguments, "log": tmp_path / "log"}])
@@ -224,14 +225,14 @@ def test_plan_shows_transpoints(capsys):
 def test_eval_and_generate_at_another_schedule(whole, capsys):
     folder = whole[0]
     records = json.loads((folder / "evaluate" / "results.json").read_text())["schedules"]
-    for spec, record in (("mamba", records[2]), ("[0, 8, 16, 32]", records[0]), ("inf", records[3])):
+    for spec, record in (("mamba", records[2]), ("inf", records[3])):
         assert main(["eval", str(folder), "--teacher", "random-llama", "--trans-points", spec]) == 0
         captured = capsys.readouterr()
         assert f"{record['quality']['kl']:.4f}" in captured.out
         warned = captured.err.startswith("transpoint: warning: this student was not trained on TransPoints inf in ")
         assert warned == (not record["trained"]) == (f"kl {record['quality']['kl']:.4g}" in captured.err)
     answers = []
-    for spec in ("mamba", "teacher"):
+    for spec in ("[0, 8, 16, 32]", "teacher"):
         command = ["generate", str(folder / "export" / "custom"), "Why?", "--max-new-tokens", "24"]
         assert main([*command, "--trans-points", spec]) == 0
         answers.append(capsys.readouterr().out)

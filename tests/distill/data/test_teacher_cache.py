@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -49,6 +50,14 @@ def write(folder):
         return session, out.getvalue()
 
     return run
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A cache as `write()` writes it. Only to be read."""
+    folder = tmp_path_factory.mktemp("plain") / "cache"
+    cache_teacher(*parts(open_session(folder)))
+    return folder
 
 
 def open_session(folder, *overrides, out=None):
@@ -116,9 +125,9 @@ def test_whole_predictions_cost_nothing(write, folder):
     assert abs(index["kl"]) < 1e-6 and index["rest_mass"] == 0
 
 
-def test_batches_are_those_of_the_text(write, folder):
-    session, _ = write()
-    cached = CachedTargets(session.train_data, folder)
+def test_batches_are_those_of_the_text(plain, folder):
+    session = open_session(folder)
+    cached = CachedTargets(session.train_data, plain)
     for step in (0, 7, 30):
         got, want = (data.batch(step, 4, 3, range(1, 3)) for data in (cached, session.train_data))
         for a, b, i in zip(got, want, batch_indices(43, 4, 3, step)[1:3], strict=True):
@@ -230,10 +239,10 @@ def test_fewer_tokens_give_a_lower_bound(write, folder, tmp_path):
     assert 0.01 < losses[0] < losses[1] < losses[2]
 
 
-def test_figures_of_a_transmamba_student_are_those_of_distillation(write, folder):
-    session, _ = write()
+def test_figures_of_a_transmamba_student_are_those_of_distillation(plain, folder):
+    session = open_session(folder)
     student = build_student(session.teacher, StudentConfig(mixer="transmamba", trans_points=8))
-    cached = collate(CachedTargets(session.train_data, folder).batch(0, 4, 0, range(4)))
+    cached = collate(CachedTargets(session.train_data, plain).batch(0, 4, 0, range(4)))
     with torch.no_grad():
         _, got = CachedDistillation(student, session.recipe.distill, VOCAB)(cached)
         _, want = Distillation(session.teacher, student, session.recipe.distill)(cached)
@@ -250,14 +259,23 @@ def teacher_run(tiny_run, tmp_path_factory, run_tiny):
 
 @pytest.fixture(scope="module")
 def cached_run(teacher_run, tmp_path_factory):
-    """(the same distilled from a cache of whole predictions, the cache, what was printed). Only to be read."""
+    """The same distilled from a cache of whole predictions: its folder, the cache, what was printed, how often the
+    teacher had been called at each training step, and how often in all. Only to be read."""
     root = tmp_path_factory.mktemp("cached")
     shutil.copytree(teacher_run, root / "run")
     recipe = load_recipe(TINY, whole(root / "run", root / "cache"))
-    cache_teacher(*parts(Session(recipe, Console(file=io.StringIO()))))
-    out = io.StringIO()
-    run_recipe(recipe, until_stage="distill", console=Console(file=out, width=200))
-    return root / "run", root / "cache", out.getvalue()
+    out, seen, calls = io.StringIO(), [], []
+    session = Session(recipe, Console(file=out, width=200))
+    cache_teacher(*parts(session))
+    session.teacher.get_decoder().register_forward_pre_hook(lambda *_: calls.append(1))
+    forward = CachedDistillation.forward
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            CachedDistillation, "forward", lambda self, *args: seen.append(len(calls)) or forward(self, *args)
+        )
+        patch.setattr("transpoint.distill.stages.runner.Session", lambda *_: session)
+        run_recipe(recipe, until_stage="distill", console=session.console)
+    return SimpleNamespace(folder=root / "run", cache=root / "cache", said=out.getvalue(), seen=seen, calls=len(calls))
 
 
 @pytest.fixture
@@ -273,7 +291,7 @@ def whole(run, cache):
 
 @pytest.mark.slow
 def test_distilling_from_whole_predictions_is_distilling_from_the_teacher(cached_run, teacher_run):
-    run, _, said = cached_run
+    run, said = cached_run.folder, cached_run.said
     assert "align: done before, reused" in said and "distill: the teacher is read from " in said
     got, want, before = (
         load_file(root / stage / "student" / "model.safetensors")
@@ -288,25 +306,14 @@ def test_distilling_from_whole_predictions_is_distilling_from_the_teacher(cached
 
 
 @pytest.mark.slow
-def test_the_teacher_is_not_run_while_distill_trains(cached_run, copy, monkeypatch):
-    run, cache, _ = cached_run
-    recipe = load_recipe(TINY, whole(copy, cache))
-    session = Session(recipe, Console(quiet=True))
-    calls, seen = [], []
-    session.teacher.get_decoder().register_forward_pre_hook(lambda *_: calls.append(1))
-    forward = CachedDistillation.forward
-    monkeypatch.setattr(
-        CachedDistillation, "forward", lambda self, batch: seen.append(len(calls)) or forward(self, batch)
-    )
-    monkeypatch.setattr("transpoint.distill.stages.runner.Session", lambda *_: session)
-    run_recipe(recipe, until_stage="distill", console=Console(quiet=True))
-    assert len(seen) == 20 and set(seen) == {0}
-    assert calls  # held-out quality is measured against the teacher itself
+def test_the_teacher_is_not_run_while_distill_trains(cached_run):
+    assert len(cached_run.seen) == 20 and set(cached_run.seen) == {0}
+    assert cached_run.calls  # held-out quality is measured against the teacher itself
 
 
 @pytest.mark.slow
 def test_a_resumed_run_from_a_cache_is_the_same(cached_run, copy):
-    run, cache, _ = cached_run
+    run, cache = cached_run.folder, cached_run.cache
 
     def stop(step):
         if step == 13:
@@ -322,7 +329,7 @@ def test_a_resumed_run_from_a_cache_is_the_same(cached_run, copy):
 
 @pytest.mark.slow
 def test_distill_depends_on_the_targets_of_the_cache_not_on_its_place(cached_run, tmp_path):
-    run, cache, _ = cached_run
+    run, cache = cached_run.folder, cached_run.cache
     moved, copy = shutil.copytree(cache, tmp_path / "moved"), shutil.copytree(run, tmp_path / "run")
     out = io.StringIO()
     recipe = load_recipe(TINY, whole(copy, moved))
@@ -347,8 +354,8 @@ def test_distill_depends_on_the_targets_of_the_cache_not_on_its_place(cached_run
         (["teacher.dtype=bfloat16"], r"a cache of another teacher.dtype \(float32, not bfloat16\)"),
     ],
 )
-def test_a_cache_of_something_else_is_refused(write, folder, overrides, told):
-    write()
+def test_a_cache_of_something_else_is_refused(plain, folder, overrides, told):
+    shutil.copytree(plain, folder)
     before = shards(folder)
     session = open_session(folder, *overrides)
     with pytest.raises(RunError, match=told):
@@ -368,8 +375,8 @@ def test_a_cache_of_something_else_is_refused(write, folder, overrides, told):
         ("cache_teacher.dtype=float32", "another dtype"),
     ],
 )
-def test_a_cache_is_not_mixed(write, folder, override, told):
-    write()
+def test_a_cache_is_not_mixed(plain, write, folder, override, told):
+    shutil.copytree(plain, folder)
     with pytest.raises(RunError, match=told):
         write(override)
 
@@ -403,7 +410,7 @@ SHARDED = [
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     """What is in a cache written in one go: 3 shards."""
-    folder = tmp_path_factory.mktemp("whole") / "cache"
+    folder = tmp_path_factory.mktemp("uninterrupted") / "cache"
     cache_teacher(*parts(open_session(folder, *SHARDED)))
     assert len(shards(folder)) == 3
     return contents(folder)
@@ -470,7 +477,10 @@ def test_a_kill_loses_nothing_that_was_written(folder, uninterrupted):
     ids=["truncated", "empty", "flipped", "gone"],
 )
 def test_a_damaged_shard_is_named_and_made_anew(write, folder, uninterrupted, harm, told):
-    session, _ = write(*SHARDED)
+    session = open_session(folder, *SHARDED)
+    folder.mkdir()
+    for name, content in uninterrupted.items():
+        (folder / name).write_bytes(content)
     path = folder / "shard-00001.safetensors"
     harm(path)
     with pytest.raises(

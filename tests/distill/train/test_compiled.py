@@ -57,6 +57,13 @@ def plain_masks(monkeypatch, flex):
             monkeypatch.setattr(module, "create_block_mask", plain_mask)
 
 
+@pytest.fixture
+def traced_masks(monkeypatch, flex):
+    """Block masks compiled, but by no compiler of C++."""
+    if not GPU:
+        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+
+
 @pytest.fixture(autouse=True)
 def nothing_compiled_before():
     torch._dynamo.reset()
@@ -97,29 +104,40 @@ def assert_compiled_gives(objective, wanted, wanted_gradients, rtol, atol, gradi
         torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=gradient_atol, msg=name)
 
 
+def share_of_attention(points, batch):
+    return sum((batch["position_ids"] < float(point)).float().mean() for point in points) / len(points)
+
+
 @pytest.mark.parametrize(
-    ("kind", "mixer"),
+    ("kind", "mixer", "backend"),
     [
-        ("align", "window_mamba2"),
-        ("distill", "transmamba"),
-        ("hidden", "mamba2"),
+        ("align", "window_mamba2", "eager"),
+        ("distill", "transmamba", "aot_eager"),
+        ("hidden", "mamba2", "eager"),
     ],
 )
-def test_compiled_is_as_before_and_leaves_nothing_behind(kind, mixer, request):
-    """Layers that do the same are compiled once, whatever their TransPoints; afterwards all is as it was."""
-    request.getfixturevalue("flex" if kind == "hidden" else "plain_masks")  # once with masks that are compiled
+def test_compiled_is_as_before_and_leaves_nothing_behind(kind, mixer, backend, request):
+    """Layers that do the same are compiled once, whatever their TransPoints, whose figure follows a schedule that moves
+    on; afterwards all is as it was."""
+    request.getfixturevalue("traced_masks" if kind == "hidden" else "plain_masks")  # once with masks that are compiled
     teacher, student = make(mixer=mixer)
     settings = DistillConfig(hidden_weight=0.5 if kind == "hidden" else 0.0)
     objective = Alignment(teacher, student) if kind == "align" else Distillation(teacher, student, settings)
     before = [model.config._attn_implementation for model in (teacher, student)]
     own = {name: set(vars(module)) for name, module in objective.named_modules()}
     wanted, wanted_gradients = gradients(objective, packed())
-    with compiled(objective, backend="aot_eager"):
+    with compiled(objective, backend=backend):
         loss, found = gradients(objective, packed())
         graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         if mixer == "transmamba" and kind == "distill":
-            student.set_trans_points([0, 5, 31, "inf"], warn=False)
-            gradients(objective, packed(seed=1))
+            batch = packed(seed=1)
+            for points in ([0, 5, 31, "inf"], SCHEDULE):
+                student.set_trans_points(points, warn=False)
+                torch.testing.assert_close(objective(batch)[1]["attention"], share_of_attention(points, batch))
+            # As a recorded pass sees it: TransPoints are read where the device has them.
+            student.mixer_layers()[1].point.fill_(0)
+            moved = objective(batch)[1]["attention"]
+            torch.testing.assert_close(moved, share_of_attention([0, 0, *SCHEDULE[2:]], batch))
             student.set_trans_points(SCHEDULE, warn=False)
         gradients(objective, packed(seed=2))
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs <= 8
@@ -144,22 +162,6 @@ def test_families_compile_with_their_own_masks(family, plain_masks):
     objective = Distillation(teacher, student, DistillConfig())
     wanted = gradients(objective, packed())
     assert_compiled_gives(objective, *wanted, rtol=1e-4, atol=1e-6, gradient_atol=1e-5, backend="eager")
-
-
-def test_the_share_of_attention_follows_a_schedule_that_moves_on(plain_masks):
-    """As a recorded pass sees it: TransPoints are read where the device has them."""
-    teacher, student = make(mixer="transmamba")
-    objective, batch = Distillation(teacher, student, DistillConfig()), packed()
-    with compiled(objective, backend="eager"), torch.no_grad():
-        objective(batch)
-        for points in ([0, 3, 5, "inf"], SCHEDULE):
-            student.set_trans_points(points, warn=False)
-            found = objective(batch)[1]["attention"]
-            wanted = [(batch["position_ids"] < float(point)).float().mean() for point in points]
-            torch.testing.assert_close(found, sum(wanted) / 4)
-            student.mixer_layers()[1].point.fill_(0)
-            moved = objective(batch)[1]["attention"]
-            torch.testing.assert_close(moved, (sum(wanted) - wanted[1]) / 4)
 
 
 def test_layers_computed_again_in_the_backward_pass_are_compiled_in_parts(plain_masks):
