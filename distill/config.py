@@ -338,7 +338,10 @@ class _TextLoader(_Loader):
 
 
 def _load(text: str, loader: type[yaml.SafeLoader]) -> Any:
-    values = yaml.load(text, loader)  # noqa: S506 - both are safe loaders
+    try:
+        values = yaml.load(text, loader)  # noqa: S506 - both are safe loaders
+    except UnicodeEncodeError as error:  # of libyaml, which takes UTF-8
+        raise yaml.YAMLError("it is no Unicode text") from error
     try:
         json.dumps(values, default=str)
     except (TypeError, ValueError, RecursionError) as error:

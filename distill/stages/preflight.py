@@ -134,7 +134,7 @@ def what_will_run(
             sum(p.numel() for p in module.parameters()) for module in (teacher.get_decoder().layers, teacher)
         )
         number = getattr(torch, recipe.training_dtype(precision)).itemsize
-        if device is None and recipe.training_dtype(precision) != recipe.teacher.dtype:  # kept aside meanwhile
+        if device is None and parts == 1 and recipe.training_dtype(precision) != recipe.teacher.dtype:  # kept aside
             number += getattr(torch, recipe.teacher.dtype).itemsize
         memory += number * (layers / parts + whole - layers)
     lines = [

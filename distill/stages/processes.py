@@ -1,7 +1,9 @@
 """The processes that were launched: what kind they are, and whether they can train together."""
 
 import os
+from pathlib import Path
 
+import psutil
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import (
@@ -82,6 +84,16 @@ def precision(recipe: Recipe, device: torch.device) -> str:
     if recipe.run.precision != "auto":
         return recipe.run.precision
     return "bf16" if device.type == "cuda" or _multiplies_bf16() else "fp32"
+
+
+def free_memory() -> int:
+    """Of the CPU, in bytes: of the machine, or of the container that this runs in, where that has less."""
+    free = psutil.virtual_memory().available
+    try:
+        most, used = (int(Path("/sys/fs/cgroup", name).read_text()) for name in ("memory.max", "memory.current"))
+    except (OSError, ValueError):  # no container, or one without a limit
+        return free
+    return min(free, most - used)
 
 
 def _multiplies_bf16() -> bool:

@@ -117,8 +117,8 @@ def run(session: "Session", folder: "StageFolder") -> dict:
 
     # Of rounded weights comes a rounded residual stream, which moves scores by as much as layers differ. On a GPU that
     # is the price of a search in seconds; on a CPU it would save little.
-    precision = session.precision if session.accelerator.device.type == "cuda" else "fp32"
-    with session.teacher_for_training(precision), part("searching"):
+    rounded = session.accelerator.device.type == "cuda"
+    with session.teacher_for_training(rounded), part("searching"):
         found = search()
     if broken := [layer for layer, score in found.alone.items() if not math.isfinite(loss(score))]:
         raise RunError(

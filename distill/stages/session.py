@@ -8,7 +8,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
-import psutil
 import torch
 from rich.console import Console
 from rich.text import Text
@@ -35,7 +34,7 @@ from ..run.seconds import part
 from ..tokenizers import beginning, save_tokenizer
 from .pipeline import student_before
 from .preflight import check_vocabulary
-from .processes import make_accelerator, precision
+from .processes import free_memory, make_accelerator, precision
 from .tune import TUNE
 
 
@@ -150,15 +149,16 @@ class Session:
         return self._cached_targets
 
     @contextmanager
-    def teacher_for_training(self, precision: str | None = None) -> Iterator[None]:
-        """Meanwhile `teacher` is in the dtype and, where processes share it, the share that training has of it; by
-        default in the precision of the session.
+    def teacher_for_training(self, rounded: bool = True) -> Iterator[None]:
+        """Meanwhile `teacher` is in the dtype and, where processes share it, the share that training has of it. Not
+        `rounded`: in its own dtype, unless the recipe names one.
 
-        Afterwards it is as it was, from the CPU's memory. Where that has no room for it, and where it was shared, it is
-        given up, and whoever asks for it gets it loaded again: nothing that is made of it in here may outlive this.
+        Afterwards it is as it was, from the CPU's memory. Where that has no room for it, where it was shared, and after
+        an error, it is given up, and whoever asks for it gets it loaded again: nothing that is made of it in here may
+        outlive this.
         """
         settings, device = self.recipe.teacher, self.accelerator.device
-        dtype = self.recipe.training_dtype(precision or self.precision)
+        dtype = self.recipe.training_dtype(self.precision if rounded else "fp32")
         shares = settings.share and self.accelerator.num_processes > 1
         if dtype == settings.dtype and not shares:
             yield
@@ -170,13 +170,16 @@ class Session:
             if shares:
                 share_layers(self.teacher)
             yield
+            if aside is not None:
+                for parameter, whole in zip(self.teacher.parameters(), aside, strict=True):
+                    parameter.data = whole.to(device)
+        except BaseException:
+            aside = None
+            raise
         finally:
             if aside is None:
                 self._loaded = self._held_out = None
                 gc.collect()  # hooks of shared layers refer back to them
-            else:
-                for parameter, whole in zip(self.teacher.parameters(), aside, strict=True):
-                    parameter.data = whole.to(device)
             if device.type == "cuda":
                 torch.cuda.empty_cache()
 
@@ -185,7 +188,7 @@ class Session:
         what is free."""
         weights = [parameter.data for parameter in self.teacher.parameters()]
         size = sum(weight.nbytes for weight in weights) * self.accelerator.num_processes
-        return [weight.cpu() for weight in weights] if size <= psutil.virtual_memory().available / 4 else None
+        return [weight.cpu() for weight in weights] if size <= free_memory() / 4 else None
 
     @contextmanager
     def teacher_off_device(self) -> Iterator[None]:

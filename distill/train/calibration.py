@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -127,7 +127,7 @@ def calibrate(
 def save_fits(fits: dict[int, Fit], path: Path) -> None:
     """Keeps them in a file, which `read_fits` reads."""
     named = {f"{layer}.{name}": value for layer, fit in fits.items() for name, value in vars(fit).items()}
-    save_file({name: value.contiguous() for name, value in named.items() if value is not None}, path)
+    path.write_bytes(save({name: value.contiguous() for name, value in named.items() if value is not None}))
 
 
 def read_fits(path: Path, device: torch.device) -> dict[int, Fit]:
@@ -135,6 +135,8 @@ def read_fits(path: Path, device: torch.device) -> dict[int, Fit]:
     found: dict[int, dict[str, Tensor]] = defaultdict(dict)
     try:
         for name, value in load_file(path, device=str(device)).items():
+            if not (value.is_floating_point() and value.isfinite().all()):
+                return {}
             layer, _, name = name.partition(".")
             found[int(layer)][name] = value
         return {layer: Fit(**values) for layer, values in found.items()}
@@ -208,7 +210,8 @@ def _accumulate(
 @contextmanager
 def _reading(mixer: Mixer) -> Iterator[list[Tensor]]:
     """Puts what the output projection is given into a list, and projects nothing; other projections of the same inputs
-    by the same weights are taken once. With all of a grid these are most of the operations."""
+    by the same weights are taken once, as far as neither is written in place. With all of a grid these are most of the
+    operations."""
     read: list[Tensor] = []
 
     def remembered(module: nn.Linear) -> Callable[[Tensor], Tensor]:
@@ -216,8 +219,10 @@ def _reading(mixer: Mixer) -> Iterator[list[Tensor]]:
 
         def project(given: Tensor) -> Tensor:
             nonlocal last
-            if last is None or last[0] is not given or last[1] != module.weight._version:
-                last = given, module.weight._version, forward(given)
+            written = [parameter._version for parameter in module.parameters()]
+            if last is None or last[0] is not given or last[1] != written or last[2]._version != last[3]:
+                found = forward(given)
+                last = given, written, found, found._version
             return last[2]
 
         return project

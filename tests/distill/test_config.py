@@ -147,6 +147,7 @@ def test_an_unknown_mixer_names_those_there_are():
 
 def test_an_override_that_is_no_yaml():
     assert message(TINY, "align.steps=[").startswith("align.steps: '[' is not a YAML value (while parsing a flow node")
+    assert message(TINY, "run.dir=\udcff").endswith("is not a YAML value (it is no Unicode text)")
 
 
 @pytest.mark.parametrize("value", ["every:2", "every:3", 0, 1, 0.5, 0.6667, [], [0], [0, -1], [3, 1]])

@@ -6,7 +6,6 @@ import json
 import shutil
 import weakref
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -661,7 +660,7 @@ def test_a_teacher_in_another_precision_while_a_stage_trains(room, tiny_copy, ru
     monkeypatch.setattr(session_module, "teacher_of", remembered)
     monkeypatch.setattr(Session, "measure", measured)
     if not room:  # for two of them in the CPU's memory
-        monkeypatch.setattr(session_module.psutil, "virtual_memory", lambda: SimpleNamespace(available=0))
+        monkeypatch.setattr(session_module, "free_memory", lambda: 0)
     output = run_tiny(tiny_copy, "teacher.training_dtype=float16", until_stage="align")
     assert len(loaded) == (1 if room else 2)
     assert "transfer: done before, reused" in output and "calibrate: done before, reused" in output

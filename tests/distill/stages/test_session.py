@@ -19,7 +19,7 @@ def test_the_teacher_of_training(processes, room, dtype, tmp_path, monkeypatch):
     shared = []
     monkeypatch.setattr(session_module, "share_layers", shared.append)
     if not room:
-        monkeypatch.setattr(session_module.psutil, "virtual_memory", lambda: SimpleNamespace(available=0))
+        monkeypatch.setattr(session_module, "free_memory", lambda: 0)
     options = [f"run.dir={tmp_path}", "teacher.share=true", f"teacher.training_dtype={dtype}", "run.precision=fp32"]
     session = Session(load_recipe(TINY, [*options, "run.device=cpu"]))
     session.accelerator = SimpleNamespace(num_processes=processes, device=torch.device("cpu"))
