@@ -163,7 +163,7 @@ class Session:
         if dtype == settings.dtype and not shares:
             yield
             return
-        aside = None if shares else self._weights_aside()
+        aside, is_back = None if shares else self._weights_aside(), False
         try:
             for parameter in self.teacher.parameters():  # alone: rotary frequencies stay in float32
                 parameter.data = parameter.data.to(getattr(torch, dtype))
@@ -173,11 +173,9 @@ class Session:
             if aside is not None:
                 for parameter, whole in zip(self.teacher.parameters(), aside, strict=True):
                     parameter.data = whole.to(device)
-        except BaseException:
-            aside = None
-            raise
+                is_back = True
         finally:
-            if aside is None:
+            if not is_back:
                 self._loaded = self._held_out = None
                 gc.collect()  # hooks of shared layers refer back to them
             if device.type == "cuda":
