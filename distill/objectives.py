@@ -174,12 +174,6 @@ class Distillation(EndToEnd):
         head, operands = output_head(self.student, check=False), output_head(teacher, check=False).operands(target[-1])
         divergence = partial(linear_kl, *head.operands(found[-1]), *operands, softcap=head.softcap)
         loss, metrics = predictions_loss(divergence, settings, batch)
-        if settings.far_weight > 0:
-            far = far_tokens(teacher, target[-1], batch, settings.far_window, settings.far_share)
-            options = {name: getattr(settings, name) for name in ("divergence", "beta", "temperature")}
-            metrics["far"] = divergence(mask=far, **options)
-            loss = loss + settings.far_weight * metrics["far"]
-            metrics["far"] = metrics["far"].detach()
         if settings.hidden_weight > 0:
             pairs = zip(found, target, strict=True)
             metrics["hidden"] = torch.stack([relative_error(own, wanted) for own, wanted in pairs]).mean()
@@ -337,22 +331,6 @@ def trans_point_pattern(student: HybridForCausalLM) -> tuple:
     and which have but one form."""
     points = student.trans_points
     return tuple((points.index(point), point if point in (0, math.inf) else None) for point in points)
-
-
-@torch.no_grad()
-def far_tokens(
-    teacher: PreTrainedModel, hidden: Tensor, batch: dict[str, Tensor], window: int, share: float
-) -> Tensor:
-    """Which tokens (B, L) the teacher predicts most differently where it sees the last `window` tokens or fewer: of
-    those that see at least half as many, and have more before them, so large a share by the relative change of its
-    last hidden states (B, L, hidden)."""
-    positions = batch["position_ids"]
-    cut = positions % window
-    near = hidden_states(teacher, decoder_inputs(batch | {"position_ids": cut}, teacher), every=False)[-1]
-    change = (hidden - near).float().pow(2).sum(-1) / hidden.float().pow(2).sum(-1)
-    change = torch.where((positions >= window) & (cut >= window // 2), change, -1.0)
-    least = change.flatten().topk(max(1, int(share * change.numel() / 2))).values[-1]
-    return (change >= least) & (change > 0)
 
 
 def predictions_loss(

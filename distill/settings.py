@@ -265,15 +265,6 @@ class DistillConfig(EndToEndConfig):
     hidden_weight: float = setting(
         0.0, "of the hidden states' relative squared error that is added, a mean over layers", minimum=0
     )
-    far_weight: float = setting(
-        0.0,
-        "of the divergence, once more, on the tokens whose predictions depend most on what is further back than "
-        "far_window tokens",
-        minimum=0,
-        added=True,
-    )
-    far_window: int = setting(128, "tokens that are not far", minimum=2, added=True)
-    far_share: float = setting(0.2, "of the tokens that are looked at", above=0, below=1, added=True)
     teacher_cache: str | None = setting(
         None,
         "folder of the teacher's cached predictions, read in its place; `transpoint cache-teacher` writes it",
