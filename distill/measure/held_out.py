@@ -1,5 +1,7 @@
 """Held-out quality: how far a student's next-token distributions are from its teacher's."""
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,6 +15,9 @@ from ..run.seconds import part
 from ..tokenizers import decoded
 
 CHUNK = 512  # tokens whose logits are held at a time
+BATCH = 8192  # tokens that go through a model at a time, padding counted, where one document does not have more
+ALIKE = 0.9  # of the longest document of a batch: the others have at least as many of its tokens
+NONE = -100  # the label of a token that predicts nothing that is here
 
 
 class HeldOut:
@@ -26,15 +31,19 @@ class HeldOut:
         tokenizer: PreTrainedTokenizerBase,
         teacher: PreTrainedModel | None = None,
     ):
-        # One document at a time: a model from elsewhere may not tell packed documents apart in all its layers.
-        self.items = [part for sequence in dataset.spread(sequences) for part in _documents(sequence)]
-        if not any(item["input_ids"].shape[1] > 1 for item in self.items):
+        # Documents in rows of their own: a model from elsewhere may not tell packed ones apart in all its layers.
+        documents = [
+            ids
+            for sequence in dataset.spread(sequences)
+            for ids in _documents(sequence["input_ids"], sequence["position_ids"])
+        ]
+        self.longest = max(len(ids) for ids in documents)
+        if self.longest < 2:
             raise DataError("the held-out sequences hold no token that could be predicted: give longer ones, or more")
-        self.longest = max(item["input_ids"].shape[1] for item in self.items)
-        predicted = (item["input_ids"][0, 1:] for item in self.items)
-        self.bytes = sum(len(decoded(tokenizer, ids).encode()) for ids in predicted)
+        self.bytes = sum(len(decoded(tokenizer, ids[1:]).encode()) for ids in documents)
+        self.batches = [_Batch(batch) for batch in _alike(documents)]
         # Hidden states are small; the teacher's logits come again from them, a chunk at a time.
-        self.targets = [_hidden(teacher, item) for item in self.items] if teacher is not None else None
+        self.targets = [None if teacher is None else batch.hidden(teacher) for batch in self.batches]
         self.teacher = teacher
         self.head = output_head(teacher) if teacher is not None else None
 
@@ -44,29 +53,30 @@ class HeldOut:
         """The model's quality on these sequences. late: how many first tokens of each document `late_kl` leaves out."""
         training, head = model.training, output_head(model)
         model.eval()
-        nll = kl = late_kl = same = 0.0
+        # Sums, on the device: nll, kl, late_kl, same_top.
+        sums = torch.zeros(4, dtype=torch.float64, device=model.device)
         predicted = tokens = late_tokens = 0
-        for i, item in enumerate(self.items):
-            hidden = self.targets[i] if self.targets is not None and model is self.teacher else _hidden(model, item)
-            labels = item["input_ids"][0, 1:]
-            for first in range(0, hidden.shape[0], CHUNK):
+        for batch, wanted in zip(self.batches, self.targets, strict=True):
+            hidden = wanted if wanted is not None and model is self.teacher else batch.hidden(model)
+            for first in range(0, len(hidden), CHUNK):
                 part = slice(first, first + CHUNK)
                 logprobs = head.logits(hidden[part]).log_softmax(-1)
-                target = labels[part].to(logprobs.device)  # the last token predicts nothing that is here
-                nll += F.nll_loss(logprobs[: len(target)], target, reduction="sum").item()
-                predicted += len(target)
-                if self.targets is not None and self.head is not None:
-                    reference = self.head.logits(self.targets[i][part]).log_softmax(-1)
+                labels = batch.labels[part]
+                sums[0] += F.nll_loss(logprobs, labels.to(logprobs.device), ignore_index=NONE, reduction="sum")
+                predicted += int((labels != NONE).sum())
+                if wanted is not None and self.head is not None:
+                    reference = self.head.logits(wanted[part]).log_softmax(-1)
                     p, q = _of_the_same(reference, logprobs.to(reference.device))
                     by_token = F.kl_div(q, p, reduction="none", log_target=True).sum(-1)
-                    kl += by_token.sum().item()
-                    same += (p.argmax(-1) == q.argmax(-1)).sum().item()
+                    sums[1] += by_token.sum()
+                    sums[3] += (p.argmax(-1) == q.argmax(-1)).sum()
                     tokens += len(p)
-                    if late is not None and first + len(p) > late:
-                        by_token = by_token[max(0, late - first) :]
-                        late_kl += by_token.sum().item()
-                        late_tokens += len(by_token)
+                    if late is not None:
+                        is_late = batch.positions[part] >= late
+                        sums[2] += by_token[is_late.to(by_token.device)].sum()
+                        late_tokens += int(is_late.sum())
         model.train(training)
+        nll, kl, late_kl, same = sums.tolist()
         return Quality(
             tokens=predicted,
             perplexity=float(torch.tensor(nll / predicted).exp()),
@@ -78,6 +88,36 @@ class HeldOut:
         )
 
 
+class _Batch:
+    """Documents in rows (B, longest), padded at their end, which what comes before does not see; and of all their
+    tokens, one document after the other, positions and labels (tokens)."""
+
+    def __init__(self, documents: list[Tensor]):
+        self.lengths = [len(ids) for ids in documents]
+        self.ids = torch.nn.utils.rnn.pad_sequence(documents, batch_first=True)
+        self.positions = torch.cat([torch.arange(length) for length in self.lengths])
+        self.labels = torch.cat([F.pad(ids[1:], (0, 1), value=NONE) for ids in documents])
+
+    @torch.no_grad()
+    def hidden(self, model: PreTrainedModel) -> Tensor:
+        """The decoder's last hidden states (tokens, hidden)."""
+        ids = self.ids.to(model.device)
+        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        found = model.get_decoder()(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+        return torch.cat([row[:length] for row, length in zip(found, self.lengths, strict=True)])
+
+
+def _alike(documents: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Documents (L,) in batches of about as long ones."""
+    batch: list[Tensor] = []
+    for ids in sorted(documents, key=len, reverse=True):
+        if batch and (len(ids) < ALIKE * len(batch[0]) or (len(batch) + 1) * len(batch[0]) > BATCH):
+            yield batch
+            batch = []
+        batch.append(ids)
+    yield batch
+
+
 def _of_the_same(reference: Tensor, logprobs: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probabilities (L, tokens) over those tokens that both have: vocabularies may be padded differently."""
     if reference.shape[-1] == logprobs.shape[-1]:
@@ -86,15 +126,7 @@ def _of_the_same(reference: Tensor, logprobs: Tensor) -> tuple[Tensor, Tensor]:
     return reference[:, :width].log_softmax(-1), logprobs[:, :width].log_softmax(-1)
 
 
-@torch.no_grad()
-def _hidden(model: PreTrainedModel, item: dict[str, Tensor]) -> Tensor:
-    """The decoder's last hidden states (L, hidden) of one sequence."""
-    item = {key: value.to(model.device) for key, value in item.items()}
-    return model.get_decoder()(**item, use_cache=False).last_hidden_state[0]
-
-
-def _documents(sequence: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-    """The documents packed into a sequence, each a batch of one."""
-    starts = (sequence["position_ids"] == 0).nonzero().flatten().tolist() + [len(sequence["position_ids"])]
-    spans = zip(starts, starts[1:], strict=False)
-    return [{key: value[None, a:b] for key, value in sequence.items()} for a, b in spans]
+def _documents(input_ids: Tensor, position_ids: Tensor) -> list[Tensor]:
+    """The documents packed into a sequence."""
+    starts = (position_ids == 0).nonzero().flatten().tolist() + [len(position_ids)]
+    return [input_ids[a:b] for a, b in zip(starts, starts[1:], strict=False)]

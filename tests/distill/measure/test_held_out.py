@@ -108,6 +108,25 @@ def test_late_tokens_are_those_after_the_first_of_their_document(
     assert found.late == late and (found.late_kl is None) == (late == LENGTH)
 
 
+@pytest.mark.parametrize(
+    "alike, batch, lengths",
+    [
+        (0.0, 8192, [[23, 17, 15, 8, 1]]),
+        (0.0, 2 * LENGTH, [[23, 17], [15, 8, 1]]),
+        (0.7, 8192, [[23, 17], [15], [8], [1]]),
+        (0.0, 1, [[23], [17], [15], [8], [1]]),
+    ],
+)
+def test_documents_that_go_together_do_not_see_each_other(
+    alike, batch, lengths, dataset, student, teacher, tokenizer, monkeypatch
+):
+    monkeypatch.setattr(held_out, "ALIKE", alike)
+    monkeypatch.setattr(held_out, "BATCH", batch)
+    measured = HeldOut(dataset, 2, tokenizer, teacher)
+    assert [batch.lengths for batch in measured.batches] == lengths
+    check(measured.measure(student, 5), naive(dataset, 2, student, teacher, late=5))
+
+
 def test_without_a_teacher_there_is_no_kl(dataset, student, tokenizer):
     found = HeldOut(dataset, 2, tokenizer).measure(student)
     check(found, naive(dataset, 2, student))
