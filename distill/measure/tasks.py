@@ -11,8 +11,9 @@ import logging
 import os
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def measure_tasks(
         from lm_eval.models.huggingface import HFLM
     except ImportError as error:
         raise _missing(error) from error
-    manager, training, scores = _task_manager(tasks, folder), model.training, []
+    manager, training, scores = _task_manager(tuple(tasks), _absolute(folder)), model.training, []
     with _quiet():
         # A copy, since it is given a padding token where it has none. Logits in bfloat16 would give the same
         # log-probability to answers that differ.
@@ -94,15 +95,16 @@ def check_tasks(tasks: list[str], folder: str | None = None) -> None:
         import lm_eval.tasks  # noqa: F401
     except ImportError as error:
         raise _missing(error) from error
-    _task_manager(tasks, folder)
+    _task_manager(tuple(tasks), _absolute(folder))
 
 
 def _missing(error: ImportError) -> RunError:
     return RunError(f"{error.name or 'lm_eval'} is missing: pip install 'transpoint[eval]'")
 
 
-def _task_manager(tasks: list[str], folder: str | None) -> Any:
-    """The harness's index of tasks, where each of these is."""
+@lru_cache(maxsize=1)  # a run asks before it starts and for each model, and groups take many seconds
+def _task_manager(tasks: tuple[str, ...], folder: str | None) -> Any:
+    """The harness's index of tasks, where each of these is. The folder is absolute."""
     from lm_eval.tasks import TaskManager, __file__ as harness
     from lm_eval.tasks._factory import TaskFactory
 
@@ -125,7 +127,7 @@ def _task_manager(tasks: list[str], folder: str | None) -> Any:
                 manager = TaskManager(include_path=own)
     _refuse_unknown(tasks, manager.all_tasks, folder)
     if folder is not None:
-        place = Path(folder).absolute()
+        place = Path(folder)
 
         class Factory(TaskFactory):
             """Finds data files where `datasets`, which looks in the current directory alone, would not."""
@@ -141,7 +143,11 @@ def _task_manager(tasks: list[str], folder: str | None) -> Any:
     return manager
 
 
-def _refuse_unknown(tasks: list[str], known: list[str], folder: str | None) -> None:
+def _absolute(folder: str | None) -> str | None:
+    return None if folder is None else os.path.abspath(folder)
+
+
+def _refuse_unknown(tasks: Iterable[str], known: list[str], folder: str | None) -> None:
     for task in tasks:
         if task not in known:
             near = difflib.get_close_matches(task, known, n=3)

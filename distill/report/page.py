@@ -9,7 +9,6 @@ import math
 import os
 import re
 import statistics
-import tempfile
 import time
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
@@ -26,7 +25,7 @@ from ..config import SafeLoader
 from ..errors import RunError
 from ..export.card import kinds_in, quality_row
 from ..measure.figures import rows_beside
-from ..run.files import read_json
+from ..run.files import read_json, written_whole
 from ..run.folder import StageFolder
 from ..run.records import Cost, Quality, Recall, StageRecord, number, read_record
 from ..stages.inputs import lineage
@@ -61,15 +60,8 @@ def render(template: str, contents: dict, out: Path) -> Path:
     """Writes a page from a template of this folder; it is whole or not there. Raises RunError where it cannot be."""
     page = _environment().get_template(template).render(contents)
     try:
-        handle, aside = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8", errors="replace") as file:
-                file.write(page)
-            os.chmod(aside, 0o644)
-            os.replace(aside, out)
-        except BaseException:
-            Path(aside).unlink(missing_ok=True)
-            raise
+        with written_whole(out, errors="replace") as file:
+            file.write(page)
     except OSError as error:
         raise RunError(f"the report cannot be written to '{out}': {error.strerror or error}") from error
     return out

@@ -1,11 +1,13 @@
-"""JSON written whole or not at all, hashes, and what an error says in one line."""
+"""Text and JSON written whole or not at all, hashes, and what an error says in one line."""
 
 import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 from uuid import uuid4
 
 
@@ -23,18 +25,25 @@ def read_json(path: Path) -> Any:
         return None
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file whole or not at all; dataclasses, wherever they are in it, as objects."""
-    name = path.with_name(f".{path.name}.{uuid4().hex}")  # not by tempfile, whose files others may not read
+@contextmanager
+def written_whole(path: Path, errors: str = "strict") -> Iterator[TextIO]:
+    """A text file to write, which is at `path` once it is whole and on the disk. errors: of encoding, as in `open`."""
+    aside = path.with_name(f".{path.name}.{uuid4().hex}")  # not by tempfile, whose files others may not read
     try:
-        with name.open("x", encoding="utf-8") as file:
-            json.dump(value, file, indent=1, ensure_ascii=False, default=dataclasses.asdict)
+        with aside.open("x", encoding="utf-8", errors=errors) as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(name, path)
+        os.replace(aside, path)
     except BaseException:
-        name.unlink(missing_ok=True)
+        aside.unlink(missing_ok=True)
         raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file whole or not at all; dataclasses, wherever they are in it, as objects."""
+    with written_whole(path) as file:
+        json.dump(value, file, indent=1, ensure_ascii=False, default=dataclasses.asdict)
 
 
 def sha256(path: Path) -> str:

@@ -209,7 +209,7 @@ def test_an_unknown_task(loaded, folder):
 
 
 def test_no_folder(loaded):
-    with pytest.raises(RunError, match="^there is no folder of tasks 'nowhere'$"):
+    with pytest.raises(RunError, match=r"^there is no folder of tasks '/.*/nowhere'$"):
         measure_tasks(*loaded, ["word"], "nowhere")
 
 
