@@ -1,5 +1,6 @@
 """Held-out quality: how far a student's next-token distributions are from its teacher's."""
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -53,8 +54,7 @@ class HeldOut:
         """The model's quality on these sequences. late: how many first tokens of each document `late_kl` leaves out."""
         training, head = model.training, output_head(model)
         model.eval()
-        # Sums, on the device: nll, kl, late_kl, same_top.
-        sums = torch.zeros(4, dtype=torch.float64, device=model.device)
+        sums = torch.zeros(4, dtype=torch.float64, device=model.device)  # of nll, KL, late KL, same top
         predicted = tokens = late_tokens = 0
         for batch, wanted in zip(self.batches, self.targets, strict=True):
             hidden = wanted if wanted is not None and model is self.teacher else batch.hidden(model)
@@ -68,21 +68,20 @@ class HeldOut:
                     reference = self.head.logits(wanted[part]).log_softmax(-1)
                     p, q = _of_the_same(reference, logprobs.to(reference.device))
                     by_token = F.kl_div(q, p, reduction="none", log_target=True).sum(-1)
-                    sums[1] += by_token.sum()
-                    sums[3] += (p.argmax(-1) == q.argmax(-1)).sum()
+                    is_late = batch.positions[part] >= (math.inf if late is None else late)
+                    late_of = torch.where(is_late.to(by_token.device), by_token, 0.0)
+                    same = p.argmax(-1) == q.argmax(-1)
+                    sums[1:] += torch.stack([by_token.sum(), late_of.sum(), same.sum()]).to(sums)
                     tokens += len(p)
-                    if late is not None:
-                        is_late = batch.positions[part] >= late
-                        sums[2] += by_token[is_late.to(by_token.device)].sum()
-                        late_tokens += int(is_late.sum())
+                    late_tokens += int(is_late.sum())
         model.train(training)
-        nll, kl, late_kl, same = sums.tolist()
+        nll, kl, late_kl, same_top = sums.tolist()
         return Quality(
             tokens=predicted,
             perplexity=float(torch.tensor(nll / predicted).exp()),
             bits_per_byte=nll / self.bytes / 0.6931471805599453,
             kl=kl / tokens if tokens else None,
-            same_top=same / tokens if tokens else None,
+            same_top=same_top / tokens if tokens else None,
             late=late,
             late_kl=late_kl / late_tokens if late_tokens else None,
         )
