@@ -34,6 +34,11 @@ from transpoint.teachers import load_teacher
 
 CHUNK = 4096  # tokens of context run at once
 WARM_UP = 5  # tokens: the first ones compile and record
+HEADER = [
+    "| context | batch | tokens/s, teacher | student | ratio | cache MiB, teacher | student | ratio "
+    "| peak MiB, teacher | student |",
+    "|" + "---|" * 10,
+]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -52,12 +57,13 @@ def main(arguments: list[str] | None = None) -> int:
     points = [str(point) for point in student.trans_points]
     print(f"TransPoints (inf: attention): {', '.join(points)}\n")
     records, models = [], {"teacher": teacher, "student": student}
+    print("\n".join(HEADER), flush=True)
     for batch in options.batch:
         for length in options.length:
             for label, model in models.items():
                 record = measure(model, length, batch, options.tokens, options.static)
                 records.append({"model": label, "length": length, "batch": batch, **record})
-    print("\n".join(table(records)))
+            print(row(*records[-2:]), flush=True)
     generating = {name: generate(model, options.length[0], options.static) for name, model in models.items()}
     told = ", ".join(f"{name} {milliseconds:.2f}" for name, milliseconds in generating.items())
     print(f"\ngenerate, milliseconds a token of one sequence after {options.length[0]:,}: {told}")
@@ -117,22 +123,15 @@ def generate(model: PreTrainedModel, length: int, static: bool) -> float:
     return 1e3 * (seconds[144] - seconds[16]) / 128
 
 
-def table(records: list[dict]) -> list[str]:
-    """Markdown: one row for each context and batch, the teacher's figures, the student's, and their ratios."""
-    lines = [
-        "| context | batch | tokens/s, teacher | student | ratio | cache MiB, teacher | student | ratio "
-        "| peak MiB, teacher | student |",
-        "|" + "---|" * 10,
-    ]
-    for teacher, student in zip(records[::2], records[1::2], strict=True):
-        cells = [f"{teacher['length']:,}", str(teacher["batch"])]
-        cells += [f"{record['tokens_per_second']:,.0f}" for record in (teacher, student)]
-        cells.append(f"{student['tokens_per_second'] / teacher['tokens_per_second']:.2f}")
-        cells += [f"{record['cache_bytes'] / 2**20:,.1f}" for record in (teacher, student)]
-        cells.append(f"{teacher['cache_bytes'] / student['cache_bytes']:.2f}")
-        cells += ["-" if r["peak_bytes"] is None else f"{r['peak_bytes'] / 2**20:,.0f}" for r in (teacher, student)]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+def row(teacher: dict, student: dict) -> str:
+    """Of Markdown, for a context and batch: the teacher's figures, the student's, and their ratios."""
+    cells = [f"{teacher['length']:,}", str(teacher["batch"])]
+    cells += [f"{record['tokens_per_second']:,.0f}" for record in (teacher, student)]
+    cells.append(f"{student['tokens_per_second'] / teacher['tokens_per_second']:.2f}")
+    cells += [f"{record['cache_bytes'] / 2**20:,.1f}" for record in (teacher, student)]
+    cells.append(f"{teacher['cache_bytes'] / student['cache_bytes']:.2f}")
+    cells += ["-" if r["peak_bytes"] is None else f"{r['peak_bytes'] / 2**20:,.0f}" for r in (teacher, student)]
+    return f"| {' | '.join(cells)} |"
 
 
 def _prompt(model: PreTrainedModel, length: int) -> torch.Tensor:

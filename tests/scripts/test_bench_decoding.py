@@ -32,4 +32,4 @@ def test_ratios_are_of_the_student_to_the_teacher(bench):
     common = {"length": 10, "batch": 1}
     teacher = common | {"tokens_per_second": 10.0, "cache_bytes": 4 * 2**20, "peak_bytes": 3 * 2**20}
     student = common | {"tokens_per_second": 30.0, "cache_bytes": 2 * 2**20, "peak_bytes": 2**20}
-    assert bench.table([teacher, student])[2] == "| 10 | 1 | 10 | 30 | 3.00 | 4.0 | 2.0 | 2.00 | 3 | 1 |"
+    assert bench.row(teacher, student) == "| 10 | 1 | 10 | 30 | 3.00 | 4.0 | 2.0 | 2.00 | 3 | 1 |"
