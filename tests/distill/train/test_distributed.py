@@ -27,17 +27,26 @@ SMALL = (
     *(f"{stage}.{key}" for stage in ("align", "distill") for key in ("steps=4", "log_every=1", "checkpoint_every=2")),
     "align.micro_batch_size=1",  # two of them make a step of one of two processes
 )
+SCRATCH = (
+    "teacher.source=scratch-llama",
+    "teacher.sizes={hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2}",
+    "student.keep_attention=[1]",
+    "run.precision=fp32",
+    "data.max_train_tokens=4000",
+    "data.max_heldout_tokens=500",
+    *(f"train.{key}" for key in ("steps=4", "log_every=1", "checkpoint_every=2", "micro_batch_size=1")),
+)
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 pytestmark = pytest.mark.slow
 
 
-def losses(folder):
-    return [line["loss"] for stage in ("align", "distill") for line in metrics(folder, stage)]
+def losses(folder, stages=("align", "distill")):
+    return [line["loss"] for stage in stages for line in metrics(folder, stage)]
 
 
-def assert_same(folder, alone):
-    assert losses(folder) == pytest.approx(losses(alone), abs=1e-4)
-    found, wanted = (load_file(run / "distill" / "student" / "model.safetensors") for run in (folder, alone))
+def assert_same(folder, alone, stages=("align", "distill")):
+    assert losses(folder, stages) == pytest.approx(losses(alone, stages), abs=1e-4)
+    found, wanted = (load_file(run / stages[-1] / "student" / "model.safetensors") for run in (folder, alone))
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():  # Adam's first steps are of the size lr whatever the gradient's rounding
         torch.testing.assert_close(found[name], tensor, atol=1e-3, rtol=0)
@@ -78,9 +87,10 @@ def kill_all(process):
 
 @pytest.fixture(scope="session")
 def runs(run_tiny, tmp_path_factory):
-    """A run folder for each name: one process ("alone"), two under every engine, two that go on where one stopped in
-    distill ("resumed ENGINE"), two that share a teacher (under DDP; under FSDP2, unless resumed, they do anyway), with
-    what they printed. Of the others, DDP's alone transfer and calibrate themselves. Only to be read."""
+    """A run folder for each name, with what the run printed: one process ("alone"), two under every engine, two that go
+    on where one stopped in distill ("resumed ENGINE"), two that share a teacher (under DDP; under FSDP2, unless
+    resumed, they do anyway), and without a teacher ("scratch alone", "scratch ENGINE"). Of those beside "alone", DDP's
+    alone transfer and calibrate themselves. Only to be read."""
     root = tmp_path_factory.mktemp("distributed")
     taken = []
 
@@ -99,19 +109,26 @@ def runs(run_tiny, tmp_path_factory):
         jobs[f"resumed {engine}"] = engine
         shutil.copytree(root / "alone", root / f"resumed {engine}")
     run_tiny(root / "alone", *SMALL, until_stage="distill")
-    shared = ("shared teacher", "fsdp2")
-    command = ["run", "configs/tiny.yaml", *SMALL, "--until", "distill"]
+    run_tiny(root / "scratch alone", *SCRATCH, until_stage="train")
+    command = ["run", "configs/tiny.yaml"]
+    arguments = {
+        name: [*command, *SMALL, "--until", "distill", f"teacher.share={name in ('shared teacher', 'fsdp2')}"]
+        for name in jobs
+    }
+    for engine in ("ddp", "fsdp2"):
+        jobs[f"scratch {engine}"] = engine
+        arguments[f"scratch {engine}"] = [*command, *SCRATCH, "--until", "train"]
     outputs = run_all(
         [
             {
                 "engine": engine,
-                "arguments": [*command, f"run.dir={root / name}", f"teacher.share={name in shared}"],
+                "arguments": [*arguments[name], f"run.dir={root / name}"],
                 "log": root / f"{name}.log",
             }
             for name, engine in jobs.items()
         ]
     )
-    return {"alone": (root / "alone", "")} | {
+    return {name: (root / name, "") for name in ("alone", "scratch alone")} | {
         name: (root / name, output) for name, output in zip(jobs, outputs, strict=True)
     }
 
@@ -126,6 +143,13 @@ def test_two_processes_train_as_one(engine, runs):
     said = re.findall(r"\(([a-z, ]+) sharded\)", " ".join(output.split()))
     assert said == ([shares[engine]] * 2 if engine in shares else [])  # in both stages
     assert_same(folder, runs["alone"][0])
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_two_processes_train_from_scratch_as_one(engine, runs):
+    folder, output = runs[f"scratch {engine}"]
+    assert "2 processes" in output
+    assert_same(folder, runs["scratch alone"][0], ("train",))
 
 
 def test_a_teacher_that_processes_hold_together_teaches_the_same(runs):
