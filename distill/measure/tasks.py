@@ -58,7 +58,7 @@ def measure_tasks(
         from lm_eval.models.huggingface import HFLM
     except ImportError as error:
         raise _missing(error) from error
-    manager, training, scores = _task_manager(tuple(tasks), _absolute(folder)), model.training, []
+    manager, training, scores = _task_manager(tasks, folder), model.training, []
     with _quiet():
         # A copy, since it is given a padding token where it has none. Logits in bfloat16 would give the same
         # log-probability to answers that differ.
@@ -95,21 +95,28 @@ def check_tasks(tasks: list[str], folder: str | None = None) -> None:
         import lm_eval.tasks  # noqa: F401
     except ImportError as error:
         raise _missing(error) from error
-    _task_manager(tuple(tasks), _absolute(folder))
+    _task_manager(tasks, folder)
 
 
 def _missing(error: ImportError) -> RunError:
     return RunError(f"{error.name or 'lm_eval'} is missing: pip install 'transpoint[eval]'")
 
 
+def _task_manager(tasks: list[str], folder: str | None) -> Any:
+    """The harness's index of tasks, where each of these is."""
+    if folder is not None and not os.path.isdir(folder):
+        raise RunError(f"there is no folder of tasks '{folder}'")
+    files = sorted(Path(folder).rglob("*.yaml")) if folder is not None else []
+    written = tuple((path, path.lstat().st_mtime_ns) for path in files)
+    return _index(tuple(tasks), folder, os.getcwd(), written)
+
+
 @lru_cache(maxsize=1)  # a run asks before it starts and for each model, and groups take many seconds
-def _task_manager(tasks: tuple[str, ...], folder: str | None) -> Any:
-    """The harness's index of tasks, where each of these is. The folder is absolute."""
+def _index(tasks: tuple[str, ...], folder: str | None, *depends_on: Any) -> Any:
+    """As `_task_manager`. depends_on: what else the answer does, so that it is made anew where that is another."""
     from lm_eval.tasks import TaskManager, __file__ as harness
     from lm_eval.tasks._factory import TaskFactory
 
-    if folder is not None and not os.path.isdir(folder):
-        raise RunError(f"there is no folder of tasks '{folder}'")
     own = [folder] if folder is not None else []
     with _quiet():
         manager = TaskManager(include_path=own, include_defaults=False)
@@ -127,7 +134,7 @@ def _task_manager(tasks: tuple[str, ...], folder: str | None) -> Any:
                 manager = TaskManager(include_path=own)
     _refuse_unknown(tasks, manager.all_tasks, folder)
     if folder is not None:
-        place = Path(folder)
+        place = Path(folder).absolute()
 
         class Factory(TaskFactory):
             """Finds data files where `datasets`, which looks in the current directory alone, would not."""
@@ -141,10 +148,6 @@ def _task_manager(tasks: tuple[str, ...], folder: str | None) -> Any:
 
         manager._factory = Factory()
     return manager
-
-
-def _absolute(folder: str | None) -> str | None:
-    return None if folder is None else os.path.abspath(folder)
 
 
 def _refuse_unknown(tasks: Iterable[str], known: list[str], folder: str | None) -> None:
