@@ -33,11 +33,7 @@ class HeldOut:
         teacher: PreTrainedModel | None = None,
     ):
         # Documents in rows of their own: a model from elsewhere may not tell packed ones apart in all its layers.
-        documents = [
-            ids
-            for sequence in dataset.spread(sequences)
-            for ids in _documents(sequence["input_ids"], sequence["position_ids"])
-        ]
+        documents = [ids for sequence in dataset.spread(sequences) for ids in _documents(sequence)]
         self.longest = max(len(ids) for ids in documents)
         if self.longest < 2:
             raise DataError("the held-out sequences hold no token that could be predicted: give longer ones, or more")
@@ -125,7 +121,7 @@ def _of_the_same(reference: Tensor, logprobs: Tensor) -> tuple[Tensor, Tensor]:
     return reference[:, :width].log_softmax(-1), logprobs[:, :width].log_softmax(-1)
 
 
-def _documents(input_ids: Tensor, position_ids: Tensor) -> list[Tensor]:
-    """The documents packed into a sequence."""
-    starts = (position_ids == 0).nonzero().flatten().tolist() + [len(position_ids)]
-    return [input_ids[a:b] for a, b in zip(starts, starts[1:], strict=False)]
+def _documents(sequence: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    """The documents (L,) packed into a sequence."""
+    starts = (sequence["position_ids"] == 0).nonzero().flatten()
+    return sequence["input_ids"].tensor_split(starts[1:])

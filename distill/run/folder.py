@@ -14,7 +14,6 @@ A stage is reused while everything in its stage.json is as the recipe asks, its 
 """
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ..errors import RunError
-from .files import read_json, write_json
+from .files import read_json, write_json, written_whole
 from .identity import identity, started
 from .records import StageRecord, read_record
 
@@ -137,9 +136,8 @@ def truncate_log(path: Path, last_step: int) -> list[dict]:
         return []
     lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.endswith("}")]
     kept = [line for line in lines if json.loads(line)["step"] <= last_step]
-    aside = path.with_name(f".{path.name}")
-    aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    os.replace(aside, path)
+    with written_whole(path) as file:
+        file.writelines(line + "\n" for line in kept)
     return [json.loads(line) for line in kept]
 
 

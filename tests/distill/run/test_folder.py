@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given, strategies as st
 
 from transpoint.distill.errors import RunError
-from transpoint.distill.run import folder as run
 from transpoint.distill.run.files import read_json, write_json
 from transpoint.distill.run.folder import StageFolder, truncate_log
 from transpoint.distill.run.identity import file_identity, identity
@@ -166,12 +165,12 @@ def test_a_failed_write_leaves_the_old_file(failure, tmp_path, monkeypatch):
     if failure == "value":
         value, expected = {"new": object()}, TypeError
     elif failure == "disk":
-        monkeypatch.setattr(run.os, "fsync", fail(OSError(28, "No space left on device")))
+        monkeypatch.setattr(os, "fsync", fail(OSError(28, "No space left on device")))
     elif failure == "move":
-        monkeypatch.setattr(run.os, "replace", fail(OSError(13, "Permission denied")))
+        monkeypatch.setattr(os, "replace", fail(OSError(13, "Permission denied")))
     else:
         expected = KeyboardInterrupt
-        monkeypatch.setattr(run.os, "fsync", fail(KeyboardInterrupt()))
+        monkeypatch.setattr(os, "fsync", fail(KeyboardInterrupt()))
     with pytest.raises(expected):
         write_json(path, value)
     assert read_json(path) == {"old": 1} and [p.name for p in tmp_path.iterdir()] == ["done.json"]

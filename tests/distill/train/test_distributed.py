@@ -20,20 +20,17 @@ from safetensors.torch import load_file
 from forked import ROOT, run_all
 from run_files import metrics
 
+FEW = ("run.precision=fp32", "data.max_train_tokens=4000", "data.max_heldout_tokens=500")
 SMALL = (
-    "run.precision=fp32",
-    "data.max_train_tokens=4000",
-    "data.max_heldout_tokens=500",
+    *FEW,
     *(f"{stage}.{key}" for stage in ("align", "distill") for key in ("steps=4", "log_every=1", "checkpoint_every=2")),
     "align.micro_batch_size=1",  # two of them make a step of one of two processes
 )
 SCRATCH = (
+    *FEW,
     "teacher.source=scratch-llama",
     "teacher.sizes={hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2}",
     "student.keep_attention=[1]",
-    "run.precision=fp32",
-    "data.max_train_tokens=4000",
-    "data.max_heldout_tokens=500",
     *(f"train.{key}" for key in ("steps=4", "log_every=1", "checkpoint_every=2", "micro_batch_size=1")),
 )
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
@@ -110,19 +107,19 @@ def runs(run_tiny, tmp_path_factory):
         shutil.copytree(root / "alone", root / f"resumed {engine}")
     run_tiny(root / "alone", *SMALL, until_stage="distill")
     run_tiny(root / "scratch alone", *SCRATCH, until_stage="train")
-    command = ["run", "configs/tiny.yaml"]
-    arguments = {
-        name: [*command, *SMALL, "--until", "distill", f"teacher.share={name in ('shared teacher', 'fsdp2')}"]
-        for name in jobs
-    }
-    for engine in ("ddp", "fsdp2"):
-        jobs[f"scratch {engine}"] = engine
-        arguments[f"scratch {engine}"] = [*command, *SCRATCH, "--until", "train"]
+    scratch = {f"scratch {engine}": engine for engine in ("ddp", "fsdp2")}
+
+    def arguments(name):
+        if name in scratch:
+            return [*SCRATCH, "--until", "train"]
+        return [*SMALL, "--until", "distill", f"teacher.share={name in ('shared teacher', 'fsdp2')}"]
+
+    jobs |= scratch
     outputs = run_all(
         [
             {
                 "engine": engine,
-                "arguments": [*arguments[name], f"run.dir={root / name}"],
+                "arguments": ["run", "configs/tiny.yaml", *arguments(name), f"run.dir={root / name}"],
                 "log": root / f"{name}.log",
             }
             for name, engine in jobs.items()
