@@ -55,9 +55,10 @@ class StateLayer(CacheLayerMixin):
             self.seen, self.fixed = torch.tensor(self.seen, device=ssm_state.device), True
             mark_static(self)
 
-    def decay_by(self, log_decay: Tensor) -> None:
-        """Counts what more tokens leave of a state; only where it is `mergeable`."""
-        self.log_decay = log_decay if self.log_decay is None else self.log_decay + log_decay
+    def decay_by(self, log_decay: Tensor | None) -> None:
+        """Counts what more tokens leave of a state, if that is a factor; only where it is `mergeable`."""
+        if log_decay is not None:
+            self.log_decay = log_decay if self.log_decay is None else self.log_decay + log_decay
 
     @property
     def log_left(self) -> Tensor | None:

@@ -115,6 +115,18 @@ def _state_space(least: int, kernel: int, activation: str | None, gate: bool, no
     }
 
 
+def _window(feature_map: str | None) -> dict:
+    """The options of a window beside a state."""
+    return {
+        "window": Option(64, "how many last tokens attention sees", 1),
+        "sinks": Option(4, "how many first tokens of a document attention sees, too", 0),
+        "feature_map": Option(
+            feature_map, "of keys and queries for the state: softmax (Hedgehog's) or null", choices=(None, "softmax")
+        ),
+        "window_drop": Option(0.0, "how often, in training, a layer goes without its window for a sequence", 0, 1),
+    }
+
+
 def _without_queries(options: dict) -> dict:
     """Without what is about B and C, which come from keys and queries."""
     return {name: option for name, option in options.items() if name not in ("rope", "qk_norm")}
@@ -194,15 +206,14 @@ MIXERS: dict[str, MixerKind] = {
         "window + Mamba-2",
         "W",
         "window_mamba2.WindowMamba2Mixer",
-        {
-            "window": Option(64, "how many last tokens attention sees", 1),
-            "sinks": Option(4, "how many first tokens of a document attention sees, too", 0),
-            "feature_map": Option(
-                "softmax", "of keys and queries for the state: softmax (Hedgehog's) or null", choices=(None, "softmax")
-            ),
-            "window_drop": Option(0.0, "how often, in training, a layer goes without its window for a sequence", 0, 1),
-            **_state_space(least=0, kernel=0, activation=None, gate=True, norm=True, rope=True),
-        },
+        {**_window("softmax"), **_state_space(least=0, kernel=0, activation=None, gate=True, norm=True, rope=True)},
+        check=_convolution,
+    ),
+    "window_gdn": MixerKind(
+        "window + gated DeltaNet",
+        "G",
+        "window_gated_delta.WindowGatedDeltaMixer",
+        {**_window(None), **_state_space(least=0, kernel=0, activation=None, gate=True, norm=None, rope=True)},
         check=_convolution,
     ),
     # The options are also of kept attention, which becomes this where one of them is set.

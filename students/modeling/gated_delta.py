@@ -21,7 +21,8 @@ except ImportError:  # the plain reference, which travels beside this file
     from .delta_reference import delta_scan, delta_step  # type: ignore[no-redef]
 
 NORM_EPS = 1e-6  # of keys and queries, as in transformers' Qwen3-Next
-STRENGTH = 0.1  # how much of what is held under its key a token replaces, until `calibrate` has found it
+STRENGTH = 0.1  # how much of what is held under its key a token replaces, until `calibrate` has found it,
+STRENGTHS = (0.03, 0.1, 0.3, 0.8)  # among these
 
 
 class GatedDeltaMixer(FusedProjection):
@@ -50,7 +51,8 @@ class GatedDeltaMixer(FusedProjection):
     """
 
     exact: ClassVar[tuple[str, ...]] = ("A_log", "dt_bias")
-    strengths: ClassVar[tuple[float, ...]] = (0.03, 0.1, 0.3, 0.8)
+    strengths: ClassVar[tuple[float, ...]] = STRENGTHS
+    products: ClassVar[int] = 3  # what the state holds under a key is read, too
     rates: ClassVar[tuple[float, float]] = (1e-6, 16.0)  # from 0 on, as flash-linear-attention starts it
 
     def __init__(
@@ -103,13 +105,13 @@ class GatedDeltaMixer(FusedProjection):
         v, k, q = (part.unflatten(-1, (H, -1)) for part in vkq.chunk(3, dim=-1))
         rotary = position_embeddings if self.rope else None
         # Back in v's dtype, as in released layers: kernels multiply matrices in the widest that they are given.
-        k, q = (_unit(self.place(t, norm, rotary)).to(v.dtype) for t, norm in ((k, self.k_norm), (q, self.q_norm)))
+        k, q = (unit(self.place(t, norm, rotary)).to(v.dtype) for t, norm in ((k, self.k_norm), (q, self.q_norm)))
         b = b if self.b_bias is None else b + self.b_bias
         if padding is not None:  # it neither decays nor changes the state
             a, b = (t.masked_fill(padding, PADDING_STEP) for t in (a, b))
-        g = -self.A_log.float().exp() * F.softplus(a.to(_precise(a)) + self.dt_bias)
-        where = (None if memory is None else memory.ssm_state, stepping, memory is not None, seq_idx)
-        y, state = _recur(q, k, v, g, b.to(_precise(b)).sigmoid(), *where)
+        g, beta = decay_and_strength(a, b, self.A_log, self.dt_bias)
+        state = None if memory is None else memory.ssm_state
+        y, state = recur(q, k, v, g, beta, state, stepping, memory is not None, seq_idx)
         if memory is not None:
             memory.advance(conv_state, state, length, memory.tokens_after(length, pads))
         z = z if self.z_bias is None else z + self.z_bias
@@ -167,23 +169,20 @@ class GatedDeltaMixer(FusedProjection):
         elif self.opens is not None:
             self.in_proj.weight[-self.num_heads :] = logits[:, None].to(self.opens) * self.opens
 
-    def flops(self, length: int) -> float:
-        # To the two products with the state that Mamba-2 has comes one: what it holds under a key.
-        taps = 2.0 * self.conv1d.weight.numel()  # type: ignore[union-attr]
-        return 1.5 * (super().flops(length) - taps) + taps
 
-
-def _precise(t: Tensor) -> torch.dtype:
-    return torch.promote_types(t.dtype, torch.float32)
-
-
-def _unit(t: Tensor) -> Tensor:
+def unit(t: Tensor) -> Tensor:
     """Vectors (..., P) of length 1."""
     t = t.to(_precise(t))
     return t * torch.rsqrt(t.square().sum(-1, keepdim=True) + NORM_EPS)
 
 
-def _recur(q, k, v, g, beta, state, stepping: bool, remember: bool, seq_idx) -> tuple[Tensor, Tensor | None]:
+def decay_and_strength(a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor) -> tuple[Tensor, Tensor]:
+    """The logarithm of a token's decay, and how much of what is held under its key it replaces, (B,L,H) as a and b."""
+    g = -A_log.float().exp() * F.softplus(a.to(_precise(a)) + dt_bias)
+    return g, b.to(_precise(b)).sigmoid()
+
+
+def recur(q, k, v, g, beta, state, stepping: bool, remember: bool, seq_idx) -> tuple[Tensor, Tensor | None]:
     """What the recurrence reads from `state` on (B,L,H,P), and with `remember` the state after the last token."""
     if stepping:
         state = state.to(v.device)
@@ -192,3 +191,7 @@ def _recur(q, k, v, g, beta, state, stepping: bool, remember: bool, seq_idx) -> 
     if remember:
         return delta_scan(q, k, v, g, beta, **options, return_final_state=True)
     return delta_scan(q, k, v, g, beta, **options), None
+
+
+def _precise(t: Tensor) -> torch.dtype:
+    return torch.promote_types(t.dtype, torch.float32)

@@ -82,11 +82,14 @@ class Projections(Mixer):
             mask = (column <= row) & (column > row - (self.window or held))
             if real is not None:  # padding sees itself, as a softmax over nothing would be no number
                 mask = (mask & real[:, None, None]) | (column == row)
-        if queries == 1:  # query heads that share a key are as queries of one head
-            q = q.view(len(q), self.num_kv_heads, self.num_heads // self.num_kv_heads, -1)
-            y = F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2), mask, scale=self.scale)
-            return y.reshape(len(q), 1, -1)
-        return self._softmax(q, k, v, mask)
+        return self._one(q, k, v, mask) if queries == 1 else self._softmax(q, k, v, mask)
+
+    def _one(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Attention (B,1,H*P) of one query a row to all keys, or those where mask (B,1,1,S) is true: query heads that
+        share a key are as queries of one head, and no key is copied."""
+        q = q.view(len(q), self.num_kv_heads, self.num_heads // self.num_kv_heads, -1)
+        y = F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2), mask, scale=self.scale)
+        return y.reshape(len(q), 1, -1)
 
     def _by_document(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents, until: int) -> Tensor:
         """The same (B,L,H*P) over the first `until` tokens of each packed document."""

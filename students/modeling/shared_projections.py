@@ -26,6 +26,7 @@ class SharedProjections(Projections, StateSpace):
         norm: whether that is RMS-normalised, one head at a time.
         rope: whether B and C take the teacher's rotary embedding.
         qk_norm: whether B and C take the teacher's k/q norms, where it has them.
+        skip: whether there is a term D x beside what the state gives.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class SharedProjections(Projections, StateSpace):
         rope: bool,
         qk_norm: bool,
         norm_eps: float,
+        skip: bool = True,
     ):
         super().__init__(attention, geometry, conv_activation, gate, rope, norm_eps)
         self.add_projections(attention, geometry)
@@ -49,7 +51,7 @@ class SharedProjections(Projections, StateSpace):
         self.shared = not conv_kernel and placed and self.qk_norm == normed
 
         self.dt_proj = WidenedLinear(geometry.hidden_size, self.num_heads, bias=False)
-        self.add_recurrence(conv_kernel, norm)
+        self.add_recurrence(conv_kernel, norm, skip)
         self.z_proj = nn.Linear(geometry.hidden_size, self.num_heads * self.head_dim) if gate else None
         if self.z_proj is not None:
             nn.init.constant_(self.z_proj.bias, GATE_OPEN)
@@ -79,8 +81,12 @@ class SharedProjections(Projections, StateSpace):
         if not self.shared:
             x, B, C, _ = self._inputs(q, k, x, position_embeddings, seq_idx=seq_idx)
         B, C = self.features(B, C)
-        read, _ = self._recur(x, self.dt_proj(hidden), B, C, None, False, False, seq_idx)
+        read, _ = self._recur(x, self.steps(hidden), B, C, None, False, False, seq_idx)
         return self._gate_and_norm(read.flatten(2), None if self.z_proj is None else self.z_proj(hidden))
+
+    def steps(self, hidden: Tensor) -> Tensor:
+        """What tells of each token (B,L,...) how it is written, as `_recur` takes it, padding being `PADDING_STEP`."""
+        return self.dt_proj(hidden)
 
     def features(self, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
         """What of keys B (B,L,K,P) and queries C (B,L,H,P) the state is written and read by."""

@@ -58,9 +58,11 @@ class StateSpace(Mixer):
     All have dt_bias and A_log, D, conv1d and norm (or None for these), and q_norm and k_norm (or None).
 
     rates: between which -A starts, where it is trained from scratch.
+    products: with the state, that each token takes: it is written and read.
     """
 
     rates: ClassVar[tuple[float, float]] = (1.0, 16.0)
+    products: ClassVar[int] = 2
 
     exact: ClassVar[tuple[str, ...]] = ("A_log", "dt_bias", "D")
     apart = ("conv1d", "norm")
@@ -160,7 +162,7 @@ class StateSpace(Mixer):
     def flops(self, length: int) -> float:
         taps = self.conv1d.weight.numel() if self.conv1d is not None else 0
         read = state_flops(self.num_heads, self.head_dim * self.state_size, length, self.trans_point)
-        return read + (2.0 * taps if read else 0.0)
+        return read * self.products / 2 + (2.0 * taps if read else 0.0)
 
     def state_bytes(self) -> int:
         return 4 * self.num_heads * self.head_dim * self.state_size
@@ -201,9 +203,9 @@ class StateSpace(Mixer):
             return ssd_scan(x, dt, A, B, C, **options, return_final_state=True)
         return ssd_scan(x, dt, A, B, C, **options), None
 
-    def log_decay(self, dt: Tensor) -> Tensor:
+    def log_decay(self, dt: Tensor) -> Tensor | None:
         """The logarithm of what tokens with these dt (B,L,steps), as `_recur` takes them, leave of a state before them:
-        (B,H,1,1), which multiplies the state once it is exponentiated."""
+        (B,H,1,1), which multiplies the state once it is exponentiated. None: there is no such factor."""
         steps = nn.functional.softplus(dt.float() + self.dt_bias.float()).sum(1)
         return (-torch.exp(self.A_log.float()) * steps)[..., None, None]
 

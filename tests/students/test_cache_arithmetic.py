@@ -140,6 +140,7 @@ CASES = {
     "gdn": {"mixer": "gdn"},
     "s4d": {"mixer": "s4d"},
     "window and state": {"mixer": "window_mamba2", "window": 4},
+    "window and delta rule": {"mixer": "window_gdn", "window": 4},
     "transmamba": {"mixer": "transmamba", "trans_points": [0, 3, "inf", 20]},
 }
 

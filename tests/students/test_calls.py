@@ -17,7 +17,7 @@ from transpoint.students.modeling.configuration_hybrid import OLDEST
 
 pytestmark = pytest.mark.stack
 
-MIXERS = ("mamba2", "transmamba", "window_mamba2", "gdn", "mamba1", "s4d", "softmax")
+MIXERS = ("mamba2", "transmamba", "window_mamba2", "window_gdn", "gdn", "mamba1", "s4d", "softmax")
 
 
 @pytest.fixture(params=MIXERS)

@@ -16,6 +16,7 @@ PLANS = [
     {"mixer": "gdn"},
     {"mixer": "gdn", "gate_bias": True},
     {"mixer": "window_mamba2", "window": 4},
+    {"mixer": "window_gdn", "window": 4},
     {"keep_attention": 1.0},
     {"mixer": "mamba1"},
     {"mixer": "mamba1", "selection": "x"},

@@ -19,6 +19,8 @@ OF = {
     "norms": {"family": "qwen3", "mixer": "gdn"},
     "s4d": {"mixer": "s4d", "state_size": 8},
     "Mamba-1": {"mixer": "mamba1"},
+    "window": {"mixer": "window_mamba2", "window": 5, "sinks": 2},
+    "window, without sinks": {"mixer": "window_gdn", "window": 3, "sinks": 0, "keep_attention": ()},
     "past its TransPoints": {"keep_attention": (), "mixer": "transmamba", "trans_points": 4},
 }
 students = pytest.mark.parametrize("options", OF.values(), ids=OF.keys())
@@ -114,7 +116,7 @@ def test_tensors_stay_where_they_are_once_the_prompt_is_read(make_student, optio
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["mamba2", "past its TransPoints"])
+@pytest.mark.parametrize("kind", ["mamba2", "past its TransPoints", "window"])
 def test_a_step_is_compiled_once_and_whole(make_student, kind):
     student = make_student(**OF[kind], sizes={"num_hidden_layers": 2}).float()
     how = CompileConfig(fullgraph=True, backend="eager", mode=None)
@@ -152,13 +154,13 @@ def test_a_cache_is_continued_more_than_once(make_student, options, tmp_path):
 @pytest.mark.parametrize(
     "options, reason",
     [
-        ({"mixer": "window_mamba2"}, "a layer of window_mamba2 has no static memory"),
+        ({"mixer": "softmax"}, "a layer of softmax has no static memory"),
         (
             {"mixer": "transmamba", "trans_points": 6},
             "the shortest prompt has 5 tokens, and the last TransPoint is at 6",
         ),
     ],
-    ids=["window", "before its TransPoints"],
+    ids=["growing", "before its TransPoints"],
 )
 def test_where_it_cannot_be_a_growing_one_is_taken_and_it_is_said(make_student, options, reason, caplog):
     student = make_student(**options)
@@ -167,7 +169,7 @@ def test_where_it_cannot_be_a_growing_one_is_taken_and_it_is_said(make_student, 
     assert torch.equal(found, generate(student, *left_padded()))
     said = [record.getMessage() for record in caplog.records]
     assert f"cache_implementation='static': {reason}; the cache that grows is taken instead" in said
-    if "window" not in reason:
+    if "memory" not in reason:
         with pytest.raises(ValueError, match=f"^a static cache was passed, but {reason}: pass new_cache.. without"):
             generate(student, *left_padded(), past_key_values=student.new_cache(max_cache_len=LENGTH))
     else:

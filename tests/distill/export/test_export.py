@@ -331,7 +331,7 @@ save_file({name: tensor.contiguous() for name, tensor in found.items()}, scratch
         ("qwen3", {"mixer": "transmamba", "trans_points": [0, "inf", 14, 30]}),
         ("mistral", {"mixer": "transmamba", "trans_points": 20, **ALL_PARTS}),
         ("qwen2", {"mixer": "window_mamba2", "window": 6, "feature_map": "softmax"}),
-        ("qwen2", {"mixer": "gdn", "gate_bias": True}),
+        ("qwen2", {"mixer": "window_gdn", "window": 6}),
         ("qwen2", {"mixer": "s4d", "state_size": 8}),
         ("qwen2", {"mixer": "mamba1"}),
     ],

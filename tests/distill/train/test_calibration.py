@@ -238,7 +238,7 @@ def test_only_decay_step_and_norm_change():
     assert not any(mixer.out_proj._forward_pre_hooks for mixer in filter(None, student.mixer_layers()))
 
 
-@pytest.mark.parametrize("mixer", ["mamba2", "mamba1", "gdn", "window_mamba2"])
+@pytest.mark.parametrize("mixer", ["mamba2", "mamba1", "gdn", "window_mamba2", "window_gdn"])
 def test_what_was_found_is_kept_and_set_in_another_student(mixer, tmp_path):
     teacher, calibrated = make(mixer=mixer)
     _, other = make(mixer=mixer)

@@ -30,7 +30,7 @@ MIXERS = {
     "mamba2": {"gate_bias": True},  # else nothing but the gate has a gradient at first
     "mamba1": {},
     "transmamba": {"trans_points": SCHEDULE},
-    "window_mamba2": {"window": 6, "sinks": 2},
+    "window_gdn": {"window": 6, "sinks": 2, "feature_map": "softmax"},
     "gdn": {},
     "s4d": {"state_size": 8},
     "softmax": {"attention_window": 6, "attention_positions": False},
@@ -111,7 +111,7 @@ def share_of_attention(points, batch):
 @pytest.mark.parametrize(
     ("kind", "mixer", "backend"),
     [
-        ("align", "window_mamba2", "eager"),
+        ("align", "window_gdn", "eager"),
         ("distill", "transmamba", "aot_eager"),
         ("hidden", "mamba2", "eager"),
     ],

@@ -18,12 +18,13 @@ from hypothesis import given, settings, strategies as st
 
 from transpoint.distill.train.calibration import calibrate
 from transpoint.students import HybridCache, HybridForCausalLM, StudentConfig, build_student
-from transpoint.students.modeling import window_mamba2
+from transpoint.students.modeling import window
 from transpoint.teachers import attention_view
 from transpoint.teachers.random import random_teacher
 
 pytestmark = pytest.mark.stack
 ALL_PARTS = {"conv_kernel": 4, "conv_activation": "silu"}
+MIXERS = ("window_mamba2", "window_gdn")
 STUDENTS = {
     "llama": ("llama", {"feature_map": None}),
     "all parts": ("qwen2", ALL_PARTS),
@@ -31,14 +32,21 @@ STUDENTS = {
     "the teacher's window is shorter": ("mistral", {"window": 12}),
     "no rope, no norms, no gate": ("qwen3", {"rope": False, "qk_norm": False, "norm": False, "gate": False}),
     "a window of one": ("llama", {"window": 1, "sinks": 3}),
+    "delta rule": ("llama", {"mixer": "window_gdn"}),
+    "delta rule, all parts": ("qwen3", {"mixer": "window_gdn", "rope": False, "feature_map": "softmax", **ALL_PARTS}),
 }
 students = pytest.mark.parametrize("case", STUDENTS)
 
 
-def build(family, window=5, sinks=2, keep_attention=(), seed=0, **options):
+def shut(mixer):
+    """Keeps tokens from being written to its state."""
+    getattr(mixer, "b_bias", mixer.dt_bias).data.fill_(-1e4)
+
+
+def build(family, mixer="window_mamba2", window=5, sinks=2, keep_attention=(), seed=0, **options):
     """In float64, where a difference is a mistake and not rounding; what as transferred does nothing is stirred."""
     teacher, _ = random_teacher(f"random-{family}", seed)
-    config = StudentConfig("window_mamba2", list(keep_attention), window=window, sinks=sinks, **options)
+    config = StudentConfig(mixer, list(keep_attention), window=window, sinks=sinks, **options)
     student = build_student(teacher, config)
     return stirred(student).double()
 
@@ -53,9 +61,11 @@ def of(case):
 
 
 @pytest.mark.parametrize("feature_map", [None, "softmax"])
-def test_it_is_the_sum_of_attention_over_window_and_sinks_and_of_a_recurrence(feature_map):
+@pytest.mark.parametrize("name", MIXERS)
+def test_it_is_the_sum_of_attention_over_window_and_sinks_and_of_a_recurrence(name, feature_map):
     """Written down token by token."""
-    student = build("llama", window=5, sinks=2, norm=False, feature_map=feature_map)
+    delta = name == "window_gdn"
+    student = build("llama", name, window=5, sinks=2, feature_map=feature_map, **({} if delta else {"norm": False}))
     mixer = student.mixer_layers()[1]
     hidden = torch.randn(1, LENGTH, student.config.hidden_size, dtype=torch.float64)
     cos, sin = student.model.rotary_emb(hidden, torch.arange(LENGTH)[None])
@@ -74,6 +84,9 @@ def test_it_is_the_sum_of_attention_over_window_and_sinks_and_of_a_recurrence(fe
         dt = torch.nn.functional.softplus(mixer.dt_proj(hidden)[0] + mixer.dt_bias)
         share = 2 * torch.sigmoid(mixer.mix_proj(hidden)[0] + mixer.mix_bias)
         z = torch.nn.functional.silu(mixer.z_proj(hidden)[0]).view(LENGTH, H, P)
+        if delta:
+            beta = torch.sigmoid(mixer.b_proj(hidden)[0] + mixer.b_bias)
+            norm = mixer.norm.weight.view(H, P)
         rows = []
         for head in range(H):
             if feature_map:
@@ -86,28 +99,39 @@ def test_it_is_the_sum_of_attention_over_window_and_sinks_and_of_a_recurrence(fe
                 )
             else:
                 C, B = q[:, head] / P**0.5, k[:, head]
+            if delta:
+                C, B = (t / (t.square().sum(-1, keepdim=True) + 1e-6).sqrt() for t in (C, B))
             state = torch.zeros(P, B.shape[1], dtype=torch.float64)
             for t in range(LENGTH):
                 seen = [s for s in range(t + 1) if s > t - 5 or s < 2]
                 weights = (k[seen, head] @ q[t, head] / P**0.5).softmax(0)
                 decay = torch.exp(dt[t, head] * -torch.exp(mixer.A_log[head]))
-                state = decay * state + dt[t, head] * torch.outer(v[t, head], B[t])
-                read = state @ C[t] + mixer.D[head] * v[t, head]
-                rows.append(share[t, head] * weights @ v[seen, head] + read * z[t, head])
+                if delta:
+                    state = decay * state
+                    state = state + beta[t, head] * torch.outer(v[t, head] - state @ B[t], B[t])
+                    gated = state @ C[t] * z[t, head]
+                    gated = gated / (gated.square().mean() + mixer.norm_eps).sqrt() * norm[head]
+                else:
+                    state = decay * state + dt[t, head] * torch.outer(v[t, head], B[t])
+                    gated = (state @ C[t] + mixer.D[head] * v[t, head]) * z[t, head]
+                rows.append(share[t, head] * weights @ v[seen, head] + gated)
         y = torch.stack(rows).view(H, LENGTH, P).transpose(0, 1).reshape(1, LENGTH, H * P)
         assert_near(found, mixer.o_proj(y), 1e-7)  # decay is in float32
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize(
+    ("family", "mixer"),
+    [(family, MIXERS[0]) for family in ("llama", "qwen2", "qwen3", "mistral")] + [("qwen3", MIXERS[1])],
+)
 @pytest.mark.parametrize("reach", [{"window": 64, "sinks": 0}, {"window": 1, "sinks": 64}], ids=["window", "sinks"])
-def test_a_window_over_all_beside_a_state_without_steps_is_the_teacher(family, reach):
+def test_a_window_over_all_beside_a_state_that_is_not_written_is_the_teacher(family, mixer, reach):
     teacher, _ = random_teacher(f"random-{family}", 0)
     if family == "mistral" and reach["window"] == 1:
         reach = {"window": 64, "sinks": 0}  # sinks reach past the teacher's own window
-    student = build_student(teacher, StudentConfig("window_mamba2", [], **reach))
+    student = build_student(teacher, StudentConfig(mixer, [], **reach))
     with torch.no_grad():
-        for mixer in student.mixer_layers():
-            mixer.dt_bias.fill_(-1e4)  # softplus is 0 there
+        for layer in student.mixer_layers():
+            shut(layer)
     ids, mask = tokens(), torch.ones(2, LENGTH, dtype=torch.long)
     mask[1, :9] = 0
     positions = torch.cat((torch.arange(9), torch.arange(LENGTH - 9)))[None]
@@ -137,14 +161,15 @@ def test_many_queries_attend_block_by_block(monkeypatch, padding):
     positions = torch.cat([torch.arange(n) for n in (11, 3, 26)])[None]
     plain, padded = logits(student, ids), logits(student, ids, attention_mask=mask)
     packed = logits(student, ids, position_ids=positions)
-    monkeypatch.setattr(window_mamba2, "BLOCK", 6)
+    monkeypatch.setattr(window, "BLOCK", 6)
     assert_near(logits(student, ids), plain)
     assert_near(logits(student, ids, attention_mask=mask)[mask == 1], padded[mask == 1])
     assert_near(logits(student, ids, position_ids=positions), packed)
 
 
-def test_what_lies_between_sinks_and_window_reaches_a_token_through_the_state_alone():
-    student, ids = build("llama", window=3, sinks=1), tokens(1)
+@pytest.mark.parametrize("name", MIXERS)
+def test_what_lies_between_sinks_and_window_reaches_a_token_through_the_state_alone(name):
+    student, ids = build("llama", name, window=3, sinks=1), tokens(1)
     other = ids.clone()
     other[0, 4] = (other[0, 4] + 1) % 250
     mixer = student.mixer_layers()[0]
@@ -153,7 +178,7 @@ def test_what_lies_between_sinks_and_window_reaches_a_token_through_the_state_al
     with torch.no_grad():
         first, second = (mixer(one, rotary)[0][0, -1] for one in embedded)
         assert (first - second).norm() > 1e-6 * first.norm()
-        mixer.dt_bias.fill_(-1e4)
+        shut(mixer)
         first, second = (mixer(one, rotary)[0][0, -1] for one in embedded)
         torch.testing.assert_close(first, second, rtol=1e-12, atol=1e-12)
 
@@ -179,8 +204,8 @@ def test_a_cache_holds_window_and_sinks_and_no_more_and_goes_through_a_file(tmp_
     cache = student.new_cache()
     in_pieces(student, ids[:, :20], [12, 1, 7], cache=cache)
     for layer in cache.layers:
-        assert layer.keys.shape[1] == layer.values.shape[1] == layer.position.shape[1] == 6
-        assert layer.position[0].tolist() == [0, 1, 16, 17, 18, 19]
+        assert layer.keys.shape[1] == layer.values.shape[1] == layer.position.shape[1] == 7
+        assert layer.position[0].tolist() == [0, 1, 17, 18, 19, 15, 16]
     cache.save(tmp_path / "cache.safetensors")
     read = HybridCache.load(tmp_path / "cache.safetensors", student.config, dtype=torch.float64)
     fork = cache.fork(2)
@@ -201,9 +226,10 @@ def test_generation_with_a_cache_equals_generation_without():
 # Stages
 
 
-def test_calibration_fits_the_state_to_what_the_window_leaves():
+@pytest.mark.parametrize("name", MIXERS)
+def test_calibration_fits_the_state_to_what_the_window_leaves(name):
     teacher, _ = random_teacher("random-llama", 0)
-    student = build_student(teacher, StudentConfig("window_mamba2", [], window=4, sinks=0))
+    student = build_student(teacher, StudentConfig(name, [], window=4, sinks=0))
     ids = tokens(2, 64)
     batches = [{"input_ids": ids, "position_ids": torch.arange(64).expand(2, -1)}]
 
@@ -223,7 +249,7 @@ def test_calibration_fits_the_state_to_what_the_window_leaves():
 
     with torch.no_grad():
         for mixer in student.mixer_layers():
-            mixer.dt_bias.fill_(-1e4)
+            shut(mixer)
         window_alone = error()
         found = calibrate(teacher, student, batches)
         with_state = error()
