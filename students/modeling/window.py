@@ -81,9 +81,10 @@ class WindowLayer(StateLayer):
         ordered = held.taken(held.position.argsort(1))
         return Keys(*(torch.cat((old, more), 1) for old, more in zip(ordered, new, strict=True)))
 
-    def keep(self, read: Keys, window: int, sinks: int) -> None:
-        """Holds of columns in the order of the text what later queries will see."""
-        if (first := read.position.shape[1] - window) > sinks:
+    def keep(self, read: Keys, window: int, sinks: int, gap: int) -> None:
+        """Holds of columns in the order of the text what later queries will see. gap: as many at most are padding
+        between tokens."""
+        if (first := read.position.shape[1] - window - gap) > sinks:
             read = read.since(first, read.first_columns(sinks))
         position, columns = read.position, sinks + window
         live = (position >= 0) & ((position.amax(1, keepdim=True) - position < window) | (position < sinks))
@@ -239,10 +240,11 @@ class WindowMixer(SharedProjections):
         if stepping:
             attended = self._step(queries, layer.step(keys, v, self.window, self.sinks))
         else:
+            gap = max(pads) if layer.is_initialized else 0  # else padding stands before the first token
             columns = layer.with_new(keys, v, None if padding is None else ~padding[..., 0])
-            attended = self._rows(queries, columns)
+            attended = self._rows(queries, columns, gap)
             if remember:
-                layer.keep(columns, self.window, self.sinks)
+                layer.keep(columns, self.window, self.sinks, gap)
         dt = self.steps(hidden_states)
         dt = dt if padding is None else dt.masked_fill(padding, PADDING_STEP)
         x, B, C, tail = v, keys, queries, None
@@ -284,13 +286,14 @@ class WindowMixer(SharedProjections):
             return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         return self._flex(q, k, v, span)
 
-    def _rows(self, q: Tensor, held: Keys) -> Tensor:
-        """Attention (B,Q,H*P) of queries (B,Q,H,P), which are the last columns of `held`, one document in each row."""
+    def _rows(self, q: Tensor, held: Keys, gap: int) -> Tensor:
+        """Attention (B,Q,H*P) of queries (B,Q,H,P), which are the last columns of `held`, one document in each row;
+        `gap` as in `WindowLayer.keep`."""
         queries, columns = q.shape[1], held.position.shape[1]
         sinks, parts = None, []
         for begin in range(0, queries, BLOCK):
             end = min(begin + BLOCK, queries)
-            before = columns - queries + begin - (self.window - 1)
+            before = columns - queries + begin - (self.window - 1) - gap
             seen = Keys(*(t[:, : columns - queries + end] for t in held))
             if before > self.sinks:
                 sinks = held.first_columns(self.sinks) if sinks is None else sinks

@@ -78,17 +78,21 @@ def test_generation_from_embeddings_is_that_from_tokens(make_student, options, s
     assert torch.equal(found, generate(student, ids, mask)[:, 9:])
 
 
+@pytest.mark.parametrize("kind", ["past its TransPoints", "window, without sinks"])
 @torch.no_grad()
-def test_padding_in_a_later_piece_is_padding(make_student):
-    """Also after the cache is fixed. Past its TransPoint this student's state is all that it remembers."""
-    student, ids = make_student(**OF["past its TransPoints"]), tokens(length=15)
+def test_padding_in_a_later_piece_is_padding(make_student, kind):
+    """Also after the cache is fixed, and where a window that comes next reaches beyond it. Past its TransPoint a
+    student's state is all that it remembers."""
+    student, ids = make_student(**OF[kind]), tokens(length=15)
     mask = torch.ones(2, 15, dtype=torch.long)
     mask[0, 9:12] = 0
     positions = mask.cumsum(1) - 1
     found = []
     for cache in (student.new_cache(), student.new_cache(max_cache_len=LENGTH)):
-        student(ids[:, :9], cache=cache, attention_mask=mask[:, :9], position_ids=positions[:, :9])
-        found.append(student(ids[:, 9:], cache=cache, attention_mask=mask, position_ids=positions[:, 9:]).logits[:, -1])
+        for start, end in ((0, 9), (9, 13), (13, 15)):
+            told = {"attention_mask": mask[:, :end], "position_ids": positions[:, start:end]}
+            last = student(ids[:, start:end], cache=cache, **told).logits[:, -1]
+        found.append(last)
     assert_near(found[1], found[0])
     assert_near(found[1][0], logits(student, torch.cat((ids[:1, :9], ids[:1, 12:]), 1))[0, -1])
 
