@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .fused_projection import FusedProjection
 from .modeling_mixer import Geometry, Heads, Transfer
-from .state_space import GATE_OPEN, PADDING_STEP, WidenedLinear
+from .state_space import GATE_OPEN, PADDING_STEP, StateSpace, WidenedLinear
 
 try:
     from transpoint.kernels.delta import delta_scan, delta_step
@@ -21,11 +21,35 @@ except ImportError:  # the plain reference, which travels beside this file
     from .delta_reference import delta_scan, delta_step  # type: ignore[no-redef]
 
 NORM_EPS = 1e-6  # of keys and queries, as in transformers' Qwen3-Next
-STRENGTH = 0.1  # how much of what is held under its key a token replaces, until `calibrate` has found it,
-STRENGTHS = (0.03, 0.1, 0.3, 0.8)  # among these
+STRENGTH = 0.1  # how much of what is held under its key a token replaces, until `calibrate` has found it
 
 
-class GatedDeltaMixer(FusedProjection):
+class GatedDelta(StateSpace):
+    """The recurrence alone. Keys B and queries C are of length 1, and `dt` has two numbers for each head, a and b;
+    b_bias (or None) is added to b."""
+
+    exact: ClassVar[tuple[str, ...]] = ("A_log", "dt_bias")
+    strengths: ClassVar[tuple[float, ...]] = (0.03, 0.1, 0.3, 0.8)
+    products: ClassVar[int] = 3  # what the state holds under a key is read, too
+    b_bias: nn.Parameter | None
+
+    def _recur(self, x, dt, B, C, state, stepping: bool, remember: bool, seq_idx=None) -> tuple[Tensor, Tensor | None]:
+        a, b = dt.to(torch.promote_types(dt.dtype, torch.float32)).chunk(2, -1)
+        g = -self.A_log.float().exp() * F.softplus(a + self.dt_bias)
+        beta = (b if self.b_bias is None else b + self.b_bias).sigmoid()
+        if stepping:
+            state = state.to(x.device)
+            return delta_step(state, C[:, 0], B[:, 0], x[:, 0], g[:, 0], beta[:, 0])[:, None], state
+        options = {"initial_state": state, "seq_idx": seq_idx}
+        if remember:
+            return delta_scan(C, B, x, g, beta, **options, return_final_state=True)
+        return delta_scan(C, B, x, g, beta, **options), None
+
+    def log_decay(self, dt: Tensor) -> Tensor | None:
+        return None  # a token also turns the state
+
+
+class GatedDeltaMixer(GatedDelta, FusedProjection):
     """A gated DeltaNet mixer with the call signature of self-attention. H heads of queries, keys and values, each P.
 
     Rows of `in_proj`: z (H*P, if gated), v, k and q (H*P each), a (H), b (H). v, k and q pass a causal depthwise
@@ -50,9 +74,6 @@ class GatedDeltaMixer(FusedProjection):
         qk_norm: whether k and q take the teacher's norms, where it has them.
     """
 
-    exact: ClassVar[tuple[str, ...]] = ("A_log", "dt_bias")
-    strengths: ClassVar[tuple[float, ...]] = STRENGTHS
-    products: ClassVar[int] = 3  # what the state holds under a key is read, too
     rates: ClassVar[tuple[float, float]] = (1e-6, 16.0)  # from 0 on, as flash-linear-attention starts it
 
     def __init__(
@@ -82,50 +103,25 @@ class GatedDeltaMixer(FusedProjection):
         self.out_proj = nn.Linear(H * P, geometry.hidden_size, bias="o_proj" in geometry.biases)
         self.opens: Tensor | None = None  # the row that `open_gate` was given
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        attention_mask: Tensor | None = None,
-        cache=None,
-        padding_mask: Tensor | None = None,
-        seq_idx: Tensor | None = None,
-        **others,
-    ) -> tuple[Tensor, None]:
-        """Mixes hidden states (B,L,hidden) along L; arguments, results and errors as `FusedProjection.forward`."""
-        padding_mask, seq_idx, *_ = self.told(attention_mask, padding_mask, seq_idx)
-        batch, length, _ = hidden_states.shape
-        memory = self.memory(cache, others, packed=seq_idx is not None)
-        seq_idx = None if seq_idx is None else seq_idx.expand(batch, -1)
-        stepping, padding, pads = self._padding(memory, padding_mask, length)
-        sizes, H = self.sizes, self.num_heads
-        widths = [sizes["z"], sizes["v"] + sizes["k"] + sizes["q"], sizes["a"], sizes["b"]]
-        z, vkq, a, b = self.in_proj(hidden_states).split(widths, dim=-1)
+    def _project(self, hidden: Tensor, position_embeddings, memory=None, stepping=False, padding=None, seq_idx=None):
+        sizes = self.sizes
+        widths = [sizes["z"], sizes["v"] + sizes["k"] + sizes["q"], sizes["a"] + sizes["b"]]
+        z, vkq, dt = self.in_proj(hidden).split(widths, dim=-1)
+        dt = dt if padding is None else dt.masked_fill(padding, PADDING_STEP)  # it neither decays nor changes the state
         vkq, conv_state = self._convolve(vkq, memory, stepping, padding, seq_idx)
-        v, k, q = (part.unflatten(-1, (H, -1)) for part in vkq.chunk(3, dim=-1))
+        v, k, q = (part.unflatten(-1, (self.num_heads, -1)) for part in vkq.chunk(3, dim=-1))
         rotary = position_embeddings if self.rope else None
-        # Back in v's dtype, as in released layers: kernels multiply matrices in the widest that they are given.
-        k, q = (unit(self.place(t, norm, rotary)).to(v.dtype) for t, norm in ((k, self.k_norm), (q, self.q_norm)))
-        b = b if self.b_bias is None else b + self.b_bias
-        if padding is not None:  # it neither decays nor changes the state
-            a, b = (t.masked_fill(padding, PADDING_STEP) for t in (a, b))
-        g, beta = decay_and_strength(a, b, self.A_log, self.dt_bias)
-        state = None if memory is None else memory.ssm_state
-        y, state = recur(q, k, v, g, beta, state, stepping, memory is not None, seq_idx)
-        if memory is not None:
-            memory.advance(conv_state, state, length, memory.tokens_after(length, pads))
-        z = z if self.z_bias is None else z + self.z_bias
-        y = self._norm_and_gate(y, z if self.gate else None)
-        return self.out_proj(y.to(hidden_states.dtype)), None
+        k, q = (unit(self.place(t, norm, rotary)) for t, norm in ((k, self.k_norm), (q, self.q_norm)))
+        return z, v, k, q, dt, conv_state
 
-    def _norm_and_gate(self, y: Tensor, z: Tensor | None) -> Tensor:
-        """The gate comes after the norm here: what is normed does not depend on it.
-
-        y (B,L,H,P), z and what comes of it (B,L,H*P). Released layers read with queries of length 1/sqrt(P), of which
-        the norm leaves nothing but its epsilon's being P times as large.
+    def _gate_and_norm(self, y: Tensor, z: Tensor | None) -> Tensor:
+        """The gate comes after the norm here: what is normed does not depend on it. y, z and what comes of it are
+        (B,L,H*P). Released layers read with queries of length 1/sqrt(P), of which the norm leaves nothing but its
+        epsilon's being P times as large.
         """
         eps = self.head_dim * self.norm_eps
-        y = F.rms_norm(y.to(_precise(y)), y.shape[-1:], eps=eps).flatten(2)
+        y = y.to(torch.promote_types(y.dtype, torch.float32)).unflatten(-1, (self.num_heads, -1))
+        y = F.rms_norm(y, y.shape[-1:], eps=eps).flatten(2)
         y = y * self.norm.get_parameter("weight")  # type: ignore[union-attr]
         return y if z is None else y * F.silu(z.to(y.dtype))
 
@@ -171,27 +167,7 @@ class GatedDeltaMixer(FusedProjection):
 
 
 def unit(t: Tensor) -> Tensor:
-    """Vectors (..., P) of length 1."""
-    t = t.to(_precise(t))
-    return t * torch.rsqrt(t.square().sum(-1, keepdim=True) + NORM_EPS)
-
-
-def decay_and_strength(a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor) -> tuple[Tensor, Tensor]:
-    """The logarithm of a token's decay, and how much of what is held under its key it replaces, (B,L,H) as a and b."""
-    g = -A_log.float().exp() * F.softplus(a.to(_precise(a)) + dt_bias)
-    return g, b.to(_precise(b)).sigmoid()
-
-
-def recur(q, k, v, g, beta, state, stepping: bool, remember: bool, seq_idx) -> tuple[Tensor, Tensor | None]:
-    """What the recurrence reads from `state` on (B,L,H,P), and with `remember` the state after the last token."""
-    if stepping:
-        state = state.to(v.device)
-        return delta_step(state, q[:, 0], k[:, 0], v[:, 0], g[:, 0], beta[:, 0])[:, None], state
-    options = {"initial_state": state, "seq_idx": seq_idx}
-    if remember:
-        return delta_scan(q, k, v, g, beta, **options, return_final_state=True)
-    return delta_scan(q, k, v, g, beta, **options), None
-
-
-def _precise(t: Tensor) -> torch.dtype:
-    return torch.promote_types(t.dtype, torch.float32)
+    """Vectors (..., P) of length 1, in the dtype they come in, as in released layers: kernels multiply matrices in the
+    widest that they are given."""
+    precise = t.to(torch.promote_types(t.dtype, torch.float32))
+    return (precise * torch.rsqrt(precise.square().sum(-1, keepdim=True) + NORM_EPS)).to(t.dtype)

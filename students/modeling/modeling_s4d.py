@@ -6,7 +6,7 @@ Mamba-2 it shows what selection is worth. This file travels with exported checkp
 """
 
 import math
-from typing import ClassVar, cast
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -97,44 +97,32 @@ class S4DMixer(FusedProjection):
             self.norm.weight = nn.Parameter(torch.ones(H * P))
         self.out_proj = nn.Linear(H * P, geometry.hidden_size, bias="o_proj" in geometry.biases)
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        attention_mask: Tensor | None = None,
-        cache=None,
-        padding_mask: Tensor | None = None,
-        seq_idx: Tensor | None = None,
-        **others,
-    ) -> tuple[Tensor, None]:
-        """Mixes hidden states (B,L,hidden) along L; arguments, results and errors as `Mamba2Mixer.forward`."""
-        padding_mask, seq_idx, *_ = self.told(attention_mask, padding_mask, seq_idx)
-        batch, length, _ = hidden_states.shape
-        memory = self.memory(cache, others, packed=seq_idx is not None)
-        seq_idx = None if seq_idx is None else seq_idx.expand(batch, -1)
+    def _project(self, hidden: Tensor, position_embeddings, memory=None, stepping=False, padding=None, seq_idx=None):
         # Padding, before all tokens of a row, leaves a state of zero as it is: it is zero after the convolution.
-        stepping, padding, pads = self._padding(memory, padding_mask, length)
-        z, x = self.in_proj(hidden_states).split(list(self.sizes.values()), dim=-1)
+        z, x = self.in_proj(hidden).split(list(self.sizes.values()), dim=-1)
         x, conv_state = self._convolve(x, memory, stepping, padding, seq_idx)
         repeats = self.num_heads // self.num_kv_heads
         x = x.unflatten(-1, (-1, self.head_dim)).repeat_interleave(repeats, 2).flatten(2)
-        A, C = _numbers(-self.A_log.exp(), self.A_imag), _numbers(self.C_real, self.C_imag)
-        system = {"dt": self.dt_log.exp(), "A": A, "C": C, "D": self.D}
-        if memory is None:
-            y = s4d_scan(x, **system, seq_idx=seq_idx)
-        else:
-            if stepping:
-                state = cast("Tensor", memory.ssm_state).to(x.device)
-                y = s4d_step(state, x[:, 0], **system)[:, None]
-            else:
-                options = {"initial_state": memory.ssm_state, "seq_idx": seq_idx, "return_final_state": True}
-                y, state = s4d_scan(x, **system, **options)
-            if memory.mergeable:  # each token leaves as much
-                memory.decay_by((length * system["dt"][:, None, None] * A).float().expand(batch, -1, -1, -1))
-            memory.advance(conv_state, state, length, memory.tokens_after(length, pads))
-        z = z if self.z_bias is None else z + self.z_bias
-        y = self._gate_and_norm(y, z if self.gate else None)
-        return self.out_proj(y.to(hidden_states.dtype)), None
+        return z, x, None, None, self.dt_log.exp().expand_as(x), conv_state
+
+    def _recur(self, x, dt, B, C, state, stepping: bool, remember: bool, seq_idx=None) -> tuple[Tensor, Tensor | None]:
+        weights = _numbers(self.C_real, self.C_imag)
+        system = {"dt": self.dt_log.exp(), "A": self._rates, "C": weights, "D": self.D}
+        if stepping:
+            state = state.to(x.device)
+            return s4d_step(state, x[:, 0], **system)[:, None], state
+        options = {"initial_state": state, "seq_idx": seq_idx}
+        if remember:
+            return s4d_scan(x, **system, **options, return_final_state=True)
+        return s4d_scan(x, **system, **options), None
+
+    def log_decay(self, dt: Tensor) -> Tensor:
+        """As `StateSpace.log_decay`, for each number of a state: (B,H*P,parts,modes)."""
+        return (dt.sum(1)[..., None, None] * self._rates).float()
+
+    @property
+    def _rates(self) -> Tensor:
+        return _numbers(-self.A_log.exp(), self.A_imag)
 
     def transfers(self, view) -> list[Transfer]:
         return self.projection_transfers(view, {"x": ("v_proj", 1.0, "x", Heads(self.num_kv_heads, self.head_dim))})
