@@ -161,7 +161,11 @@ def _write_file(
     writer.add_vocab_size(c.vocab_size)
     writer.add_embedding_length(c.hidden_size)
     writer.add_block_count(c.num_hidden_layers)
-    writer.add_feed_forward_length(c.shared_intermediate_size)
+    writer.add_feed_forward_length(c.intermediate_size)
+    if c.num_local_experts:
+        writer.add_expert_count(c.num_local_experts)
+        writer.add_expert_used_count(c.num_experts_per_tok)
+        writer.add_expert_shared_feed_forward_length(c.shared_intermediate_size)
     writer.add_head_count(c.num_attention_heads)
     writer.add_head_count_kv([c.num_key_value_heads if attention else 0 for attention in attends])
     writer.add_key_length(c.head_dim)
@@ -173,6 +177,9 @@ def _write_file(
     frequencies, magnitude = _rotary(config)
     writer.add_rope_scaling_attn_factors(magnitude)
     writer.add_attention_scale(c.attention_multiplier)
+    writer.add_embedding_scale(c.embedding_multiplier)
+    writer.add_residual_scale(c.residual_multiplier)
+    writer.add_logit_scale(c.logits_scaling)
     writer.add_ssm_conv_kernel(c.mamba_d_conv)
     writer.add_ssm_inner_size(2 * c.hidden_size)
     writer.add_ssm_state_size(size)
@@ -203,6 +210,10 @@ def _write_file(
         """Rows of queries or keys in which the two halves of a head alternate."""
         return tensor.unflatten(0, (-1, 2, c.head_dim // 2)).transpose(1, 2).flatten(0, 2)
 
+    def add_mlp(layer: int, kind: str, inwards: Tensor, down: Tensor) -> None:
+        for name, tensor in zip(("gate", "up", "down"), (*inwards.chunk(2, -2), down), strict=True):
+            add(f"blk.{layer}.ffn_{name}{kind}.weight", tensor)
+
     if frequencies is not None:
         add("rope_freqs.weight", frequencies)
     add("token_embd.weight", state["model.embed_tokens.weight"])
@@ -212,12 +223,13 @@ def _write_file(
     for i, attention in enumerate(attends):
         prefix = f"model.layers.{i}."
         own = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
-        gate, up = own["shared_mlp.input_linear.weight"].chunk(2)
         add(f"blk.{i}.attn_norm.weight", own["input_layernorm.weight"])
         add(f"blk.{i}.ffn_norm.weight", own["post_attention_layernorm.weight"])
-        add(f"blk.{i}.ffn_gate.weight", gate)
-        add(f"blk.{i}.ffn_up.weight", up)
-        add(f"blk.{i}.ffn_down.weight", own["shared_mlp.output_linear.weight"])
+        shared = "_shexp" if c.num_local_experts else ""
+        add_mlp(i, shared, own["shared_mlp.input_linear.weight"], own["shared_mlp.output_linear.weight"])
+        if c.num_local_experts:
+            add(f"blk.{i}.ffn_gate_inp.weight", own["block_sparse_moe.router.weight"])
+            add_mlp(i, "_exps", *(own[f"block_sparse_moe.experts.{name}_proj"] for name in ("gate_up", "down")))
         if attention:
             for name, short in (("q", "q"), ("k", "k"), ("v", "v"), ("o", "output")):
                 for parameter in ("weight", "bias"):

@@ -1,10 +1,10 @@
-"""GraniteMoeHybrid without experts: the home of Mamba-2 students of Llama, Mistral and Qwen2 teachers.
+"""GraniteMoeHybrid: the home of Mamba-2 students of Llama, Mistral, Qwen2, Mixtral and Granite teachers.
 
 It is served by vLLM and SGLang. Its mixer has one B/C group for each head, so x and B are expanded from key/value heads
 to query heads, and its gated norm is then one for each head, as ours is.
 """
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 import transformers
@@ -19,8 +19,10 @@ from .engines import NO_ONNX, READ, REFUSES, TRIED, WRONG, Engine
 from .home import (
     FOR_CONFIG,
     FOR_STUDENT,
+    LLAMAS,
     Home,
     config_around,
+    feed_forward_of,
     has_positions,
     mlp_of,
     state_of_appended,
@@ -29,7 +31,9 @@ from .home import (
 )
 from .verify import rounded
 
-FAMILIES = ("llama", "mistral", "qwen2", "smollm3")  # what is outside attention is then the same arithmetic
+FAMILIES = (*LLAMAS, "mixtral", "granite", "granitemoe", "granitemoeshared")
+MULTIPLIERS = ("embedding_multiplier", "logits_scaling", "residual_multiplier")
+NO_SHARED = 8  # width of an MLP of zeros beside experts: the class always has one, a teacher may not
 NEEDS = "5.23"  # transformers before it normalises over all heads at once: silently other logits
 TITLE = "Mamba-2"
 FIXED = {"rope": False, "conv_activation": "silu", "gate": True, "norm": True}
@@ -98,18 +102,17 @@ def config_of(student: HybridForCausalLM) -> GraniteMoeHybridConfig:
     around, mixers = config_around(student), mixers_of(student)
     attention, mixer = [module for module in student.attention_layers() if module not in mixers], mixers[0]
     head_dim, heads = mixer.head_dim, mixer.num_heads
+    experts = has_experts(student)
     return GraniteMoeHybridConfig(
-        **around,
-        shared_intermediate_size=around["intermediate_size"],
-        num_local_experts=0,
-        num_experts_per_tok=0,
-        router_aux_loss_coef=0.0,  # there is no router to balance, and trainers would ask it
+        **around | {name: getattr(student.config, name, 1.0) for name in MULTIPLIERS},
+        shared_intermediate_size=_shared(student) if experts else around["intermediate_size"],
+        num_local_experts=student.config.num_local_experts if experts else 0,
+        num_experts_per_tok=student.config.num_experts_per_tok if experts else 0,
+        # Without a router there is none to balance, and trainers would ask it.
+        router_aux_loss_coef=student.config.router_aux_loss_coef if experts else 0.0,
         attention_bias=any(getattr(module, name).bias is not None for module in attention for name in PROJECTIONS),
         position_embedding_type="rope" if all(map(has_positions, attention)) else "nope",
-        attention_multiplier=head_dim**-0.5,
-        embedding_multiplier=1.0,
-        logits_scaling=1.0,
-        residual_multiplier=1.0,
+        attention_multiplier=mixer.geometry.scale,
         mamba_n_heads=heads,
         mamba_n_groups=heads,
         mamba_d_head=head_dim,
@@ -133,12 +136,10 @@ def state_of(student: HybridForCausalLM) -> dict[str, Tensor]:
         "lm_head.weight": student.get_output_embeddings().weight,
     }
     for i, (layer, mixer) in enumerate(zip(decoder.layers, student.mixer_layers(), strict=True)):
-        gate, up, down = mlp_of(layer)
         own = {
             "input_layernorm.weight": layer.input_layernorm.weight,
             "post_attention_layernorm.weight": layer.post_attention_layernorm.weight,
-            "shared_mlp.input_linear.weight": torch.cat([gate.weight, up.weight]),
-            "shared_mlp.output_linear.weight": down.weight,
+            **(_experts(layer, config) if config.num_local_experts else _mlp(layer)),
         }
         if isinstance(mixer, Mamba2Mixer):
             own |= _mixer(mixer, config)
@@ -147,6 +148,38 @@ def state_of(student: HybridForCausalLM) -> dict[str, Tensor]:
         state |= {f"model.layers.{i}.{name}": tensor for name, tensor in own.items()}
     state |= state_of_appended(GraniteMoeHybridForCausalLM, config, len(decoder.layers))
     return {name: tensor.detach().cpu() for name, tensor in state.items()}
+
+
+def has_experts(student: HybridForCausalLM) -> bool:
+    return hasattr(feed_forward_of(student.get_decoder().layers[0]), "experts")
+
+
+def _shared(student: HybridForCausalLM) -> int:
+    """The width of the MLP beside its experts."""
+    return getattr(student.config, "shared_intermediate_size", 0) or NO_SHARED
+
+
+def _mlp(layer: nn.Module) -> dict[str, Tensor]:
+    gate, up, down = mlp_of(layer)
+    return {
+        "shared_mlp.input_linear.weight": torch.cat([gate.weight, up.weight]),
+        "shared_mlp.output_linear.weight": down.weight,
+    }
+
+
+def _experts(layer: Any, config: GraniteMoeHybridConfig) -> dict[str, Tensor]:
+    block: Any = feed_forward_of(layer)
+    router = block.router if hasattr(block, "router") else block.gate
+    shared, width = getattr(layer, "shared_mlp", None), config.shared_intermediate_size
+    inwards = torch.zeros(2 * width, config.hidden_size) if shared is None else shared.input_linear.weight
+    outwards = torch.zeros(config.hidden_size, width) if shared is None else shared.output_linear.weight
+    return {
+        "block_sparse_moe.router.weight": router.weight,
+        "block_sparse_moe.experts.gate_up_proj": block.experts.gate_up_proj,
+        "block_sparse_moe.experts.down_proj": block.experts.down_proj,
+        "shared_mlp.input_linear.weight": inwards,
+        "shared_mlp.output_linear.weight": outwards,
+    }
 
 
 def _attention(attention: nn.Module, config: GraniteMoeHybridConfig) -> dict[str, Tensor]:
@@ -227,7 +260,7 @@ GRANITE = Home(
     otherwise=_to_config,
     engines=engines_of,
     note=(
-        "It is a GraniteMoeHybrid model without experts: no remote code, transformers "
+        "It is a GraniteMoeHybrid model: no remote code, transformers "
         f"{NEEDS} or later (earlier versions normalise\nover all heads at once and silently give other logits)."
     ),
 )

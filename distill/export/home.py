@@ -14,6 +14,8 @@ from ...students.modeling.softmax_attention import SoftmaxMixer
 from .engines import Engine
 from .verify import Weights
 
+# Families whose arithmetic outside attention is a Llama's.
+LLAMAS = ("llama", "mistral", "qwen2", "smollm3", "seed_oss", "exaone", "internlm3", "iquestcoder")
 FOR_CONFIG, FOR_STUDENT = "use export.format=custom", "use format custom"  # what can be done instead
 
 
@@ -66,7 +68,8 @@ def why_not_around(student: HybridForCausalLM, families: tuple[str, ...]) -> str
     windows |= {mixer.window for mixer in student.mixer_layers() if isinstance(mixer, SoftmaxMixer)}
     if narrow := [window for window in windows if window is not None and window < config.max_position_embeddings]:
         return f"its attention has no sliding window ({min(narrow)} tokens here); {FOR_STUDENT}"
-    if any(linear.bias is not None for layer in student.get_decoder().layers for linear in mlp_of(layer)):
+    parts = [feed_forward_of(layer) for layer in student.get_decoder().layers]
+    if any(name.endswith("bias") for part in parts for name, _ in part.named_parameters()):
         return f"its MLP has no biases; {FOR_STUDENT}"
     return None
 
@@ -104,6 +107,11 @@ def has_positions(attention: nn.Module) -> bool:
     if isinstance(attention, SoftmaxMixer):
         return attention.positions and attention.geometry.rotary_dim > 0
     return bool(getattr(attention, "use_rope", True))  # SmolLM3 has layers without
+
+
+def feed_forward_of(layer: Any) -> nn.Module:
+    """What comes after attention in a layer: an MLP, or experts with their router."""
+    return layer.block_sparse_moe if hasattr(layer, "block_sparse_moe") else layer.mlp
 
 
 def mlp_of(layer: nn.Module) -> tuple[nn.Linear, nn.Linear, nn.Linear]:

@@ -19,6 +19,7 @@ from .engines import NO_ONNX, READ, Engine
 from .home import (
     FOR_CONFIG,
     FOR_STUDENT,
+    LLAMAS,
     Home,
     config_around,
     has_positions,
@@ -29,7 +30,7 @@ from .home import (
 )
 from .verify import rounded
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = (*LLAMAS, "qwen3")
 TITLE = "Mamba-1"
 FIXED = {"conv_activation": "silu", "gate": True, "norm": False}
 EXACT = (".dt_proj.bias",)  # what is dt_bias here

@@ -18,10 +18,10 @@ from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 from ...students import HybridForCausalLM, StudentConfig
 from ...students.modeling.gated_delta import GatedDeltaMixer
 from .engines import NO_ONNX, READ, REFUSES, Engine
-from .home import FOR_CONFIG, FOR_STUDENT, Home, config_around, state_of_appended, why_fixed, why_not_around
+from .home import FOR_CONFIG, FOR_STUDENT, LLAMAS, Home, config_around, state_of_appended, why_fixed, why_not_around
 from .verify import rounded
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
+FAMILIES = (*LLAMAS, "qwen3")
 TITLE = "gated DeltaNet"
 FIXED = {"rope": False, "conv_activation": "silu", "gate": True, "gate_bias": False}
 EXACT = (".norm.weight", ".q_norm.weight", ".k_norm.weight")

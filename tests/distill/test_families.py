@@ -12,8 +12,10 @@ import sys
 import pytest
 import torch
 import transformers
+from decoding import stirred
 from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import fresh
@@ -227,6 +229,20 @@ def test_exports_with_their_own_code_load_where_transpoint_is_not(converted, tmp
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found.keys() == kinds and {family: e for family, e in found.items() if not e < 1e-4} == {}
+
+
+@torch.no_grad()
+def test_native_exports_are_the_student_in_plain_transformers(converted, tmp_path):
+    native, ids = find_format("native"), tokens(24)
+    held = {family: student for family in converted if native.why_not(student := build_native(family)) is None}
+    assert held.keys() >= {"llama", "mistral", "qwen2", "smollm3", "seed_oss", "granite", "mixtral"}
+
+    def check(family, student):
+        native.write(stirred(student), tmp_path / family, torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / family).eval()
+        return differ(model(ids).logits, student.eval()(ids).logits)
+
+    assert failures({family: (family, student) for family, student in held.items()}, check) == {}
 
 
 def test_the_table_of_families_is_of_this_version(tried, converted, transmamba):

@@ -22,7 +22,8 @@ from transpoint.students import StudentConfig, StudentError, build_student
 from vllm_beside import needs_vllm, serve
 
 PAGE = ROOT / "docs" / "serving.md"
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma3_text", "olmo2", "phi3", "gpt_neox", "mixtral", "qwen3_moe"]
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma3_text", "olmo2", "phi3", "gpt_neox", "granite", "mixtral"]
+FAMILIES += ["granitemoe", "qwen3_moe"]
 MIXERS = {"mamba2": {}, "mamba1": {}, "gdn": {"qk_norm": False}, "window_mamba2": {}, "transmamba": {}}
 WANTED = {("mamba1", "native"): {"selection": "x"}}  # what a format wants besides
 SIZES = {
@@ -86,6 +87,7 @@ def test_the_page_says_what_the_code_says(cells):
 
 
 @pytest.mark.servers
+@pytest.mark.timeout(3600)
 @needs_vllm
 @pytest.mark.skipif(not os.environ.get("TRANSPOINT_UPDATE"), reason="TRANSPOINT_UPDATE=1 writes the page")
 def test_all_is_tried_and_the_page_written(cells, tmp_path):

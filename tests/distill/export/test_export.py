@@ -61,6 +61,7 @@ def assert_equal(found, expected):
 # Native
 
 
+GRANITE = {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2, "logits_scaling": 0.25}
 NATIVE = {
     "llama": {},
     "llama-untied-conv2": {"keep": [0], "options": {"conv_kernel": 2}, "tie_word_embeddings": False},
@@ -85,6 +86,16 @@ NATIVE = {
     "qwen2-no-positions": {"family": "qwen2", "options": {"attention_positions": False}},
     "smollm3-layers-with-positions": {"family": "smollm3", "keep": (1, 2)},
     "smollm3-the-one-without": {"family": "smollm3", "keep": (3,)},
+    "granite": {"model_type": "granite", **GRANITE},
+    "mixtral": {"model_type": "mixtral", "sliding_window": None, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "granite-experts-no-attention": {
+        "model_type": "granitemoeshared",
+        "keep": [],
+        "num_local_experts": 4,
+        "num_experts_per_tok": 3,
+        "shared_intermediate_size": 24,
+        **GRANITE,
+    },
 }
 
 
@@ -139,7 +150,8 @@ def test_native_is_the_student_in_plain_transformers(case, tmp_path, unverified)
     has_no_positions = "softmax" in student.config.mixers or NATIVE[case].get("keep") == (3,)
     assert config["position_embedding_type"] == ("nope" if has_no_positions else "rope")
     assert config["layer_types"] == (types if "attention" in types else [*types, "attention"])
-    assert config["model_type"] == "granitemoehybrid" and config["num_local_experts"] == 0
+    assert config["model_type"] == "granitemoehybrid"
+    assert config["num_local_experts"] == NATIVE[case].get("num_local_experts", 0)
     biased = any(
         mixer.z_bias is not None or mixer.out_proj.bias is not None
         for mixer, kind in zip(student.mixer_layers(), student.config.mixers, strict=True)
@@ -539,7 +551,8 @@ REFUSED = {
     "all of these": ({"options": PLAIN}, fixed(ROPE, ACTIVATION, GATE, NORM)),
     "family": (
         {"family": "qwen3"},
-        "it holds what llama, mistral, qwen2, smollm3 have, not qwen3; use format custom",
+        "it holds what llama, mistral, qwen2, smollm3, seed_oss, exaone, internlm3, iquestcoder, mixtral, granite, "
+        "granitemoe, granitemoeshared have, not qwen3; use format custom",
     ),
     "window": (
         {"family": "mistral"},

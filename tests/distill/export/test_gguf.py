@@ -56,6 +56,17 @@ STUDENTS = {
         "options": {"expand_kv": True, "state_factor": 2},
     },
     "qwen2": {"family": "qwen2"},
+    "granite-experts": {
+        "model_type": "granitemoeshared",
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "shared_intermediate_size": 24,
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.5,
+        "attention_multiplier": 0.2,
+        "logits_scaling": 0.25,
+    },
+    "mixtral": {"model_type": "mixtral", "sliding_window": None, "num_local_experts": 4, "num_experts_per_tok": 2},
 }
 
 

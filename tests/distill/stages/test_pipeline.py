@@ -618,7 +618,7 @@ def test_an_impossible_export_is_refused_before_anything_runs(tmp_path, run_tiny
     with pytest.raises(RunError, match="it holds weights in float32, float16, bfloat16, not in q8_0"):
         run_tiny(tmp_path / "run", "export.dtype=q8_0")
     assert not (tmp_path / "run").exists()
-    with pytest.raises(RunError, match="it holds what llama, mistral, qwen2, smollm3 have, not qwen3"):
+    with pytest.raises(RunError, match="it holds what llama, mistral, .*granitemoeshared have, not qwen3"):
         run_tiny(tmp_path / "run", "teacher.source=random-qwen3")
     with pytest.raises(RunError, match="its attention norms queries and keys, which that of a llama does not"):
         run_tiny(tmp_path / "run", "student.mixer=gdn")
