@@ -82,12 +82,15 @@ lint: .venv/ready
 	.venv-$*/bin/pip $(PIP) --upgrade -c .venv-$*/constraints.txt $(TORCH) -e '.[dev]'
 	touch $@
 
-# torch first: a CPU build. What comes along for pictures and sound is not needed, and built for another torch.
+# torch first: a CPU build. What comes along for pictures and sound is not needed, and built for another torch. But
+# vLLM's Qwen3.5 imports torchvision, if for pictures alone, and 0.16 is the last that is imported where its own
+# operators are for CUDA. It has no build for later Pythons: there the tests that want it are skipped.
 .venv-servers/ready: constraints.txt
 	test -x .venv-servers/bin/python || $(PYTHON) -m venv .venv-servers
 	.venv-servers/bin/pip $(PIP) $(TORCH)
 	.venv-servers/bin/pip $(PIP) $(VLLM)
 	.venv-servers/bin/pip uninstall -q -y torchvision torchaudio torchcodec
+	.venv-servers/bin/pip $(PIP) --no-deps 'torchvision==0.16.2; python_version < "3.12"'
 	touch $@
 
 .venv-servers/plugin: .venv-servers/ready plugins/vllm/pyproject.toml

@@ -17,7 +17,7 @@ from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
 from ...students import HybridForCausalLM, StudentConfig
 from ...students.modeling.gated_delta import GatedDeltaMixer
-from .engines import NO_ONNX, READ, REFUSES, Engine
+from .engines import NO_ONNX, READ, REFUSES, TRIED, Engine
 from .home import FOR_CONFIG, FOR_STUDENT, LLAMAS, Home, config_around, state_of_appended, why_fixed, why_not_around
 from .verify import rounded
 
@@ -133,7 +133,7 @@ def _mixer(own: dict[str, Tensor], mixer: GatedDeltaMixer) -> dict[str, Tensor]:
 def engines_of(student: HybridForCausalLM) -> tuple[Engine, ...]:
     regular = _interval(cast("list[str]", config_of(student).layer_types)) is not None
     return (
-        Engine("vLLM 0.32", READ, "with torchvision installed"),
+        Engine("vLLM 0.32", TRIED, "with torchvision; on a CPU in bfloat16, with heads of 64 or 128"),
         Engine("SGLang 0.5.23", READ)
         if regular
         else Engine("SGLang 0.5.23", REFUSES, "it takes attention at regular intervals, as every fourth layer"),

@@ -1,5 +1,6 @@
 """Serves exports by vLLM in the servers' environment, and compares what came of it with plain transformers."""
 
+import copy
 import json
 import os
 import subprocess
@@ -15,6 +16,8 @@ BLOCK = 128  # tokens whose states and keys vLLM keeps together, by its choice f
 CHAT = [{"role": "user", "content": "What is a hybrid?"}]
 
 needs_vllm = pytest.mark.skipif(not PYTHON.exists(), reason="needs the servers' environment: make test-servers")
+TORCHVISION = any(PYTHON.parents[1].glob("lib/*/site-packages/torchvision"))  # vLLM's Qwen3.5 imports it
+needs_torchvision = pytest.mark.skipif(not TORCHVISION, reason="the servers' environment has no torchvision")
 
 
 def prompts():
@@ -89,6 +92,19 @@ class Served:
             steps = self.model(torch.tensor([ids + answer["tokens"]])).logits[0, len(ids) - 1 : -1].log_softmax(-1)
             found.append(steps.max(-1).values - steps[range(TOKENS), answer["tokens"]])
         return torch.cat(found).max().item()
+
+    def assert_as_near_as_bfloat16(self):
+        """To float32 as transformers in bfloat16; and a token chosen instead of the likeliest is nearly as likely.
+
+        Returns the largest difference of each.
+        """
+        exact = self.expected()
+        own = (self.expected(copy.deepcopy(self.model).to(torch.bfloat16)) - exact).abs()
+        found = (self.said() - exact).abs()
+        assert 1e-3 < found.mean() < min(0.05, 1.5 * own.mean()), (found.mean(), own.mean())
+        assert found.max() < min(0.4, 2 * own.max()), (found.max(), own.max())
+        assert self.regret() < 0.2
+        return found.max().item(), own.max().item()
 
     def reused(self):
         """Tokens of each prompt that were not computed again, by call."""
