@@ -213,7 +213,7 @@ MIXERS: dict[str, MixerKind] = {
         "window + gated DeltaNet",
         "G",
         "window_gated_delta.WindowGatedDeltaMixer",
-        {**_window(None), **_state_space(least=0, kernel=0, activation=None, gate=True, norm=None, rope=True)},
+        {**_window(None), **_state_space(least=0, kernel=0, activation=None, gate=True, norm=None, rope=False)},
         check=_convolution,
     ),
     # The options are also of kept attention, which becomes this where one of them is set.

@@ -33,7 +33,7 @@ STUDENTS = {
     "no rope, no norms, no gate": ("qwen3", {"rope": False, "qk_norm": False, "norm": False, "gate": False}),
     "a window of one": ("llama", {"window": 1, "sinks": 3}),
     "delta rule": ("llama", {"mixer": "window_gdn"}),
-    "delta rule, all parts": ("qwen3", {"mixer": "window_gdn", "rope": False, "feature_map": "softmax", **ALL_PARTS}),
+    "delta rule, all parts": ("qwen3", {"mixer": "window_gdn", "rope": True, "feature_map": "softmax", **ALL_PARTS}),
 }
 students = pytest.mark.parametrize("case", STUDENTS)
 
@@ -65,7 +65,9 @@ def of(case):
 def test_it_is_the_sum_of_attention_over_window_and_sinks_and_of_a_recurrence(name, feature_map):
     """Written down token by token."""
     delta = name == "window_gdn"
-    student = build("llama", name, window=5, sinks=2, feature_map=feature_map, **({} if delta else {"norm": False}))
+    student = build(
+        "llama", name, window=5, sinks=2, feature_map=feature_map, rope=True, **({} if delta else {"norm": False})
+    )
     mixer = student.mixer_layers()[1]
     hidden = torch.randn(1, LENGTH, student.config.hidden_size, dtype=torch.float64)
     cos, sin = student.model.rotary_emb(hidden, torch.arange(LENGTH)[None])
