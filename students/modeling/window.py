@@ -198,6 +198,13 @@ class WindowMixer(SharedProjections):
         return torch.cat((t, -t), -1).softmax(-1, dtype=torch.float32).to(t.dtype)
 
     @torch.no_grad()
+    def start(self, generator: torch.Generator, spread: float) -> None:
+        """What the state gives starts as large as values are, whatever it holds: as 1 it would drown the window."""
+        super().start(generator, spread)
+        if self.norm is not None:
+            self.norm.get_parameter("weight").fill_(spread * self.geometry.hidden_size**0.5)
+
+    @torch.no_grad()
     def set_share(self, share: Tensor) -> None:
         self.mix_bias.copy_((share / 2).clamp(*MIXED).logit())
 
