@@ -23,7 +23,7 @@ from vllm_beside import needs_torchvision, needs_vllm, serve
 
 PAGE = ROOT / "docs" / "serving.md"
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma3_text", "olmo2", "phi3", "gpt_neox", "granite", "mixtral"]
-FAMILIES += ["granitemoe", "qwen3_moe"]
+FAMILIES += ["qwen3_moe"]
 MIXERS = {"mamba2": {}, "mamba1": {}, "gdn": {"qk_norm": False}, "window_mamba2": {}, "transmamba": {}}
 WANTED = {("mamba1", "native"): {"selection": "x"}}  # what a format wants besides
 IN_BFLOAT16 = "gdn"  # vLLM's kernels of it for CPUs take nothing else
