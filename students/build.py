@@ -91,6 +91,7 @@ def hybrid_generation_config(generation: GenerationConfig) -> GenerationConfig:
     return found
 
 
+_CHANCE = ("dropout", "dropout_prob", "_pdrop", "jitter_noise")
 _NO_HYBRID: tuple[str, ...] = ("cache_", "max_cache", "prompt_lookup", "assistant", "is_assistant", "num_assistant")
 _NO_HYBRID += ("target_look", "max_matching", "speculation", "use_mtp", "dola", "penalty_alpha", "compile")
 _NO_HYBRID += ("continuous_batching",)
@@ -128,6 +129,8 @@ def plan_student(
     base = teacher.config.model_type if own is None else own.base_model_type
     for name in _NOT_TAKEN_OVER:
         fields.pop(name, None)
+    # A student learns a teacher that leaves nothing to chance; mixers have no dropout, either.
+    fields |= {name: 0.0 for name, value in fields.items() if name.endswith(_CHANCE) and value}
     # As it is, whatever its config says: some checkpoints have an output matrix of their own all the same.
     fields["tie_word_embeddings"] = teacher.get_output_embeddings().weight is teacher.get_input_embeddings().weight
     options = config.mixer_options | {"norm_eps": fields.get("rms_norm_eps", 1e-5)}

@@ -228,7 +228,7 @@ def _write_file(
         shared = "_shexp" if c.num_local_experts else ""
         add_mlp(i, shared, own["shared_mlp.input_linear.weight"], own["shared_mlp.output_linear.weight"])
         if c.num_local_experts:
-            add(f"blk.{i}.ffn_gate_inp.weight", own["block_sparse_moe.router.weight"])
+            add(f"blk.{i}.ffn_gate_inp.weight", own["block_sparse_moe.router.weight"], exact=True)
             add_mlp(i, "_exps", *(own[f"block_sparse_moe.experts.{name}_proj"] for name in ("gate_up", "down")))
         if attention:
             for name, short in (("q", "q"), ("k", "k"), ("v", "v"), ("o", "output")):

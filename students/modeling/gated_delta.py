@@ -31,6 +31,7 @@ class GatedDelta(StateSpace):
     exact: ClassVar[tuple[str, ...]] = ("A_log", "dt_bias")
     strengths: ClassVar[tuple[float, ...]] = (0.03, 0.1, 0.3, 0.8)
     products: ClassVar[int] = 3  # what the state holds under a key is read, too
+    rates: ClassVar[tuple[float, float]] = (1e-6, 16.0)  # from 0 on, as flash-linear-attention starts it
     b_bias: nn.Parameter | None
 
     def _recur(self, x, dt, B, C, state, stepping: bool, remember: bool, seq_idx=None) -> tuple[Tensor, Tensor | None]:
@@ -47,6 +48,12 @@ class GatedDelta(StateSpace):
 
     def log_decay(self, dt: Tensor) -> Tensor | None:
         return None  # a token also turns the state
+
+    @torch.no_grad()
+    def start(self, generator: torch.Generator, spread: float) -> None:
+        super().start(generator, spread)
+        if self.b_bias is not None:
+            self.b_bias.zero_()
 
 
 class GatedDeltaMixer(GatedDelta, FusedProjection):
@@ -73,8 +80,6 @@ class GatedDeltaMixer(GatedDelta, FusedProjection):
         rope: whether k and q take the teacher's rotary embedding.
         qk_norm: whether k and q take the teacher's norms, where it has them.
     """
-
-    rates: ClassVar[tuple[float, float]] = (1e-6, 16.0)  # from 0 on, as flash-linear-attention starts it
 
     def __init__(
         self,
@@ -140,12 +145,6 @@ class GatedDeltaMixer(GatedDelta, FusedProjection):
         if self.b_bias is not None:
             found.append(Transfer(f"{view.name}.b_bias", "constant", value=torch.tensor(STRENGTH).logit().item()))
         return found
-
-    @torch.no_grad()
-    def start(self, generator: torch.Generator, spread: float) -> None:
-        super().start(generator, spread)
-        if self.b_bias is not None:
-            self.b_bias.zero_()
 
     @property
     def gate_shut(self) -> bool:

@@ -94,11 +94,11 @@ class WindowLayer(StateLayer):
             where = column.view(*column.shape, *[1] * (t.ndim - 2)).expand_as(t)
             into = t.new_full((len(t), columns + 1, *t.shape[2:]), empty)  # the last one takes what is not held
             placed.append(into.scatter(1, where, t)[:, :columns])
-        if (held := self._held(read.keys.device)) is None:
+        if not self.fixed:
             self.keys, self.values, self.position = (t.contiguous() for t in placed)
-        else:
-            for old, new in zip(held, placed, strict=True):
-                old.copy_(new)
+            return
+        for old, new in zip((self.keys, self.values, self.position), placed, strict=True):
+            old.copy_(new)  # type: ignore[union-attr]  # it has them once it is fixed
 
     def step(self, keys: Tensor, values: Tensor, window: int, sinks: int) -> Keys:
         """Takes one more token of each row, (B,1,K,P), and gives what it holds then."""
@@ -106,9 +106,15 @@ class WindowLayer(StateLayer):
         assert held is not None  # a step comes after the first tokens
         position = held.position.amax(1, keepdim=True) + 1
         column = self._column(position, window, sinks)
-        for t, new in zip(held, (keys, values, position), strict=True):
-            t.scatter_(1, column.view(*column.shape, *[1] * (t.ndim - 2)).expand_as(new), new.to(t.dtype))
-        return held
+        # In place, unless a gradient goes back to what was held.
+        write = Tensor.scatter if torch.is_grad_enabled() and not self.fixed else Tensor.scatter_
+        written = [
+            write(t, 1, column.view(*column.shape, *[1] * (t.ndim - 2)).expand_as(new), new.to(t.dtype))
+            for t, new in zip(held, (keys, values, position), strict=True)
+        ]
+        if not self.fixed:
+            self.keys, self.values, self.position = written
+        return Keys(*written)
 
     def _column(self, position: Tensor, window: int, sinks: int) -> Tensor:
         return torch.where(position < sinks, position, sinks + (position - sinks) % window)
@@ -247,7 +253,7 @@ class WindowMixer(SharedProjections):
         if stepping:
             attended = self._step(queries, layer.step(keys, v, self.window, self.sinks))
         else:
-            gap = max(pads) if layer.is_initialized else 0  # else padding stands before the first token
+            gap = max(pads)  # it may also stand before the first token
             columns = layer.with_new(keys, v, None if padding is None else ~padding[..., 0])
             attended = self._rows(queries, columns, gap)
             if remember:
@@ -315,9 +321,8 @@ class WindowMixer(SharedProjections):
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def _step(self, q: Tensor, held: Keys) -> Tensor:
-        """Attention (B,1,H*P) of the queries (B,1,H,P) of the last token of each row."""
-        mask = self._near(held.position.amax(1, keepdim=True), held.position) & (held.position >= 0)[:, None]
-        return self._one(q, held.keys, held.values, mask[:, None])
+        """Attention (B,1,H*P) of the queries (B,1,H,P) of the last token of each row, to all that is held."""
+        return self._one(q, held.keys, held.values, (held.position >= 0)[:, None, None])
 
     def _near(self, query: Tensor, key: Tensor) -> Tensor:
         """(B,Q,S): which keys are in the window or sinks, by positions (B,Q) and (B,S)."""

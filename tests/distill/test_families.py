@@ -273,8 +273,9 @@ found it: every model type that is a causal language model there, with a tiny ra
 
 Of those that convert, the weights are transferred into a student with Mamba-2 layers; a TransMamba student whose
 TransPoints are infinite has the teacher's logits; decoding with a cache is decoding without; packed documents and
-padding reach the mixers; the loss is the KL of the models' own logits; and exports have the student's logits, a custom
-one in a process without Transpoint, a native one in plain transformers. *TransMamba* says whether it can be one, *exports* which formats hold a Mamba-2 student.
+padding reach the mixers; the loss is the KL of the models' own logits; and exports have the student's logits, a
+custom one in a process without Transpoint, a native one in plain transformers. *TransMamba* says whether it can be
+one, *exports* which formats hold a Mamba-2 student.
 
 | family | TransMamba | exports |
 |---|---|---|

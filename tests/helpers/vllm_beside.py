@@ -96,7 +96,7 @@ class Served:
     def assert_as_near_as_bfloat16(self):
         """To float32 as transformers in bfloat16; and a token chosen instead of the likeliest is nearly as likely.
 
-        Returns the largest difference of each.
+        Returns the largest difference of each. One place of some thousand may be twice as far off.
         """
         exact = self.expected()
         own = (self.expected(copy.deepcopy(self.model).to(torch.bfloat16)) - exact).abs()

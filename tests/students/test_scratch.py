@@ -58,15 +58,17 @@ def test_it_learns_a_text_by_heart(plan):
     assert loss.item() < 1.5  # one byte in 13 different ones: 2.4 by their frequencies alone
 
 
-@pytest.mark.parametrize("mixer", ["mamba2", "transmamba", "window_mamba2", "gdn"])
+@pytest.mark.parametrize("mixer", ["mamba2", "transmamba", "window_mamba2", "window_gdn", "gdn"])
 def test_a_state_starts_as_published(mixer):
     model = made({"mixer": mixer}, hidden_size=512, num_attention_heads=128)
     for layer in model.mixer_layers():
         steps, rates = F.softplus(layer.dt_bias), layer.A_log.exp()
         assert 1e-3 <= steps.min() < 3e-3 and 3e-2 < steps.max() <= 0.1 + 1e-6
         assert abs(steps.log().mean() - math.log(1e-2)) < 0.5
-        assert rates.min() < 3 and 14 < rates.max() <= 16 and (mixer == "gdn" or rates.min() >= 1)
-        if mixer != "gdn":
+        assert rates.min() < 3 and 14 < rates.max() <= 16 and ("gdn" in mixer or rates.min() >= 1)
+        if "gdn" in mixer:
+            assert layer.b_bias is None or layer.b_bias.eq(0).all()
+        else:
             assert layer.D.eq(1).all()
         if layer.conv1d is not None:
             assert abs(layer.conv1d.weight.std() - 0.5 / 3**0.5) < 0.02  # uniform from -0.5 to 0.5

@@ -554,3 +554,14 @@ def test_a_student_of_another_teacher_is_refused():
     ):
         with pytest.raises(StudentError, match=f"not one of this teacher: its {told} is another"):
             build_student(teacher, StudentConfig(keep_attention=[]), start)
+
+
+def test_a_student_leaves_nothing_to_chance_where_its_teacher_s_training_did():
+    """Seed-OSS is released with dropout, which a student in training would have, and its mixers and exports not."""
+    dropout = {"attention_dropout": 0.1, "residual_dropout": 0.1}
+    teacher, _ = random_teacher("random-llama", model_type="seed_oss", **dropout)
+    student = build_student(teacher, StudentConfig(keep_attention=[1])).train()
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        assert torch.equal(student(ids).logits, student(ids).logits)
+    assert student.config.attention_dropout == student.config.residual_dropout == 0

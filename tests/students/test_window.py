@@ -225,6 +225,30 @@ def test_generation_with_a_cache_equals_generation_without():
     assert beams.shape[0] == 2
 
 
+@pytest.mark.parametrize("name", MIXERS)
+def test_gradients_go_through_steps_with_a_cache(name):
+    """To what the window holds; kernels of a step have none."""
+    student, ids = build("llama", name), tokens(1, 12)
+    cache, layer = student.new_cache(), student.model.layers[0].self_attn
+    student(ids[:, :9], cache=cache)
+    for t in range(9, 12):
+        loss = student(ids[:, t : t + 1], cache=cache).logits.square().mean()
+    loss.backward()
+    assert layer.k_proj.weight.grad.abs().sum() > 0
+    student.zero_grad()
+
+
+def test_padding_after_the_tokens_of_a_first_piece_is_padding():
+    student, ids = build("llama", "window_gdn", window=3), tokens(2, 14)
+    mask = torch.ones_like(ids)
+    mask[0, 5:9] = 0
+    positions, cache = mask.cumsum(1) - 1, student.new_cache()
+    with torch.no_grad():
+        student(ids[:, :9], cache=cache, attention_mask=mask[:, :9], position_ids=positions[:, :9])
+        found = student(ids[:, 9:], cache=cache, attention_mask=mask, position_ids=positions[:, 9:]).logits[0]
+    assert_near(found, logits(student, torch.cat((ids[:1, :5], ids[:1, 9:]), 1))[0, 5:])
+
+
 # Stages
 
 
