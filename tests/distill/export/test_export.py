@@ -646,7 +646,7 @@ def test_mamba_1_of_a_teachers_keys_and_queries_has_no_class(tmp_path):
 def test_a_family_whose_layers_are_others():
     """OLMo-2 norms what comes out of attention, and no class with gated DeltaNet layers does."""
     student = build_student(tiny_teacher("olmo2"), StudentConfig(keep_attention=[1], **GDN))
-    families = "llama, mistral, qwen2, qwen3, smollm3"
+    families = "llama, mistral, qwen2, smollm3, seed_oss, exaone, internlm3, iquestcoder, qwen3"
     assert native.why_not(student) == f"it holds what {families} have, not olmo2; use format custom"
 
 
