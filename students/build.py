@@ -91,7 +91,7 @@ def hybrid_generation_config(generation: GenerationConfig) -> GenerationConfig:
     return found
 
 
-_CHANCE = ("dropout", "dropout_prob", "_pdrop", "jitter_noise")
+_CHANCE = ("dropout", "dropout_prob", "_pdrop")  # not jitter, by which a Phi-MoE chooses experts in evaluation, too
 _NO_HYBRID: tuple[str, ...] = ("cache_", "max_cache", "prompt_lookup", "assistant", "is_assistant", "num_assistant")
 _NO_HYBRID += ("target_look", "max_matching", "speculation", "use_mtp", "dola", "penalty_alpha", "compile")
 _NO_HYBRID += ("continuous_batching",)
