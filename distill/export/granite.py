@@ -102,14 +102,17 @@ def config_of(student: HybridForCausalLM) -> GraniteMoeHybridConfig:
     around, mixers = config_around(student), mixers_of(student)
     attention, mixer = [module for module in student.attention_layers() if module not in mixers], mixers[0]
     head_dim, heads = mixer.head_dim, mixer.num_heads
-    experts = has_experts(student)
+    own, experts = student.config, hasattr(feed_forward_of(student.get_decoder().layers[0]), "experts")
     return GraniteMoeHybridConfig(
-        **around | {name: getattr(student.config, name, 1.0) for name in MULTIPLIERS},
-        shared_intermediate_size=_shared(student) if experts else around["intermediate_size"],
-        num_local_experts=student.config.num_local_experts if experts else 0,
-        num_experts_per_tok=student.config.num_experts_per_tok if experts else 0,
+        **around | {name: getattr(own, name, 1.0) for name in MULTIPLIERS},
+        # Of the MLP beside experts, or the only one.
+        shared_intermediate_size=(
+            getattr(own, "shared_intermediate_size", 0) or NO_SHARED if experts else around["intermediate_size"]
+        ),
+        num_local_experts=own.num_local_experts if experts else 0,
+        num_experts_per_tok=own.num_experts_per_tok if experts else 0,
         # Without a router there is none to balance, and trainers would ask it.
-        router_aux_loss_coef=student.config.router_aux_loss_coef if experts else 0.0,
+        router_aux_loss_coef=own.router_aux_loss_coef if experts else 0.0,
         attention_bias=any(getattr(module, name).bias is not None for module in attention for name in PROJECTIONS),
         position_embedding_type="rope" if all(map(has_positions, attention)) else "nope",
         attention_multiplier=mixer.geometry.scale,
@@ -148,15 +151,6 @@ def state_of(student: HybridForCausalLM) -> dict[str, Tensor]:
         state |= {f"model.layers.{i}.{name}": tensor for name, tensor in own.items()}
     state |= state_of_appended(GraniteMoeHybridForCausalLM, config, len(decoder.layers))
     return {name: tensor.detach().cpu() for name, tensor in state.items()}
-
-
-def has_experts(student: HybridForCausalLM) -> bool:
-    return hasattr(feed_forward_of(student.get_decoder().layers[0]), "experts")
-
-
-def _shared(student: HybridForCausalLM) -> int:
-    """The width of the MLP beside its experts."""
-    return getattr(student.config, "shared_intermediate_size", 0) or NO_SHARED
 
 
 def _mlp(layer: nn.Module) -> dict[str, Tensor]:

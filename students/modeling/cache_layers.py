@@ -43,9 +43,9 @@ class StateLayer(CacheLayerMixin):
         self.advanced = True
         self.seen += columns
         if self.fixed:
-            for held, new in ((self.conv_state, conv_state), (self.ssm_state, ssm_state)):
-                if held is not None and new is not held:
-                    held.copy_(new)  # type: ignore[arg-type]  # what it has once it has for good
+            for name, new in (("conv_state", conv_state), ("ssm_state", ssm_state)):
+                if new is not None:
+                    self._put(name, new)
             return
         self.conv_state, self.ssm_state = conv_state, ssm_state
         self.tokens = tokens if len(set(tokens)) > 1 else tokens[:1]
@@ -159,14 +159,18 @@ class StateLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> NoReturn:
         self.lazy_initialization(key_states, value_states)
 
+    def _put(self, name: str, new: Tensor) -> None:
+        """Takes a tensor in place of the one of this name: where that is fixed and as large, into it."""
+        held = getattr(self, name)
+        if not self.fixed or held.shape != new.shape:
+            setattr(self, name, new)
+        elif new is not held:
+            held.copy_(new)
+
     def _map(self, function) -> None:
         for name in self.tensors:
             if (tensor := getattr(self, name)) is not None:
-                new = function(tensor)
-                if self.fixed and new.shape == tensor.shape:
-                    tensor.copy_(new)
-                else:
-                    setattr(self, name, new)
+                self._put(name, function(tensor))
         if self.fixed:
             mark_static(self)
 

@@ -87,18 +87,13 @@ class WindowLayer(StateLayer):
         if (first := read.position.shape[1] - window - gap) > sinks:
             read = read.since(first, read.first_columns(sinks))
         position, columns = read.position, sinks + window
-        live = (position >= 0) & ((position.amax(1, keepdim=True) - position < window) | (position < sinks))
+        live = (position >= 0) & _near(position.amax(1, keepdim=True), position, window, sinks)[:, 0]
         column = torch.where(live, self._column(position, window, sinks), columns)
         placed = []
         for t, empty in zip(read, (0, 0, -1), strict=True):
-            where = column.view(*column.shape, *[1] * (t.ndim - 2)).expand_as(t)
             into = t.new_full((len(t), columns + 1, *t.shape[2:]), empty)  # the last one takes what is not held
-            placed.append(into.scatter(1, where, t)[:, :columns])
-        if not self.fixed:
-            self.keys, self.values, self.position = (t.contiguous() for t in placed)
-            return
-        for old, new in zip((self.keys, self.values, self.position), placed, strict=True):
-            old.copy_(new)  # type: ignore[union-attr]  # it has them once it is fixed
+            placed.append(into.scatter(1, _over(t, column), t)[:, :columns])
+        self._hold(Keys(*(t.contiguous() for t in placed)))
 
     def step(self, keys: Tensor, values: Tensor, window: int, sinks: int) -> Keys:
         """Takes one more token of each row, (B,1,K,P), and gives what it holds then."""
@@ -106,18 +101,21 @@ class WindowLayer(StateLayer):
         assert held is not None  # a step comes after the first tokens
         position = held.position.amax(1, keepdim=True) + 1
         column = self._column(position, window, sinks)
-        # In place, unless a gradient goes back to what was held.
-        write = Tensor.scatter if torch.is_grad_enabled() and not self.fixed else Tensor.scatter_
-        written = [
-            write(t, 1, column.view(*column.shape, *[1] * (t.ndim - 2)).expand_as(new), new.to(t.dtype))
-            for t, new in zip(held, (keys, values, position), strict=True)
-        ]
-        if not self.fixed:
-            self.keys, self.values, self.position = written
-        return Keys(*written)
+        written = Keys(
+            *(
+                t.scatter(1, _over(new, column), new.to(t.dtype))
+                for t, new in zip(held, (keys, values, position), strict=True)
+            )
+        )
+        self._hold(written)
+        return written
 
     def _column(self, position: Tensor, window: int, sinks: int) -> Tensor:
         return torch.where(position < sinks, position, sinks + (position - sinks) % window)
+
+    def _hold(self, held: Keys) -> None:
+        for name, t in held._asdict().items():
+            self._put(name, t)
 
     def _held(self, device: torch.device) -> Keys | None:
         """What it holds, on this device from now on."""
@@ -294,7 +292,7 @@ class WindowMixer(SharedProjections):
             for begin in range(0, len(column), BLOCK):
                 own, before = slice(begin, begin + BLOCK), slice(begin + BLOCK)
                 seen = (seq_idx[:, own, None] == seq_idx[:, None, before]) & (column[before] <= column[own, None])
-                seen &= self._near(position[:, own], position[:, before])
+                seen &= _near(position[:, own], position[:, before], self.window, self.sinks)
                 parts.append(self._softmax(q[:, own], k[:, before], v[:, before], seen[:, None]))
             return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         return self._flex(q, k, v, span)
@@ -312,7 +310,7 @@ class WindowMixer(SharedProjections):
                 sinks = held.first_columns(self.sinks) if sinks is None else sinks
                 seen = seen.since(before, sinks)
             own = held.position[:, columns - queries + begin : columns - queries + end]
-            mask = self._near(own, seen.position) & (seen.position[:, None, :] <= own[:, :, None])
+            mask = _near(own, seen.position, self.window, self.sinks) & (seen.position[:, None, :] <= own[:, :, None])
             mask &= seen.position[:, None, :] >= 0
             # Padding sees itself, as a softmax over nothing would be no number.
             alone = torch.arange(seen.position.shape[1] - (end - begin), seen.position.shape[1], device=q.device)
@@ -324,10 +322,16 @@ class WindowMixer(SharedProjections):
         """Attention (B,1,H*P) of the queries (B,1,H,P) of the last token of each row, to all that is held."""
         return self._one(q, held.keys, held.values, (held.position >= 0)[:, None, None])
 
-    def _near(self, query: Tensor, key: Tensor) -> Tensor:
-        """(B,Q,S): which keys are in the window or sinks, by positions (B,Q) and (B,S)."""
-        key = key[:, None, :]
-        return (query[:, :, None] - key < self.window) | (key < self.sinks)
-
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, window={self.window}, sinks={self.sinks}"
+
+
+def _near(query: Tensor, key: Tensor, window: int, sinks: int) -> Tensor:
+    """(B,Q,S): which keys are in the window or sinks, by positions (B,Q) and (B,S)."""
+    key = key[:, None, :]
+    return (query[:, :, None] - key < window) | (key < sinks)
+
+
+def _over(t: Tensor, columns: Tensor) -> Tensor:
+    """An index of columns (B, any number) in the shape of t, which has as many."""
+    return columns.view(*columns.shape, *[1] * (t.ndim - 2)).expand_as(t)

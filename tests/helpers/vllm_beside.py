@@ -93,16 +93,16 @@ class Served:
             found.append(steps.max(-1).values - steps[range(TOKENS), answer["tokens"]])
         return torch.cat(found).max().item()
 
-    def assert_as_near_as_bfloat16(self):
+    def assert_as_near_as_bfloat16(self, worst=1.5):
         """To float32 as transformers in bfloat16; and a token chosen instead of the likeliest is nearly as likely.
 
-        Returns the largest difference of each. One place of some thousand may be twice as far off.
+        Returns the largest difference of each, of which the first is at most `worst` times the second.
         """
         exact = self.expected()
         own = (self.expected(copy.deepcopy(self.model).to(torch.bfloat16)) - exact).abs()
         found = (self.said() - exact).abs()
         assert 1e-3 < found.mean() < min(0.05, 1.5 * own.mean()), (found.mean(), own.mean())
-        assert found.max() < min(0.4, 2 * own.max()), (found.max(), own.max())
+        assert found.max() < min(0.4, worst * own.max()), (found.max(), own.max())
         assert self.regret() < 0.2
         return found.max().item(), own.max().item()
 

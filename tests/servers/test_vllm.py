@@ -84,4 +84,4 @@ def test_a_native_student_without_attention_has_a_sentinel_layer(served):
 
 @pytest.mark.parametrize("name", cases(name for name, case in EXPORTS.items() if "dtype" in case))
 def test_bfloat16_is_as_near_to_float32_as_transformers_own(name, served):
-    served[name].assert_as_near_as_bfloat16()
+    served[name].assert_as_near_as_bfloat16(**({"worst": 2} if name == DELTA else {}))
